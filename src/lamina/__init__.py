@@ -1,0 +1,1 @@
+"""Transformers in which every layer is one part, reading real checkpoints exactly."""

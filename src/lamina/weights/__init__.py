@@ -1,0 +1,1 @@
+"""Weights on disk: what is stored, under which names, and how it becomes ours."""
