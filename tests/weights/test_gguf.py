@@ -195,7 +195,7 @@ def test_lies_are_refused_at_once(tmp_path: Path, lie: str):
 def test_no_file(tmp_path: Path):
     with pytest.raises(CheckpointError, match="No such file"):
         GGUFFile(tmp_path / "none.gguf")
-    with pytest.raises(CheckpointError, match="directory"):
+    with pytest.raises(CheckpointError, match="not a file"):
         GGUFFile(tmp_path)
 
 

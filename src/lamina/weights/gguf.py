@@ -7,7 +7,9 @@ number is read from a file that may lie, so a length is compared with the bytes 
 from __future__ import annotations
 
 import mmap
+import platform
 import struct
+import sys
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,6 +27,9 @@ ELEMENTS = (
 )  # values in all metadata arrays of a file; a vocabulary of 262,144 with scores and merges has 1.4 million
 NAME = 1 << 16  # bytes of a key or of a tensor's name
 TEXT = 1 << 26  # bytes of one metadata string
+# Pages that are never written to then need no room in memory or swap. Python names the flag from 3.13 on.
+NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if platform.machine() in ("x86_64", "aarch64") else 0)
+NORESERVE = NORESERVE if sys.platform == "linux" else 0
 SCALARS = {
     0: ("uint8", "<B"), 1: ("int8", "<b"), 2: ("uint16", "<H"), 3: ("int16", "<h"), 4: ("uint32", "<I"),
     5: ("int32", "<i"), 6: ("float32", "<f"), 7: ("bool", "<B"), 10: ("uint64", "<Q"), 11: ("int64", "<q"),
@@ -183,6 +188,8 @@ def by_name(stored: str) -> Layout:
 
 def open_map(path: Path) -> mmap.mmap:
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise CheckpointError(f"{path}: not a file; a GGUF file is needed")
         with path.open("rb") as file:
             size = path.stat().st_size
             if size == 0:
@@ -190,7 +197,7 @@ def open_map(path: Path) -> mmap.mmap:
             if not hasattr(mmap, "MAP_PRIVATE"):
                 return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
             # Private and writable, as torch wants its buffers, without reserving memory that is never written.
-            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+            flags = mmap.MAP_PRIVATE | NORESERVE
             return mmap.mmap(file.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}; a readable GGUF file is needed") from error
