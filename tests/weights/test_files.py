@@ -302,8 +302,7 @@ def test_any_header_is_read_or_refused_and_read_only_if_the_reference_reads_it(
     try:
         file = SafetensorsFile(path)
         ours = {name: file.read(name) for name in file.entries}
-    except CheckpointError as error:
-        assert str(error).isprintable()
+    except CheckpointError:
         return
     reference = load_file(path)
     assert ours.keys() == reference.keys()

@@ -1,0 +1,44 @@
+"""Commands answer at once: nothing heavy is imported until it is needed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src"
+HEAVY = ("torch", "numpy", "transformers", "safetensors", "tokenizers", "huggingface_hub", "yaml")
+
+
+def imported_by(program: str) -> set[str]:
+    """What of the heavy packages a new interpreter has imported when this program is done."""
+    tail = f"\nimport sys\nprint('heavy', *(name for name in {HEAVY!r} if name in sys.modules))"
+    command = [sys.executable, "-c", program + tail]
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+def test_importing_lamina_imports_nothing_heavy():
+    assert imported_by("import lamina") == set()
+
+
+def test_listing_the_public_names_imports_nothing_heavy():
+    assert imported_by("import lamina; dir(lamina); getattr(lamina, '__version__', None)") == set()
+
+
+@pytest.mark.skipif(not (SOURCE / "lamina/cli/__init__.py").exists(), reason="there is no command line yet")
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_nothing_heavy(option: str):
+    program = f"""
+import sys
+from lamina.cli import main
+sys.argv = ["lamina", {option!r}]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+    assert imported_by(program) == set()
