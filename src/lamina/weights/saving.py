@@ -49,6 +49,7 @@ def save_checkpoint(
     read: Read,
     *,
     shard_size: int = 5_000_000_000,
+    shards: Mapping[str, Iterable[str]] | None = None,
     extra_files: Mapping[str, bytes] = MappingProxyType({}),
     metadata: Mapping[str, str] | None = FORMAT,
     parameters: int | None = None,
@@ -56,29 +57,41 @@ def save_checkpoint(
 ) -> None:
     """Writes a directory as transformers' `save_pretrained` would: one file, or shards of `shard_size` and an index.
 
-    Tensors go to shards in the order of `plan`. `extra_files` (config.json, ...) go beside them. `parameters` is what
-    the index says of their number, by default the items of all tensors. The directory appears whole or not at all.
+    Tensors go to shards in the order of `plan`, or as `shards` (names by file) says where that lists exactly the plan.
+    `extra_files` (config.json, 1_Pooling/config.json, ...) go beside them. `parameters` is what the index says of their number, by default the items of all tensors. The directory appears whole or not at all.
     One that is there and not empty is refused, or, with `force`, replaced if it is a checkpoint.
     """
     target = Path(os.path.realpath(directory))
-    shards = _split(plan, shard_size)
-    _check_names(extra_files, shards)
+    told = _told(plan, shards, shard_size) if shards is not None else None
+    files_of = _split(plan, shard_size) if told is None else told
+    _check_names(extra_files, files_of)
     _check_target(target, force)
     files = dict(extra_files)
-    if len(shards) > 1:
-        files["model.safetensors.index.json"] = _index(plan, shards, parameters)
-    needed = sum(_bytes(shard, metadata) for shard in shards.values()) + sum(map(len, files.values()))
+    if len(files_of) > 1:
+        files["model.safetensors.index.json"] = _index(plan, files_of, parameters)
+    needed = sum(_bytes(shard, metadata) for shard in files_of.values()) + sum(map(len, files.values()))
     with _reported(target, needed), _locked(_partial(target), directory=True) as (partial, _):
-        for name, shard in shards.items():
+        for name, shard in files_of.items():
             with open(partial / name, "xb") as file:
                 _write(file, shard, read, metadata)
         for name, content in files.items():
+            (partial / name).parent.mkdir(exist_ok=True)
             with open(partial / name, "xb") as file:
                 file.write(content)
                 _flush(file)
         _sync(partial)
         _install(partial, target, force)
         _sync(target.parent)
+
+
+def _told(plan: Plan, shards: Mapping[str, Iterable[str]], shard_size: int) -> dict[str, Plan] | None:
+    """The plan divided as `shards` says; None where that is not the same tensors, or a file would be too large."""
+    divided = {file: {name: plan[name] for name in names if name in plan} for file, names in shards.items()}
+    if sum(map(len, divided.values())) != len(plan) or set().union(*divided.values()) != set(plan):
+        return None
+    sizes = [sum(entry.nbytes for entry in part.values()) for part in divided.values()]
+    fits = all(size <= shard_size or len(part) == 1 for size, part in zip(sizes, divided.values(), strict=True))
+    return divided if fits and (len(divided) > 1 or list(divided) == ["model.safetensors"]) else None
 
 
 def _split(plan: Plan, shard_size: int) -> dict[str, Plan]:
@@ -121,8 +134,9 @@ def _index(plan: Plan, shards: Mapping[str, Plan], parameters: int | None) -> by
 
 def _check_names(extra_files: Iterable[str], shards: Mapping[str, Plan]) -> None:
     for name in extra_files:
-        if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
-            raise CheckpointError(f"extra file {shown(name)}: must be a plain file name")
+        parts = name.split("/")
+        if len(parts) > 2 or any(part in ("", ".", "..") or "\0" in part or os.sep in part for part in parts):
+            raise CheckpointError(f"extra file {shown(name)}: must be a plain file name, in one folder at most")
         if name in shards or name == "model.safetensors.index.json":
             raise CheckpointError(f"extra file {shown(name)}: the weights are written under that name")
 

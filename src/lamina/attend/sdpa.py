@@ -1,0 +1,55 @@
+"""Attention by torch's fused kernel (torch.nn.functional.scaled_dot_product_attention)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lamina.attend.request import Request, spread
+
+
+def refuses(request: Request) -> str | None:
+    """What the fused kernel has no way to express."""
+    if request.softcap is not None:
+        return "a soft-cap on the scores"
+    if request.sink is not None:
+        return "a learned sink"
+    if request.value_table is not None:
+        return "relative terms on the values"
+    return None
+
+
+def attend(request: Request) -> Tensor:
+    """The same function as `dense.attend`; the mask is left out where the spans of the tokens allow it."""
+    query, key, value = request.query, request.key, request.value
+    heads, length = query.shape[1:3]
+    mask, reach = request.bias, request.reach()
+    if reach is None or (reach == "causal" and mask is not None):
+        mask = request.mask() if mask is None else _biased(request)
+        value = value.masked_fill(request.blind(), 0.0) if length > 1 else value
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(query.dtype)
+    if length == 1 and key.shape[1] != heads and (mask is None or mask.shape[1] == 1):
+        # One query: the heads that share a key head become the queries of that head, and no key is repeated.
+        folded = query.reshape(*key.shape[:2], heads // key.shape[1], query.shape[-1])  # (B, G, H / G, D)
+        out = _kernel(folded, key, value, mask, request)
+        return out.reshape(*query.shape[:3], value.shape[-1])
+    causal = mask is None and reach == "causal" and length > 1
+    return _kernel(query, spread(key, heads), spread(value, heads), mask, request, causal)
+
+
+def _biased(request: Request) -> Tensor:
+    """The bias as a float mask. One a forward: bias tables are shared by the layers of a stack."""
+    assert request.bias is not None
+    name = ("biased", id(request.bias), request.pattern, id(request.queries), id(request.keys))
+    if name not in request.memo:
+        mask = request.bias.masked_fill(~request.mask(), float("-inf"))
+        request.memo[name] = (mask, request.bias)
+    return request.memo[name][0]
+
+
+def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: Request, causal: bool = False):
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=request.dropout, is_causal=causal, scale=request.scale
+    )

@@ -1,0 +1,30 @@
+"""Key-value caches. A slot (one layer) meets attention in one method, `extend`; the cache holds the slots of a model.
+
+    extend(key, value, tokens) -> (keys, values, their tokens)
+
+Order does not matter, holes have position -1, evicted keys are absent. Layers see nothing else of a cache.
+"""
+
+from __future__ import annotations
+
+from lamina.cache.cache import Cache
+from lamina.cache.fixed import FixedLedger
+from lamina.cache.growing import GrowingLedger
+from lamina.cache.ring import RingLedger
+from lamina.cache.sinks import SinksLedger
+from lamina.cache.slot import Ledger, Slot
+
+KINDS = ("auto", "growing", "fixed", "ring", "sinks")
+"""auto: a ring where the layer's pattern is a window, growing elsewhere. fixed: preallocated, for compiled steps.
+ring: as auto, and refused where a layer looks back without limit. sinks: StreamingLLM, the first and the last keys."""
+
+__all__ = [
+    "KINDS",
+    "Cache",
+    "FixedLedger",
+    "GrowingLedger",
+    "Ledger",
+    "RingLedger",
+    "SinksLedger",
+    "Slot",
+]

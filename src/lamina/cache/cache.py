@@ -1,0 +1,114 @@
+"""Cache: the slots of a model by the path of their layer, and how far each row has come."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lamina.cache.fixed import FixedLedger
+from lamina.cache.growing import GrowingLedger
+from lamina.cache.ring import RingLedger
+from lamina.cache.sinks import SinksLedger
+from lamina.cache.slot import Ledger, Slot
+from lamina.errors import UnsupportedError
+from lamina.patterns import Retained
+from lamina.tokens import Tokens
+
+
+class Cache:
+    """State of decoding. Layers ask it for their slot; the model and the generation loop do the housekeeping.
+
+    `length` counts the columns that came in, padding included; `next_position` (B, 1) is where each row goes on.
+    """
+
+    def __init__(
+        self, kind: str, batch: int, capacity: int | None = None, *, device: torch.device | str | None = None
+    ) -> None:
+        if kind == "fixed" and capacity is None:
+            raise UnsupportedError("a fixed cache needs its capacity: new_cache('fixed', batch, capacity)")
+        self.kind, self.batch, self.capacity, self.device = kind, batch, capacity, device
+        self.length = 0
+        self.plain = True  # no padding, one document: positions follow from `length` alone
+        self.next_position = torch.zeros((batch, 1), dtype=torch.int64, device=device)
+        self.document = torch.zeros((batch, 1), dtype=torch.int64, device=device)
+        self.slots: dict[str, Slot] = {}
+        self.ledgers: dict[object, Ledger] = {}
+        self.memory: Tensor | None = None  # encoder output, kept for cross-attention
+        self.memory_tokens: Tokens | None = None
+
+    def add(self, path: str, retained: Retained) -> None:
+        """Give the layer at `path`, whose pattern keeps `retained`, the slot that this kind of cache has for it."""
+        ledger = self._ledger(path, retained)
+        self.slots[path] = ledger.slot()
+
+    def slot(self, path: str) -> Slot:
+        """The slot of the layer at `path`."""
+        return self.slots[path]
+
+    def advance(self, tokens: Tokens) -> None:
+        """The model has read `tokens`."""
+        self.length += tokens.position.shape[1]
+        self.plain = self.plain and tokens.span is not None
+        if self.plain:
+            self.next_position.fill_(self.length)
+        else:
+            latest = last_real(tokens.position)  # (B, 1) column of the last real token, or -1
+            column = latest.clamp(min=0)
+            seen = latest >= 0
+            self.next_position = torch.where(seen, tokens.position.gather(1, column) + 1, self.next_position)
+            self.document = torch.where(seen, tokens.document.gather(1, column), self.document)
+
+    def reorder(self, index: Tensor) -> None:
+        """Keep the batch rows `index` (beam search: the parents of the new beams), in that order, in every state."""
+        for part in (*self.ledgers.values(), *self.slots.values()):
+            part.reorder(index)
+        self.next_position, self.document = self.next_position[index], self.document[index]
+        if self.memory is not None and self.memory_tokens is not None:
+            self.memory, self.memory_tokens = self.memory[index], self.memory_tokens.select(index)
+        self.batch = index.shape[0]
+
+    def trim(self, length: int) -> None:
+        """Roll back to the first `length` columns (speculative decoding). Raises TypeError for rings and sinks."""
+        if not self.plain:
+            raise UnsupportedError("a cache that holds padding or several documents cannot be trimmed")
+        for part in (*self.ledgers.values(), *self.slots.values()):
+            part.trim(length)
+        self.length = length
+        self.next_position.fill_(length)
+
+    def bytes(self) -> int:
+        """Bytes that all slots hold now."""
+        return sum(slot.bytes() for slot in self.slots.values())
+
+    def _ledger(self, path: str, retained: Retained) -> Ledger:
+        windowed = retained.recent is not None
+        if self.kind == "sinks":
+            key: object = "sinks"
+        elif self.kind == "fixed":
+            key = "fixed"
+        elif self.kind in ("auto", "ring") and windowed and retained.first == 0:
+            key = ("ring", retained.recent)
+        elif self.kind == "ring":
+            raise UnsupportedError(f"{path} looks back without limit, so a ring cannot serve it; cache='auto' can")
+        else:
+            key = "growing"
+        if key not in self.ledgers:
+            self.ledgers[key] = self._new(key, retained)
+        return self.ledgers[key]
+
+    def _new(self, key: object, retained: Retained) -> Ledger:
+        if key == "sinks":
+            return SinksLedger() if self.capacity is None else SinksLedger(4, max(self.capacity - 4, 1))
+        if key == "fixed":
+            assert self.capacity is not None
+            return FixedLedger(self.batch, self.capacity, self.device)
+        if key == "growing":
+            return GrowingLedger()
+        assert retained.recent is not None
+        return RingLedger(self.batch, retained.recent, self.device)
+
+
+def last_real(position: Tensor) -> Tensor:
+    """(B, T) positions -> (B, 1) column of the last token that is not a hole; -1 where there is none."""
+    column = torch.arange(position.shape[1], device=position.device).expand_as(position)
+    return torch.where(position >= 0, column, -1).amax(dim=1, keepdim=True)

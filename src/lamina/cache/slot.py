@@ -1,0 +1,91 @@
+"""Slot and ledger: a slot keeps one layer's keys and values; a ledger, shared by like layers, keeps whose they are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from lamina.tokens import Tokens
+
+
+class Ledger(ABC):
+    """Where the tokens of a cache lie. It is told of each forward once, by whichever slot comes first.
+
+    The ledger decides where new keys go; each slot follows it with its own tensors. Layers that keep the same tokens
+    share one ledger, so masks are built once a forward and not once a layer.
+    """
+
+    late = False
+    """True when keys are renumbered inside the cache, so that rotary phases must be applied after `extend`."""
+
+    def __init__(self) -> None:
+        self.incoming: Tokens | None = None
+        self.visible: Tokens | None = None
+
+    def admit(self, tokens: Tokens) -> Tokens:
+        """Take note of new tokens (B, T); return the tokens of all keys that a slot will hand out for them."""
+        if self.incoming is not tokens or self.visible is None:
+            self.visible = self.note(tokens)
+            self.incoming = tokens
+        return self.visible
+
+    def queries(self, tokens: Tokens) -> Tokens:
+        """The new tokens under the numbering of this cache (the same, unless `late`)."""
+        return tokens
+
+    @abstractmethod
+    def note(self, tokens: Tokens) -> Tokens:
+        """`admit` for tokens that are really new."""
+
+    @abstractmethod
+    def slot(self) -> Slot:
+        """A new slot that follows this ledger."""
+
+    @abstractmethod
+    def reorder(self, index: Tensor) -> None:
+        """Keep the batch rows `index`, in that order."""
+
+    def trim(self, length: int) -> None:
+        """Forget all but the first `length` columns."""
+        raise TypeError(f"a {type(self).__name__} overwrites old keys and cannot be trimmed")
+
+    def forget(self) -> None:
+        """Drop what was noted of the last forward: the next tokens are new even if they are the same object."""
+        self.incoming = self.visible = None
+
+
+class Slot(ABC):
+    """One layer's keys (B, G, S, D) and values (B, G, S, value size)."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+
+    @property
+    def late(self) -> bool:
+        """Whether rotary phases are applied after `extend`."""
+        return self.ledger.late
+
+    def extend(self, key: Tensor, value: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tokens]:
+        """New keys (B, G, T, D), values and whose they are; returns all to look at, and whose *they* are."""
+        visible = self.ledger.admit(tokens)
+        key, value = self.store(key, value)
+        return key, value, visible
+
+    @abstractmethod
+    def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the new keys and values where the ledger says; return all that are visible."""
+
+    def reorder(self, index: Tensor) -> None:
+        """Keep the batch rows `index`, in that order."""
+        if self.key is not None and self.value is not None:
+            self.key, self.value = self.key[index], self.value[index]
+
+    def trim(self, length: int) -> None:  # noqa: B027 - most slots look at the ledger's length only
+        """Forget all but the first `length` columns."""
+
+    def bytes(self) -> int:
+        """Bytes that are allocated now."""
+        return sum(t.numel() * t.element_size() for t in (self.key, self.value) if t is not None)

@@ -1,0 +1,13 @@
+"""What lamina raises when a user's input is wrong: one clear line that names the file or field, the value and the remedy."""
+
+
+class LaminaError(ValueError):
+    """Bad input. The command line prints it as `lamina: error: ...` and exits with status 2."""
+
+
+class CheckpointError(LaminaError):
+    """A checkpoint, tokenizer or configuration file is damaged, lies about itself, or does not fit."""
+
+
+class UnsupportedError(LaminaError):
+    """A request is well formed, but the part asked (a backend, a cache, a family) cannot serve it."""

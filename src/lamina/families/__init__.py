@@ -1,0 +1,38 @@
+"""The families: one dict. A family is a function from its configuration to a spec, its inverse, and a weight table."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+
+from lamina.families.family import Family, Fields
+from lamina.specs import unknown
+
+FAMILIES = {
+    "gpt2": "gpt2:GPT2",
+    "llama": "llama:LLAMA",
+    "mistral": "llama:MISTRAL",
+    "qwen2": "llama:QWEN2",
+    "qwen3": "llama:QWEN3",
+}
+"""model_type -> module:name. A family is imported when it is asked for."""
+
+
+@cache
+def family(model_type: str) -> Family:
+    """The family of a `model_type`. Raises CheckpointError naming the nearest known one."""
+    from lamina.errors import CheckpointError
+
+    if model_type not in FAMILIES:
+        raise CheckpointError(unknown("model_type", model_type, FAMILIES))
+    module, name = FAMILIES[model_type].split(":")
+    return getattr(import_module(f"lamina.families.{module}"), name)
+
+
+@cache
+def sizes() -> dict[str, str]:
+    """Every published size and its model_type: {"llama/7b": "llama", ...}."""
+    return {name: model_type for model_type in FAMILIES for name in family(model_type).sizes}
+
+
+__all__ = ["FAMILIES", "Family", "Fields", "family", "sizes"]

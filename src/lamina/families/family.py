@@ -1,0 +1,150 @@
+"""Family: how one model type of the Hugging Face layout is read into a spec and written back. A function and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lamina.errors import CheckpointError
+from lamina.model import ModelSpec, SpecialTokens
+from lamina.weights.rules import Rule
+
+LARGEST = 2**24
+"""No dimension or count of a published model comes near this; a file that says more is damaged or hostile."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`. `spec` and `config` are inverse to each other wherever the layout can say the spec."""
+
+    model_type: str
+    spec: Callable[[Fields], ModelSpec]
+    config: Callable[[ModelSpec], dict[str, Any]]
+    weights: tuple[Rule, ...]
+    base: str = ""  # the prefix that checkpoints with a head have and bare ones lack: "model.", "bert."
+    aliases: Mapping[str, str] = field(default_factory=dict)  # tied twins that some files store too: theirs -> theirs
+    ignored: tuple[str, ...] = ()  # name patterns of buffers that carry no weights
+    renamed: Mapping[str, str] = field(default_factory=dict)  # endings of old files -> endings now: .gamma -> .weight
+    sizes: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # published sizes, as configurations
+
+
+class Fields:
+    """A config.json, read field by field with bounds; `names` are the tensors of the checkpoint, where there is one."""
+
+    def __init__(
+        self, config: Mapping[str, Any], names: frozenset[str] | None = None, where: str = "config.json"
+    ) -> None:
+        self.config, self.names, self.where = config, names, where
+
+    def __contains__(self, name: str) -> bool:
+        return self.config.get(name) is not None
+
+    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number from `least` to LARGEST."""
+        value = self._get(name, default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if type(value) is not int or not least <= value <= LARGEST:
+            raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be a number from {least} to {LARGEST}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number."""
+        value = self._get(name, default)
+        if type(value) not in (int, float) or value != value or abs(value) == float("inf"):
+            raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be a finite number")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or False."""
+        value = self._get(name, default)
+        if type(value) is not bool:
+            raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be true or false")
+        return value
+
+    def choice(self, name: str, table: Mapping[str, Any], default: str | None = None) -> Any:
+        """The entry of `table` that the field names."""
+        value = self._get(name, default)
+        if not isinstance(value, str) or value not in table:
+            raise CheckpointError(f"{self.where}: {name} is {value!r}; known here: {', '.join(table)}")
+        return table[value]
+
+    def must(self, name: str, *values: Any) -> None:
+        """Refuse a field that is set to something this library does not implement."""
+        value = self.config.get(name)
+        if value is not None and value not in values:
+            allowed = " or ".join(repr(v) for v in values)
+            raise CheckpointError(f"{self.where}: {name} is {value!r}; only {allowed} is supported for this family")
+
+    def layers(self, name: str = "num_hidden_layers") -> int:
+        """The number of layers, bounded so that nothing is built from a lie."""
+        layers = self.count(name)
+        if layers > 2048:
+            raise CheckpointError(
+                f"{self.where}: {name} is {layers}; more than 2048 layers is taken for a damaged file"
+            )
+        return layers
+
+    def special(self, start: int | None = None, end: int | None = None, pad: int | None = None) -> SpecialTokens:
+        """bos, eos and pad ids; the arguments are the defaults of the family."""
+        ends = self.config.get("eos_token_id", end)
+        ends = () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+        ids = {
+            "bos_token_id": self.config.get("bos_token_id", start),
+            "pad_token_id": self.config.get("pad_token_id", pad),
+        }
+        for name, value in (*ids.items(), *(("eos_token_id", one) for one in ends)):
+            if value is not None and (type(value) is not int or not -1 <= value <= 2**31):
+                raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be a token id")
+        none_below_zero = {name: None if value == -1 else value for name, value in ids.items()}
+        return SpecialTokens(start=none_below_zero["bos_token_id"], end=ends, pad=none_below_zero["pad_token_id"])
+
+    def headless(self) -> bool:
+        """Whether the checkpoint is a bare model: `LlamaModel`, `GPT2Model`, `BertModel`."""
+        names = self.config.get("architectures") or []
+        return bool(names) and isinstance(names[0], str) and names[0].endswith("Model") and "LMHead" not in names[0]
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.config.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise CheckpointError(f"{self.where}: {name} is missing")
+        return value
+
+
+ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "swish": "silu",
+    "relu2": "relu_squared",
+    "tanh": "tanh",
+    "sigmoid": "sigmoid",
+}
+"""Hugging Face's names of activations."""
+
+ACTIVATION_NAMES = {"gelu_tanh": "gelu_pytorch_tanh", "silu": "silu", "relu_squared": "relu2"}
+
+
+def special_config(special: SpecialTokens) -> dict[str, Any]:
+    """bos, eos and pad ids as config.json has them."""
+    end: Any = list(special.end) if len(special.end) > 1 else special.end[0] if special.end else None
+    return {"bos_token_id": special.start, "eos_token_id": end, "pad_token_id": special.pad}
+
+
+def activation_name(act: str) -> str:
+    """Hugging Face's name of one of our activations."""
+    return ACTIVATION_NAMES.get(act, act)
+
+
+def need(condition: bool, field_name: str, why: str) -> None:
+    """Say which field of a spec the layout has no word for."""
+    if not condition:
+        raise CheckpointError(
+            f"{field_name} {why}; the Hugging Face layout of this family cannot say it: save format='native'"
+        )

@@ -1,0 +1,306 @@
+"""LLaMA and its relatives: pre-RMSNorm decoders with rotary positions and SwiGLU.
+
+LLaMA 1 to 3 (arXiv:2302.13971, 2307.09288, 2407.21783), Mistral (a window; arXiv:2310.06825), Qwen 2 (biases on
+q, k, v; arXiv:2407.10671), Qwen 3 (norms on q and k; arXiv:2505.09388).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, need, special_config
+from lamina.families.rope import rotary, rotary_config
+from lamina.layers import (
+    AttentionSpec,
+    EmbeddingSpec,
+    FeedForwardSpec,
+    LanguageHeadSpec,
+    LayerSpec,
+    RMSNormSpec,
+    StackSpec,
+    StepSpec,
+)
+from lamina.model import ModelSpec
+from lamina.patterns import Both, Causal, Pattern, Window
+from lamina.weights.rules import Rule
+
+Windows = Callable[[Fields, int], list[int | None]]
+
+
+def spec(
+    fields: Fields,
+    *,
+    windows: Windows = lambda fields, layers: [None] * layers,
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+    key_heads: int | None = None,
+    head_dim: int | None = None,
+    context: int = 2048,
+    special: tuple[int | None, int | None, int | None] = (1, 2, None),
+) -> ModelSpec:
+    """config.json -> spec. The keywords are what the relatives change."""
+    width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    size = fields.count("head_dim", head_dim or max(width // heads, 1))
+    if "head_dim" not in fields and head_dim is None and width % heads:
+        raise ValueError(f"{fields.where}: hidden_size={width} is not a multiple of num_attention_heads={heads}")
+    layers = fields.layers()
+    norm = RMSNormSpec(eps=fields.number("rms_norm_eps", 1e-6))
+    all_bias = fields.flag("attention_bias", False) and not qkv_bias
+    attention = AttentionSpec(
+        heads=heads,
+        key_heads=fields.count("num_key_value_heads", key_heads or heads),
+        head_dim=size,
+        rotary=rotary(fields, size),
+        qk_norm=norm if qk_norm else None,
+        bias="qkv" if qkv_bias else "all" if all_bias else "none",
+        dropout=fields.number("attention_dropout", 0.0),
+    )
+    feedforward = FeedForwardSpec(
+        hidden=fields.count("intermediate_size"),
+        act=fields.choice("hidden_act", ACTIVATIONS, "silu"),
+        bias=fields.flag("mlp_bias", False),
+    )
+
+    def layer(window: int | None) -> LayerSpec:
+        pattern: Pattern = Causal() if window is None else Causal() & Window(back=window)
+        return LayerSpec(
+            steps=(
+                StepSpec(name="attention", op=attention.replace(pattern=pattern), pre=norm),
+                StepSpec(name="feedforward", op=feedforward, pre=norm),
+            )
+        )
+
+    return ModelSpec(
+        width=width,
+        embedding=EmbeddingSpec(vocabulary=fields.count("vocab_size")),
+        decoder=StackSpec(layers=tuple(layer(window) for window in windows(fields, layers)), norm=norm),
+        head=None if fields.headless() else LanguageHeadSpec(tied=fields.flag("tie_word_embeddings", False)),
+        context=fields.count("max_position_embeddings", context),
+        special=fields.special(*special),
+    )
+
+
+def config(spec: ModelSpec, *, model_type: str, name: str) -> dict[str, Any]:
+    """spec -> config.json, in the words that all relatives share."""
+    stack = spec.decoder
+    need(
+        stack is not None and len(stack.layers[0].steps) == 2, "decoder.layers.0.steps", "is not attention, feedforward"
+    )
+    assert stack is not None
+    attention, feedforward = (step.op for step in stack.layers[0].steps)
+    need(isinstance(attention, AttentionSpec), "decoder.layers.0.steps.0.op", f"is a {type(attention).__name__}")
+    need(isinstance(feedforward, FeedForwardSpec), "decoder.layers.0.steps.1.op", f"is a {type(feedforward).__name__}")
+    need(isinstance(stack.norm, RMSNormSpec), "decoder.norm", "is not an RMSNorm")
+    assert isinstance(attention, AttentionSpec) and isinstance(feedforward, FeedForwardSpec)
+    assert isinstance(stack.norm, RMSNormSpec)
+    need(attention.rotary is not None, "decoder.layers.0.steps.0.op.rotary", "is None")
+    assert attention.rotary is not None
+    return {
+        "model_type": model_type,
+        "architectures": [f"{name}Model" if spec.head is None else f"{name}ForCausalLM"],
+        "vocab_size": spec.embedding.vocabulary,
+        "hidden_size": spec.width,
+        "intermediate_size": feedforward.hidden,
+        "num_hidden_layers": len(stack.layers),
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.key_heads,
+        "head_dim": attention.head_dim,
+        "hidden_act": activation_name(feedforward.act),
+        "max_position_embeddings": spec.context or 2048,
+        "rms_norm_eps": stack.norm.eps,
+        "rope_parameters": rotary_config(attention.rotary, attention.head_dim),
+        "attention_dropout": attention.dropout,
+        "tie_word_embeddings": spec.head is not None and spec.head.tied,
+        **special_config(spec.special),
+    }
+
+
+def windows_of(spec: ModelSpec) -> list[int | None]:
+    """The window of each layer; None where it sees everything before it."""
+    assert spec.decoder is not None
+    found: list[int | None] = []
+    for layer in spec.decoder.layers:
+        op = layer.steps[0].op
+        pattern = op.pattern if isinstance(op, AttentionSpec) else None
+        windowed = isinstance(pattern, Both) and pattern.first == Causal() and isinstance(pattern.second, Window)
+        found.append(pattern.second.back if windowed else None)  # pyright: ignore
+    return found
+
+
+def every_layer(fields: Fields, layers: int) -> list[int | None]:
+    """Mistral: one window for all layers, or none."""
+    return [fields.count("sliding_window") if "sliding_window" in fields else None] * layers
+
+
+def by_layer_type(fields: Fields, layers: int) -> list[int | None]:
+    """Qwen 2 and 3: `layer_types` where present; else `use_sliding_window` from layer `max_window_layers` on."""
+    used = fields.flag("use_sliding_window", False)
+    window = (
+        fields.count("sliding_window", 4096) if used and fields.config.get("sliding_window", 4096) is not None else None
+    )
+    types = fields.config.get("layer_types")
+    if types is None:
+        first = fields.count("max_window_layers", 28, least=0)
+        return [window if window and i >= first else None for i in range(layers)]
+    return layer_windows(fields, types, layers, window)
+
+
+def layer_windows(fields: Fields, types: Any, layers: int, window: int | None) -> list[int | None]:
+    """`layer_types` as windows. Raises ValueError for a wrong count or an unknown type."""
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(types, list) or len(types) != layers or any(one not in known for one in types):
+        raise ValueError(f"{fields.where}: layer_types must list {layers} times {' or '.join(known)}")
+    return [window if one == "sliding_attention" else None for one in types]
+
+
+def type_config(spec: ModelSpec) -> dict[str, Any]:
+    """`layer_types` and the window, as Qwen and Gemma write them."""
+    windows = windows_of(spec)
+    window = next((w for w in windows if w is not None), None)
+    types = ["full_attention" if w is None else "sliding_attention" for w in windows]
+    return {"layer_types": types, "sliding_window": window, "use_sliding_window": window is not None}
+
+
+L, H = "decoder.layers.{i}.", "model.layers.{i}."
+WEIGHTS = (
+    Rule("embedding.weight", "model.embed_tokens.weight"),
+    Rule(f"{L}attention.pre.weight", f"{H}input_layernorm.weight"),
+    *(Rule(f"{L}attention.op.{p}.{k}", f"{H}self_attn.{p}_proj.{k}") for p in "qkvo" for k in ("weight", "bias")),
+    Rule(f"{L}feedforward.pre.weight", f"{H}post_attention_layernorm.weight"),
+    *(
+        Rule(f"{L}feedforward.op.{p}.{k}", f"{H}mlp.{p}_proj.{k}")
+        for p in ("gate", "up", "down")
+        for k in ("weight", "bias")
+    ),
+    Rule("decoder.norm.weight", "model.norm.weight"),
+    Rule("head.weight", "lm_head.weight"),
+)
+QK_NORM = tuple(Rule(f"{L}attention.op.{p}_norm.weight", f"{H}self_attn.{p}_norm.weight") for p in "qk")
+
+
+def _llama_config(spec: ModelSpec) -> dict[str, Any]:
+    attention, feedforward = (step.op for step in spec.decoder.layers[0].steps)  # pyright: ignore
+    flags = {"attention_bias": attention.bias == "all", "mlp_bias": feedforward.bias}  # pyright: ignore
+    return config(spec, model_type="llama", name="Llama") | flags
+
+
+def _mistral_config(spec: ModelSpec) -> dict[str, Any]:
+    return config(spec, model_type="mistral", name="Mistral") | {"sliding_window": windows_of(spec)[0]}
+
+
+def _qwen2_config(spec: ModelSpec) -> dict[str, Any]:
+    said = config(spec, model_type="qwen2", name="Qwen2") | type_config(spec)
+    said.pop("head_dim")  # Qwen 2 has no such field: heads share the width evenly
+    return said
+
+
+def _qwen3_config(spec: ModelSpec) -> dict[str, Any]:
+    attention = spec.decoder.layers[0].steps[0].op  # pyright: ignore
+    flags = {"attention_bias": attention.bias == "all"}  # pyright: ignore
+    return config(spec, model_type="qwen3", name="Qwen3") | type_config(spec) | flags
+
+
+def _size(layers: int, width: int, heads: int, key_heads: int, hidden: int, vocabulary: int, context: int, **more: Any):
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "intermediate_size": hidden,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": context,
+        **more,
+    }
+
+
+LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA31["original_max_position_embeddings"] = 8192
+V1 = {"rms_norm_eps": 1e-6}
+V2 = {"rms_norm_eps": 1e-5}
+V3 = {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "bos_token_id": 128000, "eos_token_id": 128001}
+V31 = V3 | {"rope_scaling": LLAMA31}
+V32 = V3 | {"rope_scaling": LLAMA31 | {"factor": 32.0}, "tie_word_embeddings": True}
+SMOL = {"rms_norm_eps": 1e-5, "rope_theta": 1e5, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2}
+
+LLAMA = Family(
+    model_type="llama",
+    spec=spec,
+    config=_llama_config,
+    weights=WEIGHTS,
+    base="model.",
+    aliases={"lm_head.weight": "model.embed_tokens.weight"},
+    ignored=("*.rotary_emb.inv_freq",),
+    sizes={
+        "llama/7b": _size(32, 4096, 32, 32, 11008, 32000, 2048, **V1),
+        "llama/13b": _size(40, 5120, 40, 40, 13824, 32000, 2048, **V1),
+        "llama/33b": _size(60, 6656, 52, 52, 17920, 32000, 2048, **V1),
+        "llama/65b": _size(80, 8192, 64, 64, 22016, 32000, 2048, **V1),
+        "llama2/7b": _size(32, 4096, 32, 32, 11008, 32000, 4096, **V2),
+        "llama2/13b": _size(40, 5120, 40, 40, 13824, 32000, 4096, **V2),
+        "llama2/70b": _size(80, 8192, 64, 8, 28672, 32000, 4096, **V2),
+        "llama3/8b": _size(32, 4096, 32, 8, 14336, 128256, 8192, **V3),
+        "llama3/70b": _size(80, 8192, 64, 8, 28672, 128256, 8192, **V3),
+        "llama3.1/8b": _size(32, 4096, 32, 8, 14336, 128256, 131072, **V31),
+        "llama3.1/70b": _size(80, 8192, 64, 8, 28672, 128256, 131072, **V31),
+        "llama3.1/405b": _size(126, 16384, 128, 8, 53248, 128256, 131072, **V31),
+        "llama3.2/1b": _size(16, 2048, 32, 8, 8192, 128256, 131072, head_dim=64, **V32),
+        "llama3.2/3b": _size(28, 3072, 24, 8, 8192, 128256, 131072, head_dim=128, **V32),
+        "smollm2/135m": _size(30, 576, 9, 3, 1536, 49152, 8192, **SMOL),
+    },
+)
+
+MISTRAL = Family(
+    model_type="mistral",
+    spec=partial(spec, windows=every_layer, key_heads=8, context=131072),
+    config=_mistral_config,
+    weights=WEIGHTS,
+    base="model.",
+    aliases=LLAMA.aliases,
+    ignored=LLAMA.ignored,
+    sizes={
+        "mistral/7b": _size(32, 4096, 32, 8, 14336, 32000, 32768, sliding_window=4096, rms_norm_eps=1e-5),
+        "mistral/7b-v0.3": _size(32, 4096, 32, 8, 14336, 32768, 32768, rms_norm_eps=1e-5, rope_theta=1e6),
+    },
+)
+
+Q25 = {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "bos_token_id": 151643, "eos_token_id": 151643}
+TIED = Q25 | {"tie_word_embeddings": True}
+
+QWEN2 = Family(
+    model_type="qwen2",
+    spec=partial(spec, windows=by_layer_type, qkv_bias=True, context=32768, special=(None, None, None)),
+    config=_qwen2_config,
+    weights=WEIGHTS,
+    base="model.",
+    aliases=LLAMA.aliases,
+    ignored=LLAMA.ignored,
+    sizes={
+        "qwen2.5/0.5b": _size(24, 896, 14, 2, 4864, 151936, 32768, **TIED),
+        "qwen2.5/1.5b": _size(28, 1536, 12, 2, 8960, 151936, 131072, **TIED),
+        "qwen2.5/3b": _size(36, 2048, 16, 2, 11008, 151936, 32768, **TIED),
+        "qwen2.5/7b": _size(28, 3584, 28, 4, 18944, 152064, 131072, **Q25),
+        "qwen2.5/14b": _size(48, 5120, 40, 8, 13824, 152064, 131072, **Q25),
+        "qwen2.5/32b": _size(64, 5120, 40, 8, 27648, 152064, 131072, **Q25),
+        "qwen2.5/72b": _size(80, 8192, 64, 8, 29568, 152064, 131072, **Q25),
+    },
+)
+
+QWEN3 = Family(
+    model_type="qwen3",
+    spec=partial(spec, windows=by_layer_type, qk_norm=True, head_dim=128, context=32768, special=(None, None, None)),
+    config=_qwen3_config,
+    weights=WEIGHTS + QK_NORM,
+    base="model.",
+    aliases=LLAMA.aliases,
+    ignored=LLAMA.ignored,
+    sizes={
+        "qwen3/0.6b": _size(28, 1024, 16, 8, 3072, 151936, 40960, **TIED),
+        "qwen3/1.7b": _size(28, 2048, 16, 8, 6144, 151936, 40960, **TIED),
+        "qwen3/4b": _size(36, 2560, 32, 8, 9728, 151936, 40960, **TIED),
+        "qwen3/8b": _size(36, 4096, 32, 8, 12288, 151936, 40960, **Q25),
+        "qwen3/14b": _size(40, 5120, 40, 8, 17408, 151936, 40960, **Q25),
+        "qwen3/32b": _size(64, 5120, 64, 8, 25600, 151936, 40960, **Q25),
+    },
+)

@@ -1,0 +1,77 @@
+"""The layers: each file holds a spec (data), the module it builds, and what the module declares."""
+
+from __future__ import annotations
+
+from lamina.layers.attention import Attention, AttentionSpec
+from lamina.layers.bias import AlibiSpec, BucketBiasSpec
+from lamina.layers.block import BranchSpec, Layer, LayerSpec, StepSpec, SumSpec
+from lamina.layers.call import Call, Record
+from lamina.layers.embedding import Embedding, EmbeddingSpec, Segment, SegmentSpec
+from lamina.layers.feedforward import FeedForward, FeedForwardSpec
+from lamina.layers.head import (
+    LabelHead,
+    LabelHeadSpec,
+    LanguageHead,
+    LanguageHeadSpec,
+    Pooler,
+    PoolerSpec,
+    TransformSpec,
+)
+from lamina.layers.norm import LayerNorm, LayerNormSpec, NormSpec, RMSNorm, RMSNormSpec
+from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
+from lamina.layers.relative import ShawSpec, TransformerXLSpec
+from lamina.layers.stack import Stack, StackSpec
+from lamina.layers.rotary import (
+    DynamicNTKScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    NTKScaling,
+    RotarySpec,
+    YarnScaling,
+)
+
+__all__ = [
+    "AlibiSpec",
+    "Attention",
+    "AttentionSpec",
+    "BranchSpec",
+    "BucketBiasSpec",
+    "Call",
+    "DynamicNTKScaling",
+    "Embedding",
+    "EmbeddingSpec",
+    "FeedForward",
+    "FeedForwardSpec",
+    "LabelHead",
+    "LabelHeadSpec",
+    "LanguageHead",
+    "LanguageHeadSpec",
+    "Layer",
+    "LayerNorm",
+    "LayerNormSpec",
+    "LayerSpec",
+    "LearnedPositionSpec",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRopeScaling",
+    "NTKScaling",
+    "NormSpec",
+    "Pooler",
+    "PoolerSpec",
+    "RMSNorm",
+    "RMSNormSpec",
+    "Record",
+    "RotarySpec",
+    "Segment",
+    "SegmentSpec",
+    "ShawSpec",
+    "SinusoidalPositionSpec",
+    "Stack",
+    "StackSpec",
+    "StepSpec",
+    "SumSpec",
+    "TransformSpec",
+    "TransformerXLSpec",
+    "YarnScaling",
+]

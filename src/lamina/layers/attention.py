@@ -1,0 +1,129 @@
+"""Multi-head self-attention with any number of key heads (arXiv:1706.03762, section 3.2; MQA arXiv:1911.02150;
+GQA arXiv:2305.13245)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lamina.attend import Request, attend, weights
+from lamina.errors import LaminaError
+from lamina.layers.call import Call
+from lamina.layers.norm import LayerNormSpec, RMSNormSpec
+from lamina.layers.relative import ShawSpec, TransformerXLSpec
+from lamina.layers.rotary import RotarySpec, phases, rotate
+from lamina.patterns import Causal, Pattern, Retained
+from lamina.specs import Spec
+from lamina.tokens import Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec(Spec):
+    """softmax(scale q k^T + bias) v o. MHA: key_heads = heads; MQA: 1; GQA: between, heads a multiple of it."""
+
+    heads: int
+    key_heads: int
+    head_dim: int  # need not be width / heads: 128 on 1024 in Qwen3-0.6B, 256 on 3072 in Gemma-7B
+    pattern: Pattern = field(default_factory=Causal)
+    rotary: RotarySpec | None = None  # LLaMA and its like
+    relative: ShawSpec | TransformerXLSpec | None = None
+    scale: float | None = None  # None: head_dim^-0.5; 1.0 in T5; 144^-0.5 in Gemma-2 27B
+    softcap: float | None = None  # 50 in Gemma 2
+    qk_norm: LayerNormSpec | RMSNormSpec | None = None  # on each head, before the rotary phases: Qwen 3, Gemma 3
+    bias: Literal["none", "qkv", "all"] = "none"  # "qkv" in Qwen 2; "all" in GPT-2, BERT
+    sink: bool = False  # a learned logit for each head that takes probability and gives no value: GPT-OSS
+    dropout: float = 0.0  # on the probabilities: 0.1 in BERT and GPT-2
+
+    def check(self) -> None:
+        if self.key_heads < 1 or self.heads < 1 or self.heads % self.key_heads:
+            raise LaminaError(f"heads={self.heads} must be a multiple of key_heads={self.key_heads}, both at least 1")
+        if self.head_dim < 1 or not 0 <= self.dropout <= 1:
+            raise LaminaError(f"head_dim={self.head_dim} must be at least 1, dropout={self.dropout} within 0 and 1")
+        if self.rotary is not None and (self.rotary.width or self.head_dim) > self.head_dim:
+            raise LaminaError(f"rotary.width={self.rotary.width} is more than head_dim={self.head_dim}")
+
+    def build(self, width: int) -> Attention:
+        return Attention(self, width)
+
+
+class Attention(nn.Module):
+    """(B, T, width) -> (B, T, width)."""
+
+    SHARD = {"q": "out", "k": "out", "v": "out", "o": "in", "sink": "heads"}
+
+    def __init__(self, spec: AttentionSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.path = ""  # set by the model: the name of this layer's slot and records
+        self.scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
+        bias = spec.bias != "none"
+        self.q = nn.Linear(width, spec.heads * spec.head_dim, bias=bias)
+        self.k = nn.Linear(width, spec.key_heads * spec.head_dim, bias=bias)
+        self.v = nn.Linear(width, spec.key_heads * spec.head_dim, bias=bias)
+        self.q_norm = None if spec.qk_norm is None else spec.qk_norm.build(spec.head_dim)
+        self.k_norm = None if spec.qk_norm is None else spec.qk_norm.build(spec.head_dim)
+        self.relative = None if spec.relative is None else spec.relative.build(width, spec.heads, spec.head_dim)
+        self.sink = nn.Parameter(torch.zeros(spec.heads)) if spec.sink else None
+        self.o = nn.Linear(spec.heads * spec.head_dim, width, bias=spec.bias == "all")
+
+    def retained(self) -> Retained:
+        """What a cache has to keep for this layer."""
+        return self.spec.pattern.retained()
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        query, key, value = (self._split(project(x)) for project in (self.q, self.k, self.v))  # (B, H or G, T, D)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        slot = None if call.cache is None else call.cache.slot(self.path)
+        queries = keys = call.tokens
+        if slot is None or not slot.late:
+            query, key = self._turn(query, queries, call), self._turn(key, keys, call)
+        if slot is not None:
+            key, value, keys = slot.extend(key, value, call.tokens)
+        if slot is not None and slot.late:
+            queries = slot.ledger.queries(call.tokens)
+            query, key = self._turn(query, queries, call), self._turn(key, keys, call)
+        request = self._request(query, key, value, queries, keys, call)
+        call.record.keep(f"{self.path}.weights", lambda: weights(request))
+        out = attend(request, call.backend)  # (B, H, T, D)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+    def _request(self, query: Tensor, key: Tensor, value: Tensor, queries: Tokens, keys: Tokens, call: Call) -> Request:
+        bias = None if call.bias is None else call.bias(queries, keys, call.memo)
+        value_table = None
+        if self.relative is not None:
+            query, relative, value_table = self.relative(query, queries, keys, self.scale)
+            bias = relative if bias is None else bias + relative
+        return Request(
+            query=query,
+            key=key,
+            value=value,
+            queries=queries,
+            keys=keys,
+            pattern=self.spec.pattern,
+            scale=self.scale,
+            bias=bias,
+            value_table=value_table,
+            softcap=self.spec.softcap,
+            sink=self.sink,
+            dropout=self.spec.dropout if self.training else 0.0,
+            memo=call.memo,
+        )
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, T, heads * D) -> (B, heads, T, D); the count comes from the shape, so a shard of the heads works too."""
+        return x.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)
+
+    def _turn(self, x: Tensor, tokens: Tokens, call: Call) -> Tensor:
+        rotary = self.spec.rotary
+        if rotary is None:
+            return x
+        cos, sin = phases(rotary, self.spec.head_dim, tokens, x.dtype, call.memo)
+        return rotate(x, cos, sin, rotary.interleaved)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        if self.sink is not None:
+            nn.init.zeros_(self.sink)

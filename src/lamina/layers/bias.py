@@ -1,0 +1,106 @@
+"""Position biases on the scores, shared by the layers of a stack: T5's buckets and ALiBi's slopes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lamina.specs import Spec
+from lamina.tokens import Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketBiasSpec(Spec):
+    """T5: a learned scalar for each head and each bucket of key - query distances (arXiv:1910.10683, section 2.1)."""
+
+    heads: int
+    buckets: int = 32
+    distance: int = 128  # from here on all distances share the last bucket
+    bidirectional: bool = False  # True in encoders: half of the buckets for keys after the query
+
+    def build(self) -> BucketBias:
+        return BucketBias(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlibiSpec(Spec):
+    """ALiBi: minus a slope for each head times the distance (arXiv:2108.12409, section 3)."""
+
+    heads: int
+
+    def build(self) -> Alibi:
+        return Alibi(self)
+
+
+def bucket(relative: Tensor, buckets: int, distance: int, bidirectional: bool) -> Tensor:
+    """key - query positions -> bucket numbers: exact up to half of the buckets, then logarithmic to `distance`."""
+    base: Tensor | int = 0
+    if bidirectional:
+        buckets //= 2
+        base = (relative > 0).long() * buckets
+        far = relative.abs()
+    else:
+        far = (-relative).clamp(min=0)
+    exact = buckets // 2
+    # The clamp keeps log(0) out; its cast to an integer would be undefined even though `where` drops it.
+    ratio = torch.log(far.clamp(min=1).float() / exact) / math.log(distance / exact)
+    large = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
+    return base + torch.where(far < exact, far, large)
+
+
+def slopes(heads: int) -> list[float]:
+    """ALiBi's slopes: 2^(-8 i / n) for a power of two n; else those of the power below, then every other of the next."""
+    power = 2 ** math.floor(math.log2(heads))
+    first = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
+    return first + [2.0 ** (-4.0 * (i + 1) / power) for i in range(0, 2 * (heads - power), 2)]
+
+
+class BucketBias(nn.Module):
+    """Queries (B, T), keys (B, S) -> (B, H, T, S)."""
+
+    SHARD = {"weight": "heads"}
+
+    def __init__(self, spec: BucketBiasSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(spec.buckets, spec.heads))
+
+    def forward(self, queries: Tokens, keys: Tokens, memo: dict[Any, Any]) -> Tensor:
+        name = ("bias", id(self), id(queries), id(keys))
+        if name not in memo:
+            spec, relative = self.spec, distance(queries, keys)
+            index = bucket(relative, spec.buckets, spec.distance, spec.bidirectional)
+            memo[name] = (F.embedding(index, self.weight).permute(0, 3, 1, 2), queries, keys)
+        return memo[name][0]
+
+    def initialise(self, generator: torch.Generator) -> None:
+        nn.init.normal_(self.weight, std=0.02, generator=generator)
+
+
+class Alibi(nn.Module):
+    """Queries (B, T), keys (B, S) -> (B, H, T, S). No parameters."""
+
+    def __init__(self, spec: AlibiSpec) -> None:
+        super().__init__()
+        self.slopes = slopes(spec.heads)
+
+    def forward(self, queries: Tokens, keys: Tokens, memo: dict[Any, Any]) -> Tensor:
+        name = ("bias", id(self), id(queries), id(keys))
+        if name not in memo:
+            far = distance(queries, keys).abs()[:, None].float()
+            slope = torch.tensor(self.slopes, dtype=torch.float32, device=far.device)[:, None, None]
+            memo[name] = (-slope * far, queries, keys)
+        return memo[name][0]
+
+
+def distance(queries: Tokens, keys: Tokens) -> Tensor:
+    """key - query positions: (B, T, S), or (1, T, S) where all rows are alike."""
+    q, k = queries.position, keys.position
+    if queries.span is not None and keys.span is not None:
+        q, k = q[:1], k[:1]
+    return k[:, None, :] - q[:, :, None]

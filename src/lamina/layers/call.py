@@ -1,0 +1,49 @@
+"""Call and Record: what a forward carries through the layers, and what it may write down on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor
+
+from lamina.cache import Cache
+from lamina.tokens import Tokens
+
+
+class Record:
+    """What a forward is asked to keep, by name: `Record("decoder.layers.3.attention.op.weights", "*.output")`.
+
+    Names are the path of a layer and what it shows: `.weights` of an attention (B, H, T, S), `.output` of a layer
+    (B, T, width). Asking changes no output bit. `values` holds what matched; `losses` the auxiliary losses by layer.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+        self.values: dict[str, Tensor] = {}
+        self.losses: dict[str, Tensor] = {}
+
+    def wants(self, name: str) -> bool:
+        """Whether `name` was asked for."""
+        return any(fnmatchcase(name, wanted) for wanted in self.names)
+
+    def keep(self, name: str, value: Callable[[], Tensor]) -> None:
+        """Keep `value()` under `name` if it was asked for; it is not computed otherwise."""
+        if self.names and self.wants(name):
+            self.values[name] = value()
+
+
+@dataclass
+class Call:
+    """One explicit object instead of a dozen parameters. At most 8 fields: a test counts them."""
+
+    tokens: Tokens  # of x
+    cache: Cache | None = None
+    memory: Tensor | None = None  # (B, S, width): what cross-attention reads
+    memory_tokens: Tokens | None = None
+    bias: Callable[[Tokens, Tokens, dict[Any, Any]], Tensor] | None = None  # added to the scores, shared by a stack
+    backend: str | None = None
+    memo: dict[Any, Any] = field(default_factory=dict)  # masks, rotary phases, biases: computed once a forward
+    record: Record = field(default_factory=Record)

@@ -1,0 +1,130 @@
+"""Heads: from hidden states to scores over the vocabulary, or over the labels of a sequence or of each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lamina.errors import LaminaError
+from lamina.layers.dropout import dropout
+from lamina.layers.feedforward import ACTIVATIONS, Activation
+from lamina.layers.norm import LayerNormSpec, RMSNormSpec
+from lamina.specs import Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformSpec(Spec):
+    """norm(act(dense(x))) before the vocabulary: BERT's masked-LM head (arXiv:1810.04805, its code)."""
+
+    act: Activation
+    norm: LayerNormSpec | RMSNormSpec
+
+    def build(self, width: int) -> Transform:
+        return Transform(self, width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageHeadSpec(Spec):
+    """logits = softcap(scale * transform(x) W^T + bias); W is the embedding table where tied (arXiv:1608.05859)."""
+
+    tied: bool = True
+    bias: bool = False  # True in BERT and RoBERTa
+    scale: float = 1.0  # width^-0.5 in PaLM and T5 v1.0
+    softcap: float | None = None  # 30 in Gemma 2
+    transform: TransformSpec | None = None  # BERT, RoBERTa
+
+    def build(self, width: int, vocabulary: int) -> LanguageHead:
+        return LanguageHead(self, width, vocabulary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolerSpec(Spec):
+    """tanh(dense(first token)): BERT's summary of a sequence; RoBERTa's classifier has the same, with dropout first."""
+
+    dropout: float = 0.0  # before the dense layer
+
+    def build(self, width: int) -> Pooler:
+        return Pooler(self, width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelHeadSpec(Spec):
+    """A linear layer over labels: of the pooled sequence (BERT's classifier, next-sentence prediction), or of each
+    token (named entities)."""
+
+    labels: int
+    tokens: bool = False  # True: one result a token
+    dropout: float = 0.0  # before it
+
+    def check(self) -> None:
+        if self.labels < 1 or not 0 <= self.dropout <= 1:
+            raise LaminaError(f"labels={self.labels} must be at least 1, dropout={self.dropout} within 0 and 1")
+
+    def build(self, width: int) -> LabelHead:
+        return LabelHead(self, width)
+
+
+class Transform(nn.Module):
+    """(B, T, width) -> (B, T, width)."""
+
+    def __init__(self, spec: TransformSpec, width: int) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[spec.act]
+        self.dense = nn.Linear(width, width)
+        self.norm = spec.norm.build(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.act(self.dense(x)))
+
+
+class LanguageHead(nn.Module):
+    """(B, T, width) -> (B, T, vocabulary)."""
+
+    SHARD = {"weight": "vocabulary", "bias": "vocabulary"}
+
+    def __init__(self, spec: LanguageHeadSpec, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.transform = None if spec.transform is None else spec.transform.build(width)
+        self.weight = None if spec.tied else nn.Parameter(torch.empty(vocabulary, width))
+        self.bias = nn.Parameter(torch.zeros(vocabulary)) if spec.bias else None
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        """`table`: the embedding, (vocabulary, width), used where the head is tied."""
+        spec = self.spec
+        x = x if self.transform is None else self.transform(x)
+        x = x if spec.scale == 1.0 else x * spec.scale
+        logits = nn.functional.linear(x, table if self.weight is None else self.weight, self.bias)
+        return logits if spec.softcap is None else spec.softcap * torch.tanh(logits / spec.softcap)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        if self.weight is not None:
+            nn.init.normal_(self.weight, std=0.02, generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Pooler(nn.Module):
+    """(B, T, width) -> (B, width)."""
+
+    def __init__(self, spec: PoolerSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.dense(dropout(x, self.spec.dropout, self.training)))
+
+
+class LabelHead(nn.Module):
+    """(..., width) -> (..., labels)."""
+
+    def __init__(self, spec: LabelHeadSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.dense = nn.Linear(width, spec.labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense(dropout(x, self.spec.dropout, self.training))

@@ -1,0 +1,65 @@
+"""A stack of layers with what belongs to it: positions, segments, the norms at its ends, a bias on all its scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from lamina.layers.bias import AlibiSpec, BucketBiasSpec
+from lamina.layers.block import LayerSpec
+from lamina.layers.call import Call
+from lamina.layers.dropout import dropout
+from lamina.layers.embedding import SegmentSpec
+from lamina.layers.norm import LayerNormSpec, RMSNormSpec
+from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
+from lamina.specs import Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackSpec(Spec):
+    """dropout(norm(token + position + segment)), the layers, norm."""
+
+    layers: tuple[LayerSpec, ...]
+    position: LearnedPositionSpec | SinusoidalPositionSpec | None = None  # GPT-2, BERT; None with rotary or biases
+    segment: SegmentSpec | None = None  # BERT
+    input_norm: LayerNormSpec | RMSNormSpec | None = None  # BERT, BART
+    dropout: float = 0.0  # of the sum: 0.1 in GPT-2 and BERT
+    norm: LayerNormSpec | RMSNormSpec | None = None  # after the last layer, wherever layers are pre-norm
+    output_dropout: float = 0.0  # after that norm: T5
+    score_bias: BucketBiasSpec | AlibiSpec | None = None  # T5; BLOOM, MPT
+
+    def build(self, width: int) -> Stack:
+        return Stack(self, width)
+
+
+class Stack(nn.Module):
+    """(B, T, width) token vectors -> (B, T, width) hidden states, after the last norm."""
+
+    def __init__(self, spec: StackSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.path = ""
+        self.position = None if spec.position is None else spec.position.build(width)
+        self.segment = None if spec.segment is None else spec.segment.build(width)
+        self.input_norm = None if spec.input_norm is None else spec.input_norm.build(width)
+        self.score_bias = None if spec.score_bias is None else spec.score_bias.build()
+        self.layers = nn.ModuleList([layer.build(width) for layer in spec.layers])
+        self.norm = None if spec.norm is None else spec.norm.build(width)
+
+    def forward(self, x: Tensor, call: Call, segments: Tensor | None = None) -> Tensor:
+        call = replace(call, bias=self.score_bias)
+        if self.segment is not None:
+            x = x + (self.segment.weight[0] if segments is None else self.segment(segments))
+        if self.position is not None:
+            x = x + self.position(call.tokens).to(x.dtype)
+        if self.input_norm is not None:
+            x = self.input_norm(x)
+        x = dropout(x, self.spec.dropout, self.training)
+        call.record.keep(f"{self.path}.input", lambda: x)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, call)
+            call.record.keep(f"{self.path}.layers.{i}.output", lambda x=x: x)
+        if self.norm is not None:
+            x = self.norm(x)
+        return dropout(x, self.spec.output_dropout, self.training)

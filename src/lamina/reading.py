@@ -1,0 +1,93 @@
+"""Reading: from ids, padding mask, positions and documents, as a user gives them, to the tokens that layers see."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lamina.cache import Cache
+from lamina.errors import LaminaError
+from lamina.tokens import HOLE, Tokens, plain
+
+
+def read(
+    ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    marked: Tensor | None = None,
+    cache: Cache | None = None,
+) -> Tokens:
+    """The tokens of `ids` (B, T), which continue what is in `cache`.
+
+    Without `position_ids`, each document's real tokens count from 0 (padding on the left shifts nothing). Positions
+    that restart without `document_ids` begin a new document, so packed rows never see each other.
+    `attention_mask` is (B, T), or (B, cached + T), whose last T columns are read. Raises LaminaError for other shapes.
+    """
+    batch, length = ids.shape
+    mask = _mask(attention_mask, ids, cache)
+    for name, given in (("position_ids", position_ids), ("document_ids", document_ids), ("marked", marked)):
+        if given is not None and given.shape not in ((batch, length), (1, length)):
+            raise LaminaError(f"{name} has shape {tuple(given.shape)}; input_ids has {(batch, length)}")
+    if mask is None and position_ids is None and document_ids is None:
+        tokens = _plain(ids, cache)
+        return tokens if marked is None else Tokens(tokens.position, tokens.document, _rows(marked, ids).bool())
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    before = torch.zeros((batch, 1), dtype=torch.int64, device=ids.device) if cache is None else cache.next_position
+    document = torch.zeros_like(before) if cache is None else cache.document
+    latest = _latest_before(real)  # (B, T) column of the real token before this one, -1 where there is none
+    seen, column = latest >= 0, latest.clamp(min=0)
+    given = None if document_ids is None else _rows(document_ids, ids)
+    if position_ids is not None:
+        position = _rows(position_ids, ids)
+        previous = torch.where(seen, position.gather(1, column), before - 1)
+        restarts = (real & (position <= previous)).to(torch.int64).cumsum(1)
+        documents = document + restarts if given is None else given
+    else:
+        documents = document.expand(batch, length) if given is None else given
+        carried = documents if cache is None else document
+        previous = torch.where(seen, documents.gather(1, column), carried)
+        position = _count(real, real & (documents != previous), before)
+    marks = None if marked is None else _rows(marked, ids).bool()
+    return Tokens(torch.where(real, position, HOLE), documents, marks)
+
+
+def _plain(ids: Tensor, cache: Cache | None) -> Tokens:
+    batch, length = ids.shape
+    if cache is None:
+        return plain(batch, length, device=ids.device)
+    if cache.plain:
+        return plain(batch, length, start=cache.length, device=ids.device)
+    position = cache.next_position + torch.arange(length, device=ids.device)
+    return Tokens(position, cache.document.expand(batch, length))
+
+
+def _mask(mask: Tensor | None, ids: Tensor, cache: Cache | None) -> Tensor | None:
+    if mask is None:
+        return None
+    past = 0 if cache is None else cache.length
+    if mask.shape not in ((ids.shape[0], ids.shape[1]), (ids.shape[0], past + ids.shape[1])):
+        expected = f"{tuple(ids.shape)}" + (f" or {(ids.shape[0], past + ids.shape[1])}" if past else "")
+        raise LaminaError(f"attention_mask has shape {tuple(mask.shape)}; expected {expected}")
+    mask = mask[:, -ids.shape[1] :].bool()
+    # Looking at the data is free on the CPU, and lets a mask of ones take the fast path.
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
+        return None
+    return mask
+
+
+def _rows(given: Tensor, ids: Tensor) -> Tensor:
+    return given.expand(ids.shape)
+
+
+def _latest_before(real: Tensor) -> Tensor:
+    column = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    latest = torch.where(real, column, -1).cummax(dim=1).values
+    return torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1)
+
+
+def _count(real: Tensor, start: Tensor, before: Tensor) -> Tensor:
+    """Positions of real tokens: from 0 at each start, and on from `before` (B, 1) where none has come yet."""
+    count = real.to(torch.int64).cumsum(1)
+    base = torch.where(start, count - 1, -before).cummax(dim=1).values
+    return count - 1 - base

@@ -1,0 +1,243 @@
+"""Spec: a frozen piece of architecture, as data. It nests, compares, hashes, and reads and writes strict JSON.
+
+A spec says what a layer *is*; `build` makes the module. Nothing else about a run (dtype, device, backend) enters it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+from lamina.errors import LaminaError
+
+FORMAT = 1
+"""Number of the JSON form. A file with a larger number was written by a newer lamina and is refused."""
+
+_CLASSES: dict[str, type[Spec]] = {}
+S = TypeVar("S", bound="Spec")
+
+
+class _SpecType(type):
+    """Names the nearest field when a spec is made with a keyword it does not have."""
+
+    if not typing.TYPE_CHECKING:
+
+        def __call__(cls, **fields: Any) -> Any:
+            for name in fields:
+                if name not in cls.__dataclass_fields__:
+                    raise LaminaError(unknown(f"field of {cls.__name__}", name, cls.__dataclass_fields__))
+            for name, field in cls.__dataclass_fields__.items():
+                required = field.default is field.default_factory is dataclasses.MISSING
+                if required and name not in fields:
+                    raise LaminaError(f"{cls.__name__} needs {name}=")
+            return super().__call__(**fields)
+
+
+class Spec(metaclass=_SpecType):
+    """Base of every specification. Subclasses are `@dataclass(frozen=True, kw_only=True)` and register by class name."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        known = _CLASSES.get(cls.__name__)
+        if known is not None and known.__module__ != cls.__module__:
+            raise TypeError(f"two specs are called {cls.__name__}: in {known.__module__} and in {cls.__module__}")
+        _CLASSES[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            value = getattr(self, name)
+            if not _fits(value, hint):
+                raise LaminaError(f"{type(self).__name__}.{name} is {value!r}; it must be {_say(hint)}")
+        self.check()
+
+    def check(self) -> None:
+        """Raise LaminaError when fields contradict each other. Subclasses override it."""
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed. Unknown fields raise LaminaError naming the nearest one."""
+        for name in changes:
+            if name not in self.__dataclass_fields__:
+                raise LaminaError(unknown(f"field of {type(self).__name__}", name, self.__dataclass_fields__))
+        return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType]
+
+    def walk(self, path: str = "") -> Iterator[tuple[str, Spec]]:
+        """Yield (path, spec) of this spec and of every spec below it, outermost first."""
+        yield path, self
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            items = enumerate(value) if isinstance(value, tuple) else [(None, value)]
+            for index, item in items:
+                if isinstance(item, Spec):
+                    step = name if index is None else f"{name}.{index}"
+                    yield from item.walk(f"{path}.{step}" if path else step)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, nested, with the class name under "type"; runs of equal specs in a tuple are written once."""
+        return {"type": type(self).__name__} | {n: _encode(getattr(self, n)) for n in self.__dataclass_fields__}
+
+    def to_json(self) -> str:
+        """The spec as JSON text: every field, and the number of the format."""
+        return json.dumps({"format": FORMAT, **self.to_dict()}, indent=1)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "spec") -> Self:
+        """The inverse of `to_dict`. Raises LaminaError for unknown, missing or ill-typed fields."""
+        spec = _decode_spec(data, where)
+        if not isinstance(spec, cls):
+            raise LaminaError(f"{where} is a {type(spec).__name__}; a {cls.__name__} was expected")
+        return spec
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`. Raises LaminaError naming the field that is wrong, and the format if it is newer."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise LaminaError(f"spec is not JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise LaminaError(f"spec is a JSON {type(data).__name__}; an object was expected")
+        number = data.pop("format", None)
+        if type(number) is not int or not 1 <= number <= FORMAT:
+            raise LaminaError(f"spec has format {number!r}; this lamina reads formats 1 to {FORMAT}")
+        return cls.from_dict(data)
+
+
+def edit(spec: Spec, kind: type[S], change: Callable[[str, S], Spec], path: str = "") -> Any:
+    """A copy of `spec` in which every spec of class `kind` is replaced by `change(path, spec)`; inner ones first."""
+    changes: dict[str, Any] = {}
+    for name in spec.__dataclass_fields__:
+        value = getattr(spec, name)
+        below = f"{path}.{name}" if path else name
+        if isinstance(value, Spec):
+            new: Any = edit(value, kind, change, below)
+        elif isinstance(value, tuple):
+            new = tuple(
+                edit(v, kind, change, f"{below}.{i}") if isinstance(v, Spec) else v for i, v in enumerate(value)
+            )
+        else:
+            continue
+        if new != value:
+            changes[name] = new
+    spec = spec.replace(**changes) if changes else spec
+    return change(path, spec) if isinstance(spec, kind) else spec
+
+
+def diff(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """The (path, value in a, value in b) of every field in which two specs differ, in order."""
+    if isinstance(a, Spec) and type(a) is type(b):
+        rows = []
+        for name in a.__dataclass_fields__:
+            rows += diff(getattr(a, name), getattr(b, name), f"{path}.{name}" if path else name)
+        return rows
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+        return [row for i, (x, y) in enumerate(zip(a, b, strict=True)) for row in diff(x, y, f"{path}.{i}")]
+    return [] if a == b and type(a) is type(b) else [(path, a, b)]
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str | None:
+    """The known name most like `name`, or None."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
+
+
+def unknown(what: str, name: str, known: typing.Iterable[str]) -> str:
+    """The message for an unknown name: the nearest valid one, or the first few."""
+    known = list(known)
+    near = nearest(name, known)
+    hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
+    return f"unknown {what} {name!r}; {hint}"
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Spec):
+        return value.to_dict()
+    if not isinstance(value, tuple):
+        return value
+    items: list[Any] = []
+    for item in value:
+        code = _encode(item)
+        if isinstance(item, Spec) and items and isinstance(items[-1], dict) and items[-1].get("item") == code:
+            items[-1]["repeat"] += 1
+        elif isinstance(item, Spec) and len(value) > 1:
+            items.append({"repeat": 1, "item": code})
+        else:
+            items.append(code)
+    return items
+
+
+def _decode(data: Any, hint: Any, where: str) -> Any:
+    if isinstance(data, dict):
+        return _decode_spec(data, where)
+    if isinstance(data, list):
+        items: list[Any] = []
+        for i, item in enumerate(data):
+            if isinstance(item, dict) and set(item) == {"repeat", "item"}:
+                count = item["repeat"]
+                if type(count) is not int or not 1 <= count <= 10_000:
+                    raise LaminaError(f"{where}.{i}.repeat is {count!r}; it must be a number from 1 to 10000")
+                items += [_decode_spec(item["item"], f"{where}.{i}")] * count
+            else:
+                items.append(_decode(item, hint, f"{where}.{i}"))
+        return tuple(items)
+    if type(data) is int and hint is float:
+        return float(data)
+    return data
+
+
+def _decode_spec(data: Any, where: str) -> Spec:
+    if not isinstance(data, dict):
+        raise LaminaError(f"{where} is {data!r}; a spec (an object with a type) was expected")
+    data = dict(data)
+    name = data.pop("type", None)
+    if name not in _CLASSES:
+        raise LaminaError(f"{where}: {unknown('type of spec', str(name), _CLASSES)}")
+    kind = _CLASSES[name]
+    hints = _hints(kind)
+    for key in data:
+        if key not in hints:
+            raise LaminaError(f"{where}: {unknown(f'field of {name}', key, hints)}")
+    if missing := [key for key in hints if key not in data]:
+        raise LaminaError(f"{where}: {name} lacks the field {missing[0]!r}; every field is written in this format")
+    return kind(**{key: _decode(value, hints[key], f"{where}.{key}") for key, value in data.items()})
+
+
+@cache
+def _hints(kind: type[Spec]) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {name: hints[name] for name in kind.__dataclass_fields__}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, typing.get_args(hint)[0]) for v in value)
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is float:
+        return type(value) in (int, float) and value == value and abs(value) != float("inf")
+    if hint in (int, bool, str):
+        return type(value) is hint
+    return hint is Any or isinstance(value, hint)
+
+
+def _say(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_say(option) for option in typing.get_args(hint))
+    if origin is Literal:
+        return " or ".join(repr(option) for option in typing.get_args(hint))
+    if origin is tuple:
+        return f"a tuple of {_say(typing.get_args(hint)[0])}"
+    plain = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text", type(None): "None"}
+    return plain.get(hint) or f"a {getattr(hint, '__name__', hint)}"

@@ -1,0 +1,140 @@
+"""Weight maps: one table says how our parameters and a checkpoint's tensors correspond, and is read both ways.
+
+Sizes come from our own shapes, so every operation can be undone by construction. Rules run one at a time: loading and
+saving need the memory of the model and of one rule.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lamina.errors import CheckpointError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Same:
+    """One tensor, as it is."""
+
+    def load(self, theirs: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        return list(theirs)
+
+    def save(self, ours: Sequence[Tensor]) -> list[Tensor]:
+        return list(ours)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A matrix stored [in, out] (GPT-2's Conv1D); ours are [out, in]."""
+
+    def load(self, theirs: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        return [tensor.t().contiguous() for tensor in theirs]
+
+    def save(self, ours: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor.t().contiguous() for tensor in ours]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Several of ours stored as one, one after the other along the output (GPT-2's q, k, v); `turned` as in Turn."""
+
+    turned: bool = False
+
+    def load(self, theirs: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        whole = theirs[0].t() if self.turned and theirs[0].dim() == 2 else theirs[0]
+        return [part.contiguous() for part in whole.split([shape[0] for shape in shapes])]
+
+    def save(self, ours: Sequence[Tensor]) -> list[Tensor]:
+        whole = torch.cat(list(ours))
+        return [whole.t().contiguous() if self.turned and whole.dim() == 2 else whole]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Our names and theirs, with placeholders such as {i} for the number of a layer."""
+
+    ours: str | tuple[str, ...]
+    theirs: str | tuple[str, ...]
+    op: Same | Turn | Fused = field(default_factory=Same)
+
+
+@dataclass(frozen=True)
+class Move:
+    """A rule for particular tensors: what `load` reads and `save` writes."""
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    op: Same | Turn | Fused
+
+
+def bind(rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> list[Move]:
+    """The moves that fill every one of our names, each exactly once.
+
+    Raises CheckpointError naming our parameters that no rule covers or that two rules claim.
+    """
+    moves: list[Move] = []
+    taken: dict[str, Rule] = {}
+    for rule in rules:
+        ours = (rule.ours,) if isinstance(rule.ours, str) else rule.ours
+        theirs = (rule.theirs,) if isinstance(rule.theirs, str) else rule.theirs
+        pattern = _pattern(ours[0])
+        for name in shapes:
+            match = pattern.fullmatch(name)
+            if match is None:
+                continue
+            names = tuple(text.format(**match.groupdict()) for text in ours)
+            for one in names:
+                if one not in shapes:
+                    raise CheckpointError(f"a weight rule pairs {names[0]} with {one}, which this model does not have")
+                if one in taken:
+                    raise CheckpointError(f"two weight rules claim {one}: {taken[one].theirs} and {rule.theirs}")
+                taken[one] = rule
+            moves.append(Move(names, tuple(text.format(**match.groupdict()) for text in theirs), rule.op))
+    if missing := [name for name in shapes if name not in taken]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"no weight rule covers {missing[0]}{more}: this layout has no name for it")
+    return moves
+
+
+def their_shapes(moves: Iterable[Move], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The names and shapes that a checkpoint of this model has, found by running the moves on tensors without storage."""
+    result: dict[str, Shape] = {}
+    for move in moves:
+        tensors = move.op.save([torch.empty(shapes[name], device="meta") for name in move.ours])
+        result |= {name: tuple(tensor.shape) for name, tensor in zip(move.theirs, tensors, strict=True)}
+    return result
+
+
+def load(
+    moves: Iterable[Move],
+    shapes: Mapping[str, Shape],
+    read: Callable[[str], Tensor],
+    put: Callable[[str, Tensor], None],
+) -> None:
+    """Read their tensors rule by rule and hand ours to `put`."""
+    for move in moves:
+        ours = move.op.load([read(name) for name in move.theirs], [shapes[name] for name in move.ours])
+        for name, tensor in zip(move.ours, ours, strict=True):
+            assert tuple(tensor.shape) == tuple(shapes[name]), (name, tensor.shape, shapes[name])
+            put(name, tensor)
+
+
+def saver(moves: Iterable[Move], get: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """A function from their names to their tensors, which works one rule at a time from our tensors."""
+    by_name = {name: move for move in moves for name in move.theirs}
+
+    def read(name: str) -> Tensor:
+        move = by_name[name]
+        return move.op.save([get(one) for one in move.ours])[move.theirs.index(name)]
+
+    return read
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[0-9]+)", re.escape(template)))
