@@ -21,6 +21,7 @@ ROWS = (
     "__init__",
     "train retrieve serve conformance catalogue",
     "source",
+    "locate",
     "surgery families parallel generation accounting",
     "model",
     "reading",
@@ -28,7 +29,7 @@ ROWS = (
     "attend",
     "cache",
     "patterns",
-    "specs tokens weights dispatch text",
+    "specs tokens weights dispatch text packaged",
     "errors",
 )
 FLOOR = {name: floor for floor, row in enumerate(reversed(ROWS)) for name in row.split()}

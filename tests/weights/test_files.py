@@ -493,6 +493,32 @@ def test_directories_equal_those_of_save_pretrained(tmp_path: Path, shard_size: 
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+def test_shards_can_be_told_and_what_does_not_fit_is_split_anew(tmp_path: Path):
+    plan, tensors = one_plan()
+    told = {"second.safetensors": ["a"], "first.safetensors": ["b"]}
+    cases = {
+        "told": (told, 1, ["first.safetensors", "model.safetensors.index.json", "second.safetensors"]),
+        "one": ({"model.safetensors": ["b", "a"]}, 99, ["model.safetensors"]),
+        "other name": ({"other.safetensors": ["b", "a"]}, 99, ["model.safetensors"]),
+        "other tensors": (told | {"first.safetensors": ["b", "c"]}, 99, ["model.safetensors"]),
+        "empty shard": (told | {"third.safetensors": []}, 99, ["model.safetensors"]),
+        "twice": (told | {"third.safetensors": ["a"]}, 99, ["model.safetensors"]),
+    }
+    for name, (shards, size, files) in cases.items():
+        save_checkpoint(tmp_path / name, plan, tensors.__getitem__, shard_size=size, shards=shards)
+        assert sorted(contents(tmp_path / name)) == files, name
+        assert Checkpoint(tmp_path / name).entries == plan
+    too_large = {"model.safetensors": ["b", "a"]}
+    save_checkpoint(tmp_path / "split", plan, tensors.__getitem__, shard_size=16, shards=too_large)
+    assert len(Checkpoint(tmp_path / "split").files) == 2
+
+
+def test_extra_files_may_lie_in_a_folder(tmp_path: Path):
+    plan, tensors = one_plan()
+    save_checkpoint(tmp_path, plan, tensors.__getitem__, extra_files={"1_Pooling/config.json": b"{}", "a.json": b"[]"})
+    assert sorted(contents(tmp_path)) == ["1_Pooling/config.json", "a.json", "model.safetensors"]
+
+
 def one_plan(value: float = 1.0) -> tuple[dict[str, Entry], dict[str, torch.Tensor]]:
     tensors = {"a": torch.full((4,), value), "b": torch.full((3,), value)}
     return plan_of(tensors), tensors
@@ -682,7 +708,19 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_one_and_a_living_one_i
 
 def test_names_of_extra_files(tmp_path: Path):
     plan, tensors = one_plan()
-    for name in ("", "..", "../x", "a/b", "a\0", "model.safetensors", "model.safetensors.index.json"):
+    for name in (
+        "",
+        "..",
+        "../x",
+        "a/../x",
+        "/a",
+        "a/",
+        "a//b",
+        "a/b/c",
+        "a\0",
+        "model.safetensors",
+        "model.safetensors.index.json",
+    ):
         with pytest.raises(CheckpointError, match="extra file"):
             save_checkpoint(tmp_path / "m", plan, tensors.__getitem__, extra_files={name: b""})
     with pytest.raises(CheckpointError, match="no tensors to save"):

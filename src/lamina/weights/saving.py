@@ -57,13 +57,13 @@ def save_checkpoint(
 ) -> None:
     """Writes a directory as transformers' `save_pretrained` would: one file, or shards of `shard_size` and an index.
 
-    Tensors go to shards in the order of `plan`, or as `shards` (names by file) says where that lists exactly the plan.
-    `extra_files` (config.json, 1_Pooling/config.json, ...) go beside them. `parameters` is what the index says of their number, by default the items of all tensors. The directory appears whole or not at all.
-    One that is there and not empty is refused, or, with `force`, replaced if it is a checkpoint.
+    Tensors go to shards in the order of `plan`, or as `shards` (names by file) says where that lists exactly the plan
+    and keeps to `shard_size`. `extra_files` (config.json, 1_Pooling/config.json, ...) go beside them. `parameters` is
+    what the index says of their number, by default the items of all tensors. The directory appears whole or not at
+    all. One that is there and not empty is refused, or, with `force`, replaced if it is a checkpoint.
     """
     target = Path(os.path.realpath(directory))
-    told = _told(plan, shards, shard_size) if shards is not None else None
-    files_of = _split(plan, shard_size) if told is None else told
+    files_of = _told(plan, shards or {}, shard_size) or _split(plan, shard_size)
     _check_names(extra_files, files_of)
     _check_target(target, force)
     files = dict(extra_files)
@@ -79,6 +79,7 @@ def save_checkpoint(
             with open(partial / name, "xb") as file:
                 file.write(content)
                 _flush(file)
+            _sync((partial / name).parent)
         _sync(partial)
         _install(partial, target, force)
         _sync(target.parent)
@@ -86,12 +87,13 @@ def save_checkpoint(
 
 def _told(plan: Plan, shards: Mapping[str, Iterable[str]], shard_size: int) -> dict[str, Plan] | None:
     """The plan divided as `shards` says; None where that is not the same tensors, or a file would be too large."""
-    divided = {file: {name: plan[name] for name in names if name in plan} for file, names in shards.items()}
-    if sum(map(len, divided.values())) != len(plan) or set().union(*divided.values()) != set(plan):
+    names = [name for part in shards.values() for name in part]
+    if sorted(names) != sorted(plan) or (len(shards) == 1 and "model.safetensors" not in shards):
         return None
-    sizes = [sum(entry.nbytes for entry in part.values()) for part in divided.values()]
-    fits = all(size <= shard_size or len(part) == 1 for size, part in zip(sizes, divided.values(), strict=True))
-    return divided if fits and (len(divided) > 1 or list(divided) == ["model.safetensors"]) else None
+    divided: dict[str, Plan] = {file: {name: plan[name] for name in part} for file, part in shards.items()}
+    sizes = {file: sum(entry.nbytes for entry in part.values()) for file, part in divided.items()}
+    fits = all(part and (len(part) == 1 or sizes[file] <= shard_size) for file, part in divided.items())
+    return divided if fits else None
 
 
 def _split(plan: Plan, shard_size: int) -> dict[str, Plan]:
