@@ -69,11 +69,10 @@ def imported(path: Path, tree: ast.AST | None = None) -> Iterator[tuple[int, str
 
 
 def member(name: str) -> str:
-    """The row member that `lamina.x.y` comes from: x where that is a module, else the public names of lamina itself."""
+    """The row member that `lamina.x.y` comes from: x where that is one, else the public names of lamina."""
     parts = name.split(".")
     inner = parts[1] if len(parts) > 1 else ""
-    exists = (SOURCE / inner).is_dir() or (SOURCE / f"{inner}.py").is_file()
-    return inner if inner and exists else "__init__"
+    return inner if inner in FLOOR else "__init__"
 
 
 def upward(path: Path, tree: ast.AST | None = None) -> Iterator[str]:
