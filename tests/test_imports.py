@@ -21,6 +21,8 @@ ROWS = (
     "__init__",
     "train retrieve serve conformance catalogue",
     "source",
+    "filling exporting",
+    "opening",
     "locate",
     "surgery families parallel generation accounting",
     "model",

@@ -1,4 +1,4 @@
-"""lamina: every layer of every transformer language model, as one part that you can read, load, swap, train and serve."""
+"""lamina: every layer of every transformer language model, one part each, to read, load, swap, train and serve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lamina raises when a user's input is wrong: one clear line that names the file or field, the value and the remedy."""
+"""What lamina raises when a user's input is wrong: one line that names the file or field, the value and the remedy."""
 
 
 class LaminaError(ValueError):

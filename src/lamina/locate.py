@@ -61,7 +61,7 @@ def locate(source: str | os.PathLike[str]) -> Located:
 def _hub(name: str) -> Path:
     """The directory of a repository's snapshot. Only weights, configuration and text files are taken, never code."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
     try:

@@ -84,6 +84,7 @@ class Model(nn.Module):
         super().__init__()
         self.spec = spec
         self.origin: Any = None  # where it was loaded from, as `lamina.source` keeps it
+        self.engine: Any = None  # a compiled decoding step, as `lamina.generation.compiled` makes it
         self.embedding = spec.embedding.build(spec.width)
         self.encoder = None if spec.encoder is None else spec.encoder.build(spec.width)
         self.decoder = None if spec.decoder is None else spec.decoder.build(spec.width)
@@ -92,7 +93,7 @@ class Model(nn.Module):
         self.labels = None if spec.labels is None else spec.labels.build(spec.width)
         for name, module in self.named_modules():
             if hasattr(module, "path"):
-                module.path = name
+                module.path = name  # pyright: ignore[reportArgumentType]
         attentions = [part for _, part in (spec.decoder or spec).walk() if isinstance(part, AttentionSpec)]
         limits = [part.rotary.limit for part in attentions if part.rotary is not None and part.rotary.limit]
         self.cache_limit = min(limits, default=None)
@@ -113,7 +114,7 @@ class Model(nn.Module):
     def new_cache(self, kind: str = "auto", batch: int = 1, capacity: int | None = None) -> Cache:
         """An empty cache for `batch` rows; `capacity` in tokens is needed for "fixed" and optional for "sinks".
 
-        Raises UnsupportedError for an unknown kind, for models without a decoder, and for a kind that a layer cannot use.
+        Raises UnsupportedError for an unknown kind, a model without a decoder, and a kind that a layer cannot use.
         """
         if kind not in KINDS:
             raise UnsupportedError(unknown("kind of cache", kind, KINDS))

@@ -40,7 +40,7 @@ class _SpecType(type):
 
 
 class Spec(metaclass=_SpecType):
-    """Base of every specification. Subclasses are `@dataclass(frozen=True, kw_only=True)` and register by class name."""
+    """Base of every specification. Subclasses are frozen, keyword-only dataclasses and register by class name."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -97,7 +97,7 @@ class Spec(metaclass=_SpecType):
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The inverse of `to_json`. Raises LaminaError naming the field that is wrong, and the format if it is newer."""
+        """The inverse of `to_json`. Raises LaminaError naming the field that is wrong, or a newer format."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:

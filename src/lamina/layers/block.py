@@ -113,8 +113,10 @@ class Sum(nn.Module):
         self.branches = nn.ModuleDict({branch.name: Branch(branch, width) for branch in spec.branches})
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        outputs = [branch(x, call) for branch in self.branches.values()]
-        return sum(outputs[1:], outputs[0])
+        first, *others = (branch(x, call) for branch in self.branches.values())
+        for other in others:
+            first = first + other
+        return first
 
 
 class Layer(nn.ModuleDict):

@@ -103,7 +103,7 @@ def bind(rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> list[Move]:
 
 
 def their_shapes(moves: Iterable[Move], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The names and shapes that a checkpoint of this model has, found by running the moves on tensors without storage."""
+    """The names and shapes in a checkpoint of this model, found by running the moves on tensors without storage."""
     result: dict[str, Shape] = {}
     for move in moves:
         tensors = move.op.save([torch.empty(shapes[name], device="meta") for name in move.ours])

@@ -1,0 +1,161 @@
+"""Opening a checkpoint: which family it is, what its spec is, and its tensors under the names of the weight table."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamina.errors import CheckpointError, LaminaError
+from lamina.families import FAMILIES, Family, Fields, family
+from lamina.locate import Located
+from lamina.model import ModelSpec
+from lamina.specs import unknown
+from lamina.weights.files import Checkpoint, read_json
+from lamina.weights.rules import Rule
+
+NATIVE = "spec.json"
+"""The file that makes a directory one of the native layout."""
+
+
+@dataclass
+class Origin:
+    """Where a model was loaded from, and what is needed to write it back as it was."""
+
+    located: Located
+    family: Family | None  # None: native layout
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: bytes | None = None  # config.json as it stands on disk; None for GGUF files
+    bare: bool = False  # the tensors lack the family's prefix
+    twins: tuple[str, ...] = ()  # tied tensors that the file stores a second time
+    extras: dict[str, Tensor] = field(default_factory=dict)  # buffers without weights, kept to be written back
+    shards: dict[str, list[str]] | None = None  # which tensors shared a file
+    metadata: dict[str, str] | None = None  # of the safetensors files
+    generation: dict[str, Any] = field(default_factory=dict)  # generation_config.json
+    initialised: list[str] = field(default_factory=list)  # parameters the file lacked, with allow_missing
+
+
+@dataclass
+class Opened:
+    """A checkpoint that has been opened and understood, but not read."""
+
+    spec: ModelSpec
+    checkpoint: Any  # entries: dict[str, Entry]; read(name) -> Tensor
+    rules: tuple[Rule, ...]
+    origin: Origin
+
+
+def open_source(located: Located) -> Opened:
+    if located.kind == "gguf":
+        from lamina.families.gguf import GGUFCheckpoint
+
+        checkpoint: Any = GGUFCheckpoint(located.path)
+        return _understand(located, checkpoint, checkpoint.config, None)
+    directory = located.path if located.path.is_dir() else located.path.parent
+    if (directory / NATIVE).is_file():
+        try:
+            spec = ModelSpec.from_json((directory / NATIVE).read_text(encoding="utf-8"))
+        except (LaminaError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{directory / NATIVE}: {error}") from None
+        checkpoint = Checkpoint(located.path)
+        origin = Origin(located, None, generation=_generation(directory))
+        names = tuple(Rule(name, name) for name, _ in spec.build(device="meta").named_parameters())
+        return Opened(spec, checkpoint, names, origin)
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"{directory} holds neither config.json (Hugging Face layout) nor spec.json (native layout)"
+        )
+    config = read_json(directory / "config.json")
+    opened = _understand(located, Checkpoint(located.path), config, (directory / "config.json").read_bytes())
+    opened.origin.generation = _generation(directory)
+    return opened
+
+
+def _understand(located: Located, checkpoint: Any, config: dict[str, Any], text: bytes | None) -> Opened:
+    """Choose the family, and bring the names of the file to those that its weight table has."""
+    model_type = config.get("model_type")
+    where = str(located.path if located.path.is_file() else located.path / "config.json")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        remote = "; its own code (auto_map) is never run" if "auto_map" in config else ""
+        raise CheckpointError(f"{where}: {unknown('model_type', str(model_type), FAMILIES)}{remote}")
+    chosen = family(model_type)
+    names = {_renamed(name, chosen.renamed): name for name in checkpoint.entries}
+    bare = bool(chosen.base) and not any(name.startswith(chosen.base) for name in names)
+    if bare:
+        heads = {rule.theirs for rule in chosen.weights if isinstance(rule.theirs, str)}
+        names = {name if name in heads else chosen.base + name: stored for name, stored in names.items()}
+    try:
+        spec = chosen.spec(Fields(config, frozenset(names), where))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}" if where not in str(error) else str(error)) from None
+    origin = Origin(located, chosen, config, text, bare)
+    if isinstance(checkpoint, Checkpoint):
+        origin.shards = {file: list(shard.entries) for file, shard in checkpoint.shards.items()}
+        origin.metadata = checkpoint.metadata
+    view = _Renamed(checkpoint, names)
+    origin.extras = {
+        name: view.read(name) for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in chosen.ignored)
+    }
+    spec = _settle_twins(spec, chosen, view, origin)
+    return Opened(spec, view, chosen.weights, origin)
+
+
+class _Renamed:
+    """A checkpoint under the names of the weight table."""
+
+    def __init__(self, checkpoint: Any, names: Mapping[str, str]) -> None:
+        self.checkpoint, self.names = checkpoint, names
+        self.entries = {name: checkpoint.entries[stored] for name, stored in names.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self.checkpoint.read(self.names[name])
+
+
+def _settle_twins(spec: ModelSpec, chosen: Family, view: _Renamed, origin: Origin) -> ModelSpec:
+    """Tensors that the configuration calls tied but the file stores twice: equal ones are noted, others are untied."""
+    if spec.head is None or not spec.head.tied:
+        return spec
+    for twin, original in chosen.aliases.items():
+        if twin not in view.entries or original not in view.entries:
+            continue
+        if view.entries[twin].shape == view.entries[original].shape and torch.equal(
+            view.read(twin), view.read(original)
+        ):
+            origin.twins += (twin,)
+        else:
+            warnings.warn(
+                f"{origin.located.path}: the configuration ties {twin} to {original}, but the file holds different"
+                " values; they are kept apart (tied=False)",
+                stacklevel=4,
+            )
+            return spec.replace(head=spec.head.replace(tied=False))
+    return spec
+
+
+def _renamed(name: str, endings: Mapping[str, str]) -> str:
+    for old, new in endings.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def _generation(directory: Path) -> dict[str, Any]:
+    path = directory / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer inside a GGUF file."""
+    from lamina.text import from_gguf
+    from lamina.weights.gguf import GGUFFile
+
+    with GGUFFile(path) as file:
+        return from_gguf(file.metadata)
