@@ -52,6 +52,10 @@ class ModelSpec(Spec):
     def check(self) -> None:
         if self.width < 1 or (self.encoder is None and self.decoder is None):
             raise LaminaError(f"a model needs width >= 1 (it is {self.width}) and an encoder or a decoder")
+        if self.encoder is not None and self.decoder is not None:
+            raise UnsupportedError(
+                "a model with an encoder and a decoder needs cross-attention, which is not built yet"
+            )
 
     def build(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, seed: int = 0) -> Model:
         """The module, in training mode: without storage on "meta", else initialised from `seed`."""
@@ -135,6 +139,9 @@ class Model(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_output: Tensor | None = None,
         marked: Tensor | None = None,
         cache: Cache | None = None,
         record: Record | None = None,
@@ -147,11 +154,20 @@ class Model(nn.Module):
         attention_mask: (B, T), 1 for tokens and 0 for padding, on either side. position_ids: (B, T); where they
         restart, a new document begins. document_ids: (B, T); documents do not see each other. token_type_ids: (B, T)
         segments. marked: (B, T), the prefix of a prefix-LM. cache: from `new_cache`; it is extended. record: what to
-        write down. backend: of attention, by name. keep_logits: only for that many last positions.
+        write down. backend: of attention, by name. keep_logits: only for that many last positions. The decoder_ and
+        encoder_ arguments are those of encoder-decoders, and refused elsewhere.
         """
         if wrong:
             known = [name for name in Model.forward.__annotations__ if name not in ("wrong", "return")]
             raise LaminaError(unknown("argument of a model", next(iter(wrong)), known))
+        decoding = {
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+            "encoder_output": encoder_output,
+        }
+        for name, given in decoding.items():
+            if given is not None:
+                raise UnsupportedError(f"{name} is for encoder-decoders; this model has only one stack: use input_ids")
         if input_ids.dim() != 2:
             raise LaminaError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, length)")
         if cache is not None:
