@@ -652,6 +652,25 @@ def test_replacing_without_the_swap_of_the_system(tmp_path: Path, monkeypatch: p
     assert sorted(contents(tmp_path)) == ["m/model.safetensors", "m/new.txt"]
 
 
+def test_a_new_directory_that_cannot_take_the_place_of_the_old_one_gives_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plan, tensors = one_plan()
+    save_checkpoint(tmp_path / "m", plan, tensors.__getitem__, extra_files={"old.txt": b"old"})
+    before, rename = contents(tmp_path), os.rename
+
+    def refuse(one: Path, other: Path) -> None:
+        if (other.name, ".old." in one.name) == ("m", False):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(one, other)
+
+    monkeypatch.setattr(saving, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(CheckpointError, match="cannot be written: Input/output error; nothing was changed"):
+        save_checkpoint(tmp_path / "m", plan, tensors.__getitem__, force=True)
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("swap", [True, False])
 def test_of_two_writers_at_once_one_wins_and_nothing_is_mixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: bool
