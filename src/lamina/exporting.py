@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lamina.errors import LaminaError, UnsupportedError
@@ -49,18 +50,18 @@ def save(
         files[NATIVE] = model.spec.to_json().encode()
     else:
         chosen, config = exportable(model.spec, None if origin is None else origin.family)
-        bare = (
-            origin.bare
-            if origin is not None and origin.family is chosen
-            else model.spec.head is None and bool(chosen.base)
-        )
-        moves = _bare(rules.bind(chosen.weights, shapes), chosen.base if bare else "")
-        files["config.json"] = _config_text(model, chosen, config)
+        origin = origin if origin is not None and origin.family is chosen else None
+        moves = rules.bind(chosen.rules(model.spec), shapes)
+        written = {name: parameters[move.ours[0]].dtype for move in moves for name in move.theirs}
+        files["config.json"] = _config_text(model, chosen, config, written, origin)
+        called = _called(model.spec, chosen, origin, written)
+        moves = [Move(move.ours, tuple(map(called, move.theirs)), move.op) for move in moves]
         shards = None if origin is None else origin.shards
     read = rules.saver(moves, lambda name: parameters[name].detach())
     dtypes = {theirs: parameters[move.ours[0]].dtype for move in moves for theirs in move.theirs}
     plan = {n: Entry(n, dtypes[n], shape) for n, shape in rules.their_shapes(moves, shapes).items()}
-    read = _with_extras(model, format, plan, read)
+    if format == "hf":
+        read = _with_extras(model.spec, chosen, origin, called, plan, read)
     more: dict[str, Any] = {} if origin is None or origin.metadata is None else {"metadata": origin.metadata}
     save_checkpoint(directory, plan, read, shard_size=shard_size, shards=shards, extra_files=files, force=force, **more)
 
@@ -68,12 +69,14 @@ def save(
 def exportable(spec: ModelSpec, preferred: Family | None = None) -> tuple[Family, dict[str, Any]]:
     """The family whose layout says exactly this spec, and the configuration. Raises UnsupportedError naming a field."""
     reasons: list[str] = []
+    shapes = {name: tuple(p.shape) for name, p in spec.build(device="meta").named_parameters()}
     candidates = [preferred] if preferred is not None else []
     candidates += [family(name) for name in FAMILIES if preferred is None or name != preferred.model_type]
     for one in candidates:
         try:
             config = one.config(spec)
-            back = one.spec(Fields(config, where=f"{one.model_type} config"))
+            names = frozenset(name for move in rules.bind(one.rules(spec), shapes) for name in move.theirs)
+            back = one.spec(Fields(config, names, f"{one.model_type} config"))
         except (LaminaError, AttributeError, ValueError) as error:
             reasons.append(str(error))
             continue
@@ -84,47 +87,50 @@ def exportable(spec: ModelSpec, preferred: Family | None = None) -> tuple[Family
     raise UnsupportedError(f"not exportable to the Hugging Face layout: {reasons[0]}; save with format='native'")
 
 
-def _bare(moves: list[Move], base: str) -> list[Move]:
-    """The moves with `base` taken off their names."""
-    return [Move(m.ours, tuple(name.removeprefix(base) for name in m.theirs), m.op) for m in moves] if base else moves
+def _called(spec: ModelSpec, chosen: Family, origin: Origin | None, written: Mapping[str, Any]) -> Callable[[str], str]:
+    """What the new file calls each tensor: what the old one did where it had them all, else today's names."""
+    if origin is not None and written.keys() <= origin.stored.keys():
+        return lambda name: origin.stored[name].name
+    bare = spec.head is None and spec.labels is None if origin is None else origin.bare
+    return lambda name: name.removeprefix(chosen.base) if bare else name
 
 
 def _with_extras(
-    model: Model, format: str, plan: dict[str, Entry], read: Callable[[str], Tensor]
+    spec: ModelSpec,
+    chosen: Family,
+    origin: Origin | None,
+    called: Callable[[str], str],
+    plan: dict[str, Entry],
+    read: Callable[[str], Tensor],
 ) -> Callable[[str], Tensor]:
-    """Add to `plan` what the source stored beside the weights: buffers, and second copies of tied tensors."""
-    origin: Origin | None = model.origin
-    if origin is None or format != "hf" or origin.family is None:
-        return read
-    base = origin.family.base if origin.bare else ""
-    extra = {name.removeprefix(base): tensor for name, tensor in origin.extras.items()}
-    if model.spec.head is not None and model.spec.head.tied:
-        for twin in origin.twins:
-            extra[twin.removeprefix(base)] = read(origin.family.aliases[twin].removeprefix(base))
+    """Add to `plan` what the source stored beside the weights: unused tensors, and second copies of tied ones."""
+    extra: dict[str, Tensor] = {}
+    if origin is None:  # transformers asks for both of two names, also where one is not used
+        extra = {one: read(twin) for twin, one in chosen.aliases.items() if twin in plan and one not in plan}
+    else:
+        extra = {called(name): tensor for name, tensor in origin.extras.items()}
+        if spec.head is not None and spec.head.tied:
+            extra |= {called(twin): read(called(chosen.aliases[twin])) for twin in origin.twins}
     for name, tensor in extra.items():
         plan[name] = Entry(name, tensor.dtype, tuple(tensor.shape))
     return lambda name: extra[name] if name in extra else read(name)
 
 
-def _config_text(model: Model, chosen: Family, config: dict[str, Any]) -> bytes:
+def _config_text(
+    model: Model, chosen: Family, config: dict[str, Any], written: Mapping[str, torch.dtype], origin: Origin | None
+) -> bytes:
     """config.json: as it was where it still says the truth, else ours with what we do not interpret carried over."""
-    origin: Origin | None = model.origin
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     carried: dict[str, Any] = {}
-    if origin is not None and origin.family is chosen:
+    if origin is not None:
+        kept = all(n in origin.stored and origin.stored[n].dtype == dtype for n, dtype in written.items())
         said = origin.config.get("dtype", origin.config.get("torch_dtype"))
-        names = frozenset(
-            name for rule in chosen.weights for name in ([rule.theirs] if isinstance(rule.theirs, str) else ())
-        )
-        if origin.config_text is not None and said in (None, dtype) and _says(chosen, origin.config, names, model.spec):
+        fields = Fields(origin.config, frozenset(written))
+        if origin.config_text is not None and (kept or said in (None, dtype)) and chosen.spec(fields) == model.spec:
             return origin.config_text
         old = ("rope_theta", "rope_scaling", "rope_local_base_freq", "torch_dtype", "quantization_config")
         carried = {name: value for name, value in origin.config.items() if name not in old}
     return (json.dumps({**carried, **config, "dtype": dtype}, indent=2) + "\n").encode()
-
-
-def _says(chosen: Family, config: dict[str, Any], names: frozenset[str], spec: ModelSpec) -> bool:
-    return any(chosen.spec(Fields(config, known)) == spec for known in (None, names))
 
 
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "1_Pooling/config.json")

@@ -28,6 +28,7 @@ def fill(
     entries = opened.checkpoint.entries
     where = opened.origin.located.path
     missing = [name for name in wanted if name not in entries]
+    opened.origin.extras = {n: tensor for n, tensor in opened.origin.extras.items() if n not in wanted}
     known = {*wanted, *opened.origin.extras, *opened.origin.twins}
     unexpected = [name for name in entries if name not in known]
     if missing and not allow_missing:

@@ -192,7 +192,7 @@ class Model(nn.Module):
             first = tokens.real.to(torch.int8).argmax(dim=1)
             out.pooled = self.pooler(hidden[torch.arange(hidden.shape[0], device=hidden.device), first])
         if self.labels is not None:
-            out.label_logits = self.labels(hidden if self.labels.spec.tokens else out.pooled)
+            out.label_logits = self.labels(hidden if self.labels.spec.each_token else out.pooled)
             if self.head is None:
                 out.logits = out.label_logits
         return out

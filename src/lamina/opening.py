@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lamina.families import FAMILIES, Family, Fields, family
 from lamina.locate import Located
 from lamina.model import ModelSpec
 from lamina.specs import unknown
-from lamina.weights.files import Checkpoint, read_json
+from lamina.weights.files import Checkpoint, Entry, read_json
 from lamina.weights.rules import Rule
 
 NATIVE = "spec.json"
@@ -33,8 +34,9 @@ class Origin:
     config: dict[str, Any] = field(default_factory=dict)
     config_text: bytes | None = None  # config.json as it stands on disk; None for GGUF files
     bare: bool = False  # the tensors lack the family's prefix
-    twins: tuple[str, ...] = ()  # tied tensors that the file stores a second time
-    extras: dict[str, Tensor] = field(default_factory=dict)  # buffers without weights, kept to be written back
+    stored: dict[str, Entry] = field(default_factory=dict)  # what the file calls each tensor, and its dtype
+    twins: tuple[str, ...] = ()  # tensors that the file stores a second time
+    extras: dict[str, Tensor] = field(default_factory=dict)  # what is not used, kept to be written back
     shards: dict[str, list[str]] | None = None  # which tensors shared a file
     metadata: dict[str, str] | None = None  # of the safetensors files
     generation: dict[str, Any] = field(default_factory=dict)  # generation_config.json
@@ -85,7 +87,7 @@ def _understand(located: Located, checkpoint: Any, config: dict[str, Any], text:
         remote = "; its own code (auto_map) is never run" if "auto_map" in config else ""
         raise CheckpointError(f"{where}: {unknown('model_type', str(model_type), FAMILIES)}{remote}")
     chosen = family(model_type)
-    names = {_renamed(name, chosen.renamed): name for name in checkpoint.entries}
+    names = _renamed(checkpoint.entries, chosen, where)
     bare = bool(chosen.base) and not any(name.startswith(chosen.base) for name in names)
     if bare:
         heads = {rule.theirs for rule in chosen.weights if isinstance(rule.theirs, str)}
@@ -96,8 +98,13 @@ def _understand(located: Located, checkpoint: Any, config: dict[str, Any], text:
         raise
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}" if where not in str(error) else str(error)) from None
+    if spec.head is not None and spec.head.tied:
+        for twin, original in chosen.aliases.items():
+            if twin in names and original not in names:  # its writer kept the other one of the two
+                names[original] = names.pop(twin)
     origin = Origin(located, chosen, config, text, bare)
     if isinstance(checkpoint, Checkpoint):
+        origin.stored = {name: checkpoint.entries[stored] for name, stored in names.items()}
         origin.shards = {file: list(shard.entries) for file, shard in checkpoint.shards.items()}
         origin.metadata = checkpoint.metadata
     view = _Renamed(checkpoint, names)
@@ -105,7 +112,7 @@ def _understand(located: Located, checkpoint: Any, config: dict[str, Any], text:
         name: view.read(name) for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in chosen.ignored)
     }
     spec = _settle_twins(spec, chosen, view, origin)
-    return Opened(spec, view, chosen.weights, origin)
+    return Opened(spec, view, chosen.rules(spec), origin)
 
 
 class _Renamed:
@@ -120,11 +127,10 @@ class _Renamed:
 
 
 def _settle_twins(spec: ModelSpec, chosen: Family, view: _Renamed, origin: Origin) -> ModelSpec:
-    """Tensors that the configuration calls tied but the file stores twice: equal ones are noted, others are untied."""
-    if spec.head is None or not spec.head.tied:
-        return spec
+    """Tensors that the file stores twice: equal ones are noted. A head that the configuration calls tied, and that
+    differs from the embedding, is untied."""
     for twin, original in chosen.aliases.items():
-        if twin not in view.entries or original not in view.entries:
+        if twin not in view.entries or original not in view.entries or spec.head is None or not spec.head.tied:
             continue
         if view.entries[twin].shape == view.entries[original].shape and torch.equal(
             view.read(twin), view.read(original)
@@ -140,11 +146,17 @@ def _settle_twins(spec: ModelSpec, chosen: Family, view: _Renamed, origin: Origi
     return spec
 
 
-def _renamed(name: str, endings: Mapping[str, str]) -> str:
-    for old, new in endings.items():
-        if name.endswith(old):
-            return name.removesuffix(old) + new
-    return name
+def _renamed(entries: Iterable[str], chosen: Family, where: str) -> dict[str, str]:
+    """The names that the weight table has -> those of the file."""
+    names: dict[str, str] = {}
+    for stored in entries:
+        name = stored
+        for old, new in chosen.renamed:
+            name = re.sub(old, new, name)
+        if name in names:
+            raise CheckpointError(f"{where}: {stored} and {names[name]} are the same tensor, {name}")
+        names[name] = stored
+    return names
 
 
 def _generation(directory: Path) -> dict[str, Any]:

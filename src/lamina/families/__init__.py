@@ -9,11 +9,17 @@ from lamina.families.family import Family, Fields
 from lamina.specs import unknown
 
 FAMILIES = {
+    "bert": "bert:BERT",
+    "gemma": "gemma:GEMMA",
+    "gemma2": "gemma:GEMMA2",
+    "gemma3_text": "gemma:GEMMA3",
+    "gemma3": "gemma:GEMMA3_MULTIMODAL",
     "gpt2": "gpt2:GPT2",
     "llama": "llama:LLAMA",
     "mistral": "llama:MISTRAL",
     "qwen2": "llama:QWEN2",
     "qwen3": "llama:QWEN3",
+    "roberta": "bert:ROBERTA",
 }
 """model_type -> module:name. A family is imported when it is asked for."""
 

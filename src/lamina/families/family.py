@@ -1,4 +1,4 @@
-"""Family: how one model type of the Hugging Face layout is read into a spec and written back. A function and a table."""
+"""Family: how a model type of the Hugging Face layout is read into a spec and written back. A function and a table."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ class Family:
     spec: Callable[[Fields], ModelSpec]
     config: Callable[[ModelSpec], dict[str, Any]]
     weights: tuple[Rule, ...]
+    heads: Callable[[ModelSpec], tuple[Rule, ...]] = lambda spec: ()  # rules that differ from head to head: BERT's
     base: str = ""  # the prefix that checkpoints with a head have and bare ones lack: "model.", "bert."
-    aliases: Mapping[str, str] = field(default_factory=dict)  # tied twins that some files store too: theirs -> theirs
-    ignored: tuple[str, ...] = ()  # name patterns of buffers that carry no weights
-    renamed: Mapping[str, str] = field(default_factory=dict)  # endings of old files -> endings now: .gamma -> .weight
+    aliases: Mapping[str, str] = field(default_factory=dict)  # twins that some files store too: theirs -> theirs
+    ignored: tuple[str, ...] = ()  # name patterns of what is kept but not used: buffers, Gemma 3's vision tower
+    renamed: tuple[tuple[str, str], ...] = ()  # names of old files: (regular expression, what stands there now)
     sizes: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # published sizes, as configurations
+
+    def rules(self, spec: ModelSpec) -> tuple[Rule, ...]:
+        """The whole weight table of one of its models."""
+        return self.weights + self.heads(spec)
 
 
 class Fields:
@@ -36,6 +41,10 @@ class Fields:
         self, config: Mapping[str, Any], names: frozenset[str] | None = None, where: str = "config.json"
     ) -> None:
         self.config, self.names, self.where = config, names, where
+
+    def over(self, defaults: Mapping[str, Any]) -> Fields:
+        """The same, where the configuration leaves out what equals the family's defaults; null stays null."""
+        return Fields({**defaults, **self.config}, self.names, self.where)
 
     def __contains__(self, name: str) -> bool:
         return self.config.get(name) is not None

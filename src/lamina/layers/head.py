@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,16 +52,20 @@ class PoolerSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelHeadSpec(Spec):
-    """A linear layer over labels: of the pooled sequence (BERT's classifier, next-sentence prediction), or of each
-    token (named entities)."""
+    """A linear layer over labels: of the pooled sequence, or of each token."""
 
     labels: int
-    tokens: bool = False  # True: one result a token
+    task: Literal["sequence", "next_sentence", "token", "span"] = "sequence"  # span: where an answer starts and ends
     dropout: float = 0.0  # before it
 
     def check(self) -> None:
         if self.labels < 1 or not 0 <= self.dropout <= 1:
             raise LaminaError(f"labels={self.labels} must be at least 1, dropout={self.dropout} within 0 and 1")
+
+    @property
+    def each_token(self) -> bool:
+        """Whether there is one result a token; else there is one a row, from the pooled sequence."""
+        return self.task in ("token", "span")
 
     def build(self, width: int) -> LabelHead:
         return LabelHead(self, width)

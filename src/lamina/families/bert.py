@@ -1,0 +1,289 @@
+"""BERT (arXiv:1810.04805) and RoBERTa (arXiv:1907.11692): post-norm encoders with learned positions, and their heads.
+
+The head is what the file holds: an encoder with or without pooler, masked LM, pre-training (masked LM and next
+sentence), next sentence alone, sequence or token classification, or question answering.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, need, special_config
+from lamina.layers import (
+    AttentionSpec,
+    EmbeddingSpec,
+    FeedForwardSpec,
+    LabelHeadSpec,
+    LanguageHeadSpec,
+    LayerNormSpec,
+    LayerSpec,
+    LearnedPositionSpec,
+    PoolerSpec,
+    SegmentSpec,
+    StackSpec,
+    StepSpec,
+    TransformSpec,
+)
+from lamina.model import ModelSpec
+from lamina.patterns import Everything
+from lamina.weights.rules import Rule
+
+Task = Literal["sequence", "next_sentence", "token", "span"]
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """Where RoBERTa differs from BERT."""
+
+    model_type: str
+    name: str  # of the classes
+    special: tuple[int | None, int | None, int | None]
+    positions: int  # default of max_position_embeddings
+    language: str  # prefix of the masked-LM head
+    transform: tuple[str, str]  # its dense layer and its norm
+
+    @property
+    def base(self) -> str:
+        return f"{self.model_type}."
+
+
+BERT_FLAVOUR = Flavour(
+    "bert", "Bert", (None, None, 0), 512, "cls.predictions.", ("transform.dense", "transform.LayerNorm")
+)
+ROBERTA_FLAVOUR = Flavour("roberta", "Roberta", (0, 2, 1), 512, "lm_head.", ("dense", "layer_norm"))
+
+TASKS: dict[str, Task] = {
+    "ForNextSentencePrediction": "next_sentence",
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "token",
+    "ForQuestionAnswering": "span",
+}
+
+
+def spec(fields: Fields, flavour: Flavour) -> ModelSpec:
+    """config.json, and the names of the tensors where there are any -> spec."""
+    fields.must("position_embedding_type", "absolute")
+    fields.must("is_decoder", False)
+    fields.must("add_cross_attention", False)
+    width, heads = fields.count("hidden_size", 768), fields.count("num_attention_heads", 12)
+    if width % heads:
+        raise ValueError(f"{fields.where}: hidden_size={width} is not a multiple of num_attention_heads={heads}")
+    roberta = flavour is ROBERTA_FLAVOUR
+    special = fields.special(*flavour.special)
+    if roberta and special.pad is None:
+        raise ValueError(f"{fields.where}: pad_token_id is null; RoBERTa counts positions from it")
+    offset = special.pad + 1 if roberta and special.pad is not None else 0
+    rows = fields.count("max_position_embeddings", flavour.positions)
+    if rows <= offset:
+        raise ValueError(f"{fields.where}: max_position_embeddings={rows}; the first {offset} rows are not positions")
+    norm = LayerNormSpec(eps=fields.number("layer_norm_eps", 1e-12))
+    rate = fields.number("hidden_dropout_prob", 0.1)
+    attention = AttentionSpec(
+        heads=heads,
+        key_heads=heads,
+        head_dim=width // heads,
+        pattern=Everything(),
+        bias="all",
+        dropout=fields.number("attention_probs_dropout_prob", 0.1),
+    )
+    act = fields.choice("hidden_act", ACTIVATIONS, "gelu")
+    feedforward = FeedForwardSpec(hidden=fields.count("intermediate_size", 3072), act=act, gated=False, bias=True)
+    layer = LayerSpec(
+        steps=(
+            StepSpec(name="attention", op=attention, after=norm, dropout=rate),
+            StepSpec(name="feedforward", op=feedforward, after=norm, dropout=rate),
+        )
+    )
+    language, pooled, task = _parts(fields, flavour)
+    labels_rate = fields.number("classifier_dropout", rate)
+    transform = TransformSpec(act="gelu" if roberta else act, norm=norm)
+    head = LanguageHeadSpec(tied=fields.flag("tie_word_embeddings", True), bias=True, transform=transform)
+    return ModelSpec(
+        width=width,
+        embedding=EmbeddingSpec(vocabulary=fields.count("vocab_size", 30522), padding=special.pad),
+        encoder=StackSpec(
+            layers=(layer,) * fields.layers(),
+            position=LearnedPositionSpec(size=rows - offset, offset=offset),
+            segment=SegmentSpec(count=fields.count("type_vocab_size", 2)),
+            input_norm=norm,
+            dropout=rate,
+        ),
+        head=head if language else None,
+        pooler=PoolerSpec(dropout=labels_rate if roberta and task == "sequence" else 0.0) if pooled else None,
+        labels=None if task is None else _labels(fields, task, labels_rate),
+        context=rows - offset,
+        special=special,
+    )
+
+
+def _parts(fields: Fields, flavour: Flavour) -> tuple[bool, bool, Task | None]:
+    """Whether there is a language head and a pooler, and which labels: as the tensors say, else the architecture."""
+    said = fields.config.get("architectures") or [f"{flavour.name}Model"]
+    kind = str(said[0]).removeprefix(flavour.name)
+    if fields.names is None:
+        if kind not in ("Model", "ForMaskedLM", "ForPreTraining", *TASKS):
+            known = ", ".join(("Model", "ForMaskedLM", "ForPreTraining", *TASKS))
+            raise ValueError(f"{fields.where}: architectures is {said}; known here: {flavour.name} with {known}")
+        task = "next_sentence" if kind == "ForPreTraining" else TASKS.get(kind)
+        language = kind in ("ForMaskedLM", "ForPreTraining")
+        return language, kind == "Model" or task in ("sequence", "next_sentence"), task
+    language = any(name.startswith(flavour.language) for name in fields.names)
+    if any(name.startswith("cls.seq_relationship.") for name in fields.names):
+        return language, True, "next_sentence"
+    if language:
+        return True, False, None
+    if "qa_outputs.weight" in fields.names:
+        return False, False, "span"
+    if "classifier.out_proj.weight" in fields.names:
+        return False, True, "sequence"
+    if "classifier.weight" in fields.names:
+        by_token = kind == "ForTokenClassification" or flavour is ROBERTA_FLAVOUR
+        return (False, False, "token") if by_token else (False, True, "sequence")
+    return False, f"{flavour.base}pooler.dense.weight" in fields.names, None
+
+
+def _labels(fields: Fields, task: Task, rate: float) -> LabelHeadSpec:
+    if task in ("next_sentence", "span"):
+        return LabelHeadSpec(labels=2, task=task)
+    named = fields.config.get("id2label")
+    count = fields.count("num_labels", len(named) if isinstance(named, dict) and named else 2)
+    return LabelHeadSpec(labels=count, task=task, dropout=rate)
+
+
+def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
+    """spec -> config.json."""
+    stack = spec.encoder
+    need(stack is not None and len(stack.layers[0].steps) == 2, "encoder.layers", "are not attention, feedforward")
+    assert stack is not None
+    attention, feedforward = (step.op for step in stack.layers[0].steps)
+    need(isinstance(attention, AttentionSpec), "encoder.layers.0.steps.0.op", f"is a {type(attention).__name__}")
+    need(isinstance(feedforward, FeedForwardSpec), "encoder.layers.0.steps.1.op", f"is a {type(feedforward).__name__}")
+    need(isinstance(stack.position, LearnedPositionSpec), "encoder.position", "is not learned")
+    need(isinstance(stack.input_norm, LayerNormSpec), "encoder.input_norm", "is not a LayerNorm")
+    need(stack.segment is not None, "encoder.segment", "is None")
+    assert isinstance(attention, AttentionSpec) and isinstance(feedforward, FeedForwardSpec)
+    assert isinstance(stack.position, LearnedPositionSpec) and isinstance(stack.input_norm, LayerNormSpec)
+    assert stack.segment is not None
+    said = {
+        "model_type": flavour.model_type,
+        "architectures": [flavour.name + _kind(spec)],
+        "vocab_size": spec.embedding.vocabulary,
+        "hidden_size": spec.width,
+        "num_hidden_layers": len(stack.layers),
+        "num_attention_heads": attention.heads,
+        "intermediate_size": feedforward.hidden,
+        "hidden_act": activation_name(feedforward.act),
+        "hidden_dropout_prob": stack.dropout,
+        "attention_probs_dropout_prob": attention.dropout,
+        "max_position_embeddings": stack.position.size + stack.position.offset,
+        "type_vocab_size": stack.segment.count,
+        "layer_norm_eps": stack.input_norm.eps,
+        "tie_word_embeddings": spec.head is None or spec.head.tied,
+        **special_config(spec.special),
+    }
+    if spec.labels is not None and spec.labels.task in ("sequence", "token"):
+        said |= {"num_labels": spec.labels.labels, "classifier_dropout": spec.labels.dropout}
+    return said
+
+
+def _kind(spec: ModelSpec) -> str:
+    task = None if spec.labels is None else spec.labels.task
+    if spec.head is not None:
+        need(task in (None, "next_sentence"), "labels", f"are of a {task} beside a language head")
+        return "ForMaskedLM" if task is None else "ForPreTraining"
+    return "Model" if task is None else next(name for name, one in TASKS.items() if one == task)
+
+
+E = "encoder.layers.{i}."
+
+
+def _weights(base: str) -> tuple[Rule, ...]:
+    inner = base + "encoder.layer.{i}."
+    pairs = (
+        *((f"{E}attention.op.{p}", f"{inner}attention.self.{n}") for p, n in zip("qkv", ("query", "key", "value"))),
+        (f"{E}attention.op.o", f"{inner}attention.output.dense"),
+        (f"{E}attention.after", f"{inner}attention.output.LayerNorm"),
+        (f"{E}feedforward.op.up", f"{inner}intermediate.dense"),
+        (f"{E}feedforward.op.down", f"{inner}output.dense"),
+        (f"{E}feedforward.after", f"{inner}output.LayerNorm"),
+        ("encoder.input_norm", f"{base}embeddings.LayerNorm"),
+    )
+    return (
+        Rule("embedding.weight", f"{base}embeddings.word_embeddings.weight"),
+        Rule("encoder.position.weight", f"{base}embeddings.position_embeddings.weight"),
+        Rule("encoder.segment.weight", f"{base}embeddings.token_type_embeddings.weight"),
+        *(Rule(f"{ours}.{p}", f"{theirs}.{p}") for ours, theirs in pairs for p in ("weight", "bias")),
+    )
+
+
+def heads(spec: ModelSpec, flavour: Flavour) -> tuple[Rule, ...]:
+    """The names of a pooler, a language head and a label head, which depend on each other."""
+    task = None if spec.labels is None else spec.labels.task
+    inside = flavour is ROBERTA_FLAVOUR and task == "sequence"  # RoBERTa's classifier has its own dense layer
+    labels = {"next_sentence": "cls.seq_relationship", "span": "qa_outputs"}.get(task or "", "classifier")
+    dense, norm = flavour.transform
+    pairs = (
+        ("pooler.dense", "classifier.dense" if inside else f"{flavour.base}pooler.dense"),
+        ("labels.dense", "classifier.out_proj" if inside else labels),
+        ("head.transform.dense", flavour.language + dense),
+        ("head.transform.norm", flavour.language + norm),
+    )
+    # A tied head keeps its bias beside the decoder; an untied one inside it, and the other is not used.
+    untied = spec.head is not None and not spec.head.tied
+    return (
+        *(Rule(f"{ours}.{p}", f"{theirs}.{p}") for ours, theirs in pairs for p in ("weight", "bias")),
+        Rule("head.weight", f"{flavour.language}decoder.weight"),
+        Rule("head.bias", f"{flavour.language}decoder.bias" if untied else f"{flavour.language}bias"),
+    )
+
+
+def _family(flavour: Flavour, sizes: dict[str, dict[str, Any]]) -> Family:
+    language, base = flavour.language, flavour.base
+    return Family(
+        model_type=flavour.model_type,
+        spec=partial(spec, flavour=flavour),
+        config=partial(config, flavour=flavour),
+        weights=_weights(base),
+        heads=partial(heads, flavour=flavour),
+        base=base,
+        aliases={
+            f"{language}decoder.weight": f"{base}embeddings.word_embeddings.weight",
+            f"{language}decoder.bias": f"{language}bias",
+        },
+        ignored=(f"{base}embeddings.position_ids", f"{base}pooler.dense.*", f"{language}bias"),
+        renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
+        sizes=sizes,
+    )
+
+
+def _size(layers: int, width: int, heads: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "vocab_size": vocabulary,
+        **more,
+    }
+
+
+R = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+
+BERT = _family(
+    BERT_FLAVOUR,
+    {
+        "bert/base-uncased": _size(12, 768, 12, 30522),
+        "bert/base-cased": _size(12, 768, 12, 28996),
+        "bert/large-uncased": _size(24, 1024, 16, 30522),
+        "bert/large-cased": _size(24, 1024, 16, 28996),
+    },
+)
+ROBERTA = _family(
+    ROBERTA_FLAVOUR,
+    {
+        "roberta/base": _size(12, 768, 12, 50265, **R),
+        "roberta/large": _size(24, 1024, 16, 50265, **R),
+    },
+)

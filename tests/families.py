@@ -1,0 +1,244 @@
+"""The table of tiny reference models: one row a family and head, in which every feature bites.
+
+Widths are odd or share no factor, key heads differ from heads, heads are wider than width / heads, windows are shorter
+than the text and differ from layer to layer, soft-caps bend the scores, and weights are large enough that a mistake
+shows: with transformers' own initial values (0.02) most mistakes would not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import lamina
+
+VOCABULARY = 97
+LENGTH = 13
+TOLERANCE = 1e-5
+"""Of float32 against float32, for numbers of size one; larger ones in proportion."""
+
+DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 36,
+    "intermediate_size": 50,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 96,
+    "pad_token_id": None,  # with one, transformers gives its row no gradient
+}
+ENCODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 36,
+    "intermediate_size": 50,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 40,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
+EARLY = {name: value for name, value in DECODER.items() if name != "head_dim"}
+GEMMA = DECODER | {"pad_token_id": 0, "rms_norm_eps": 1e-3}
+LABELS = {"id2label": {0: "north", 1: "east", 2: "south"}, "label2id": {"north": 0, "east": 1, "south": 2}}
+ROBERTA = ENCODER | {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def rope(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 300.0, **more}}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tiny reference model."""
+
+    name: str
+    model: str  # class of transformers
+    config: str  # class of its configuration
+    fields: dict[str, Any] = field(hash=False)
+    more: dict[str, Any] = field(default_factory=dict, hash=False)  # arguments of the model class
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _rows(model: str, config: str, rows: dict[str, dict[str, Any]]) -> list[Row]:
+    return [Row(name, model, config, fields) for name, fields in rows.items()]
+
+
+ROWS = [
+    *_rows("GPT2LMHeadModel", "GPT2Config", {
+        "gpt2": {"vocab_size": VOCABULARY, "n_positions": 40, "n_embd": 36, "n_layer": 3, "n_head": 3, "n_inner": 50,
+                 "bos_token_id": 1, "eos_token_id": 96},
+        "gpt2-unscaled": {"vocab_size": VOCABULARY, "n_positions": 40, "n_embd": 15, "n_layer": 2, "n_head": 3,
+                          "scale_attn_weights": False, "activation_function": "relu", "bos_token_id": 1,
+                          "eos_token_id": 96},
+    }),
+    *_rows("LlamaForCausalLM", "LlamaConfig", {
+        "llama": DECODER | {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3},
+        "llama-tied": DECODER | {"tie_word_embeddings": True, "num_key_value_heads": 6, "head_dim": 6},
+        "llama-mqa": DECODER | {"num_key_value_heads": 1, "head_dim": 12},
+        "llama-linear": DECODER | rope("linear", factor=4.0),
+        "llama-dynamic": DECODER | {"max_position_embeddings": 9} | rope("dynamic", factor=4.0),
+        "llama-yarn": DECODER | rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0),
+        "llama-yarn-mscale": DECODER | rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.3,
+                                            mscale_all_dim=0.7, truncate=False),
+        "llama-llama3": DECODER | rope("llama3", factor=4.0, original_max_position_embeddings=16, low_freq_factor=1.0,
+                                       high_freq_factor=4.0),
+        "llama-longrope": DECODER | rope("longrope", original_max_position_embeddings=9, factor=7.0,
+                                         short_factor=[1.0, 1.5, 2.0, 2.5, 3.0], long_factor=[2.0, 4.0, 5.0, 6.0, 7.0]),
+    }),
+    *_rows("LlamaModel", "LlamaConfig", {"llama-bare": DECODER}),
+    *_rows("MistralForCausalLM", "MistralConfig", {
+        "mistral": DECODER | {"sliding_window": 5},
+        "mistral-full": DECODER | {"sliding_window": None},
+    }),
+    *_rows("Qwen2ForCausalLM", "Qwen2Config", {
+        "qwen2": EARLY | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1,
+                          "tie_word_embeddings": True},
+    }),
+    *_rows("Qwen3ForCausalLM", "Qwen3Config", {
+        "qwen3": DECODER | {"attention_bias": True},
+        "qwen3-windows": DECODER | {"use_sliding_window": True, "sliding_window": 4, "layer_types": MIXED},
+    }),
+    *_rows("GemmaForCausalLM", "GemmaConfig", {
+        "gemma": GEMMA | {"num_key_value_heads": 1},
+        "gemma-bias": GEMMA | {"attention_bias": True, "tie_word_embeddings": False},
+    }),
+    *_rows("Gemma2ForCausalLM", "Gemma2Config", {
+        "gemma2": GEMMA | {"sliding_window": 5, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 0.7,
+                           "final_logit_softcapping": 1.5},
+        "gemma2-uncapped": GEMMA | {"sliding_window": 4, "layer_types": MIXED[::-1], "attn_logit_softcapping": None,
+                                    "final_logit_softcapping": None, "query_pre_attn_scalar": 10},
+    }),
+    *_rows("Gemma3ForCausalLM", "Gemma3TextConfig", {
+        "gemma3": GEMMA | {"sliding_window": 5, "query_pre_attn_scalar": 7, "num_hidden_layers": 4,
+                           "layer_types": [*MIXED, "full_attention"],
+                           "rope_parameters": {
+                               "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+                               "sliding_attention": {"rope_type": "default", "rope_theta": 10.0}}},
+        "gemma3-capped": GEMMA | {"sliding_window": 4, "final_logit_softcapping": 1.5, "attention_bias": True},
+    }),
+    *_rows("BertModel", "BertConfig", {"bert": ENCODER | {"layer_norm_eps": 1e-3}}),
+    Row("bert-no-pooler", "BertModel", "BertConfig", ENCODER, {"add_pooling_layer": False}),
+    *_rows("BertForMaskedLM", "BertConfig", {
+        "bert-mlm": ENCODER | {"hidden_act": "gelu_new", "type_vocab_size": 3},
+        "bert-mlm-untied": ENCODER | {"tie_word_embeddings": False},
+    }),
+    *_rows("BertForPreTraining", "BertConfig", {"bert-pretraining": ENCODER}),
+    *_rows("BertForNextSentencePrediction", "BertConfig", {"bert-next": ENCODER}),
+    *_rows("BertForSequenceClassification", "BertConfig", {"bert-sequence": ENCODER | LABELS}),
+    *_rows("BertForTokenClassification", "BertConfig", {"bert-token": ENCODER | {"num_labels": 5}}),
+    *_rows("BertForQuestionAnswering", "BertConfig", {"bert-span": ENCODER}),
+    *_rows("RobertaModel", "RobertaConfig", {"roberta": ROBERTA | {"layer_norm_eps": 1e-3}}),
+    *_rows("RobertaForMaskedLM", "RobertaConfig", {
+        "roberta-mlm": ROBERTA | {"hidden_act": "relu", "pad_token_id": 3},
+        "roberta-mlm-untied": ROBERTA | {"tie_word_embeddings": False},
+    }),
+    *_rows("RobertaForSequenceClassification", "RobertaConfig", {"roberta-sequence": ROBERTA | LABELS}),
+    *_rows("RobertaForTokenClassification", "RobertaConfig", {"roberta-token": ROBERTA | {"num_labels": 1}}),
+    *_rows("RobertaForQuestionAnswering", "RobertaConfig", {"roberta-span": ROBERTA}),
+]  # fmt: skip
+
+
+class Case:
+    """A row come true: the reference in memory, its files, and ours read from them. Tests do not change any of it."""
+
+    def __init__(self, row: Row, folder: Path) -> None:
+        self.row, self.folder = row, folder / row.name
+
+    @cached_property
+    def theirs(self) -> Any:
+        model = reference(self.row)
+        model.save_pretrained(self.folder)
+        return model
+
+    @cached_property
+    def ours(self) -> lamina.Model:
+        return lamina.load(self.source)
+
+    @property
+    def source(self) -> Path:
+        assert self.theirs is not None  # they write the files
+        return self.folder
+
+    @property
+    def decoder(self) -> bool:
+        return self.ours.decoder is not None
+
+    @property
+    def offset(self) -> int:
+        """What transformers' position ids start from: RoBERTa counts from the id of padding."""
+        return getattr(self.ours.spec.encoder and self.ours.spec.encoder.position, "offset", 0)
+
+    @cached_property
+    def ids(self) -> torch.Tensor:
+        """(2, LENGTH) ids that are neither padding nor an end."""
+        return tokens(2, LENGTH, seed=1)
+
+    def segments(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Random token_type_ids for a model that has them."""
+        stack = self.ours.spec.encoder
+        if stack is None or stack.segment is None:
+            return {}
+        generator = torch.Generator().manual_seed(5)
+        return {"token_type_ids": torch.randint(0, stack.segment.count, ids.shape, generator=generator)}
+
+
+def tokens(batch: int, length: int, seed: int) -> torch.Tensor:
+    return torch.randint(4, VOCABULARY - 1, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def reference(row: Row, **changes: Any) -> Any:
+    """The model of transformers, with weights that make each feature bite."""
+    config = getattr(transformers, row.config)(**{**row.fields, **changes})
+    model = getattr(transformers, row.model)._from_config(config, attn_implementation="eager", **row.more).eval()
+    generator = torch.Generator().manual_seed(7)
+    centre = 0.0 if "Gemma" in row.model else 1.0
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            norm = any(word in name.lower() for word in ("norm", "ln_"))
+            if norm and name.endswith("weight"):
+                parameter.copy_(centre + 0.3 * noise)
+            else:
+                parameter.copy_(noise * (0.3 if parameter.dim() > 1 else 0.2))
+    return model
+
+
+def row(name: str) -> Row:
+    return next(one for one in ROWS if one.name == name)
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
+    """Within `tolerance` of numbers of size one, or in proportion to larger ones."""
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    return bool((ours - theirs).abs().max() <= tolerance * max(1.0, float(theirs.abs().max())))
+
+
+def same_files(one: Path, other: Path) -> list[str]:
+    """Names of the files in which two directories differ."""
+    names = sorted({path.name for path in [*one.iterdir(), *other.iterdir()]})
+    return [
+        name
+        for name in names
+        if not ((one / name).is_file() and (other / name).is_file())
+        or (one / name).read_bytes() != (other / name).read_bytes()
+    ]
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change config.json in a directory."""
+    said = json.loads((folder / "config.json").read_text())
+    change(said)
+    (folder / "config.json").write_text(json.dumps(said, indent=2))
