@@ -1,0 +1,381 @@
+"""What a model costs: parameters, arithmetic, cache. Counted by building it on the meta device and running it there.
+
+There is no formula beside the model: parameters are those of the built module, a FLOP is one that a matrix product of
+the real forward or backward asks for (2 m n k each), a cache byte one that the model's own cache holds. Tensors on the
+meta device have shapes and no storage, so 405 billion parameters and 131,072 tokens cost nothing to count.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from lamina.cache import Cache, GrowingLedger, RingLedger, Slot
+from lamina.errors import LaminaError
+from lamina.layers import BranchSpec, LayerSpec, StackSpec, StepSpec, SumSpec
+from lamina.model import Model, ModelSpec, Output
+from lamina.source import spec as spec_of
+from lamina.specs import Spec, unknown
+from lamina.words import say, span
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+def _same(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    shape = list(tensors[0].shape)
+    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    return torch.empty(shape, dtype=tensors[0].dtype, device="meta")
+
+
+aten = torch.ops.aten
+ALIKE = {
+    aten._safe_softmax.default: _same,
+    aten._softmax_backward_data.default: _same,
+    aten.cat.default: _cat,
+    aten.mean.dim: aten.sum.dim_IntList,
+    aten.roll.default: _same,
+    aten.tril.default: _same,
+}
+"""Stand-ins with the same shapes for operations whose meta kernels import torch's compiler, which takes a second."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One part of a model. The numbers are those of all its `repeat` copies together; a row holds its `parts`' sums."""
+
+    name: str  # "embedding", "decoder.layers.0-29"; within `parts` from there on: "attention", "op"
+    what: str  # the spec in words
+    repeat: int
+    parameters: int
+    active_parameters: int
+    flops: int  # of the prefill
+    flops_per_token: int
+    flops_train_per_token: int
+    cache_bytes: int
+    parts: tuple[Row, ...] = ()
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a model costs at a batch, a context and a dtype."""
+
+    parameters: int  # tied ones once
+    active_parameters: int  # those that a token uses: all, but for experts that were not chosen
+    flops_prefill: int  # reading batch x context tokens, with the logits of all of them
+    flops_per_token: int  # one more token at the end of a full context, from the cache; an encoder: prefill by tokens
+    flops_train_per_token: int  # forward and backward, by tokens
+    cache_bytes: int  # keys and values of batch x context tokens; windows keep min(context, window)
+    weight_bytes: int
+    batch: int
+    context: int
+    dtype: str
+    rows: tuple[Row, ...]
+
+
+def account(
+    model: ModelSpec | Model | str | os.PathLike[str],
+    batch: int = 1,
+    context: int | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+) -> Account:
+    """Count a spec, a model, or any SOURCE.
+
+    context: None takes the spec's own. dtype, of weights and cache: None takes that of a model, and bfloat16 for specs.
+    Raises LaminaError where the context is unknown, or longer than the model can read.
+    """
+    if isinstance(model, Model):
+        spec, dtype = model.spec, next(model.parameters()).dtype if dtype is None else dtype
+    else:
+        spec = model if isinstance(model, ModelSpec) else spec_of(model)
+    chosen = _dtype(dtype)
+    context = _context(spec, batch, context)
+    small, repeats = _reduced(spec)
+    built = small.build(device="meta", dtype=chosen).eval()
+    tally = _Tally(built, repeats, batch, batch * context)
+    _measure(tally, built, batch, context)
+    rows = tuple(_rows(built, spec, tally))
+    return Account(
+        parameters=tally.parameters["total"],
+        active_parameters=tally.parameters["total"] - tally.idle["total"],
+        flops_prefill=tally.forward["total"],
+        flops_per_token=tally.per_token("total"),
+        flops_train_per_token=round(tally.train["total"] / (batch * context)),
+        cache_bytes=tally.cache["total"],
+        weight_bytes=tally.parameters["total"] * chosen.itemsize,
+        batch=batch,
+        context=context,
+        dtype=str(chosen).removeprefix("torch."),
+        rows=rows,
+    )
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = "bfloat16" if dtype is None else dtype
+    if name not in DTYPES:
+        raise LaminaError(unknown("dtype", name, DTYPES))
+    return DTYPES[name]
+
+
+def _context(spec: ModelSpec, batch: int, context: int | None) -> int:
+    context = spec.context if context is None else context
+    if context is None:
+        raise LaminaError("this model does not say how long its context is: give context=")
+    for name, value in (("batch", batch), ("context", context)):
+        if type(value) is not int or value < 1:
+            raise LaminaError(f"{name} is {value!r}; it must be a whole number of 1 or more")
+    widest = max([spec.width, spec.embedding.vocabulary])
+    if batch * context * max(context, 8) * widest >= 2**62:
+        raise LaminaError(f"batch={batch} times context={context} is beyond what tensors can count")
+    return context
+
+
+def _reduced(spec: ModelSpec) -> tuple[ModelSpec, dict[str, list[list[int]]]]:
+    """The spec with each distinct layer once, and, by stack, the numbers of the layers that each of them stands for.
+
+    Equal specs build equal layers, and a layer's forward depends on its spec alone: multiplying is exact.
+    """
+    repeats: dict[str, list[list[int]]] = {}
+    for name in ("encoder", "decoder"):
+        stack: StackSpec | None = getattr(spec, name)
+        if stack is not None:
+            places: dict[LayerSpec, list[int]] = {}
+            for i, layer in enumerate(stack.layers):
+                places.setdefault(layer, []).append(i)
+            repeats[name] = list(places.values())
+            spec = spec.replace(**{name: stack.replace(layers=tuple(places))})
+    return spec, repeats
+
+
+class _Tally:
+    """Counts by the path of the part, for one copy of it; under "total" for the whole model, copies multiplied."""
+
+    def __init__(self, model: Model, repeats: dict[str, list[list[int]]], batch: int, tokens: int) -> None:
+        self.repeats, self.batch, self.tokens = repeats, batch, tokens
+        self.parameters: Counter[str] = Counter()
+        self.idle: Counter[str] = Counter()  # parameters that a token does not use
+        self.forward: Counter[str] = Counter()
+        self.train: Counter[str] = Counter()
+        self.step: Counter[str] = Counter()
+        self.cache: Counter[str] = Counter()
+        for name, parameter in model.named_parameters():
+            self.add(self.parameters, name, parameter.numel())
+        for name, module in model.named_modules():
+            idle: Callable[[], int] | None = getattr(module, "idle", None)  # as a layer of experts declares it
+            if idle is not None:
+                self.add(self.idle, name, idle())
+
+    def add(self, counter: Counter[str], path: str, count: int) -> None:
+        """Count for the part at `path`, for everything that it is a part of, and for the model."""
+        names = path.split(".")
+        for end in range(1, len(names) + 1):
+            counter[".".join(names[:end])] += count
+        counter["total"] += count * self.copies(path)
+
+    def per_token(self, path: str) -> int:
+        """FLOPs for a token of one copy of a part: of the step, or of the prefill where there is no cache."""
+        stepped = self.step["total"] > 0
+        return round(self.step[path] / self.batch if stepped else self.forward[path] / self.tokens)
+
+    def copies(self, path: str) -> int:
+        """How often the part at `path` is in the model."""
+        stack, _, rest = path.partition(".")
+        layers, _, rest = rest.partition(".")
+        return len(self.repeats[stack][int(rest.split(".")[0])]) if layers == "layers" and rest else 1
+
+
+class _Products(TorchDispatchMode):
+    """Counts the FLOPs of matrix products by the part that is running; in the backward, by the part that made the node.
+
+    As torch.utils.flop_counter.FlopCounterMode, whose formulas it uses, but without the compiler, whose import would
+    take longer than everything else here, and with the backward told apart by layers.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __init__(self, tally: _Tally, counter: Counter[str]) -> None:
+        super().__init__()
+        self.tally, self.counter = tally, counter
+        self.running: list[str] = [""]
+        self.marks: list[tuple[int, str]] = [(0, "")]  # from this autograd node on, it is this part
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = _elementwise(func, args, kwargs)
+        if result is None:
+            result = ALIKE.get(func, func)(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            node = torch._C._current_autograd_node()  # pyright: ignore[reportAttributeAccessIssue]
+            path = self.running[-1] if node is None else self._part_of(node._sequence_nr())
+            self.tally.add(self.counter, path, formula(*args, **kwargs, out_val=result))
+        return result
+
+    def enter(self, path: str) -> None:
+        self._now(path)
+        self.running.append(path)
+
+    def leave(self) -> None:
+        self.running.pop()
+        self._now(self.running[-1])
+
+    def _now(self, path: str) -> None:
+        self.marks.append((torch.autograd._get_sequence_nr(), path))  # pyright: ignore[reportPrivateImportUsage]
+
+    def _part_of(self, number: int) -> str:
+        return self.marks[bisect.bisect_right(self.marks, number, key=lambda mark: mark[0]) - 1][1]
+
+
+def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What an elementwise operation gives on the meta device, found by doing it to one element; None for others.
+
+    Exact, and cheaper than torch's own meta kernels for these, which import its compiler.
+    """
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    if torch.Tag.pointwise not in func.tags or func._schema.is_mutable:
+        return None
+    if not all(tensor.is_meta or tensor.dim() == 0 for tensor in tensors) or not any(t.is_meta for t in tensors):
+        return None
+    ones = [torch.ones((1,) * a.dim(), dtype=a.dtype) if isinstance(a, Tensor) else a for a in args]
+    one = func(*ones, **kwargs)
+    if not isinstance(one, Tensor) or any(isinstance(value, Tensor) for value in kwargs.values()):
+        return None
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+    return torch.empty(shape, dtype=one.dtype, device="meta")
+
+
+@contextmanager
+def _counting(model: Model, tally: _Tally, counter: Counter[str]) -> Iterator[None]:
+    """Count the products of what runs inside."""
+    mode = _Products(tally, counter)
+    handles = []
+    for name, module in model.named_modules():
+        if name:
+            handles.append(module.register_forward_pre_hook(lambda module, args, name=name: mode.enter(name)))
+            handles.append(module.register_forward_hook(lambda module, args, result: mode.leave()))
+    try:
+        with mode:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _measure(tally: _Tally, model: Model, batch: int, context: int) -> None:
+    """Run the model on the meta device: forward and backward over the whole context, then one step from the cache."""
+    ids = torch.empty((batch, context), dtype=torch.int64, device="meta")
+    with _counting(model, tally, tally.forward), torch.no_grad():
+        _run(model, ids)
+    with _counting(model, tally, tally.train):
+        _scalar(_run(model, ids)).backward()
+    if model.decoder is None:
+        return
+    model.cache_limit = None  # of values, not of shapes: counting goes beyond it
+    cache = model.new_cache("auto", batch)
+    memory = None
+    if context > 1:
+        with _counting(model, tally, Counter()), torch.no_grad():
+            memory = _run(model, ids[:, :-1], cache, source=ids).encoder_output
+    with _counting(model, tally, tally.step), torch.no_grad():
+        _run(model, ids[:, :1], cache, source=ids, memory=memory)
+    for path, slot in cache.slots.items():
+        tally.add(tally.cache, path, _held(slot, cache.length))
+
+
+def _run(
+    model: Model, ids: Tensor, cache: Cache | None = None, source: Tensor | None = None, memory: Tensor | None = None
+) -> Output:
+    if model.encoder is None or model.decoder is None:
+        return model(ids, cache=cache)
+    return model(ids if source is None else source, decoder_input_ids=ids, encoder_output=memory, cache=cache)
+
+
+def _scalar(out: Output) -> Tensor:
+    results = [out.logits, out.label_logits, out.pooled]
+    wanted = [result for result in results if result is not None] or [out.hidden]
+    total = wanted[0].sum()
+    for result in wanted[1:]:
+        total = total + result.sum()
+    return total
+
+
+def _held(slot: Slot, length: int) -> int:
+    """Bytes of the keys and values that a slot holds after `length` tokens, without the room to grow into."""
+    if slot.key is None:
+        return 0
+    places = slot.key.shape[2]
+    if isinstance(slot.ledger, GrowingLedger):
+        return slot.bytes() // places * length
+    if isinstance(slot.ledger, RingLedger):
+        return slot.bytes() // places * min(places - 1, length)  # one place is spare, for padding
+    return slot.bytes()
+
+
+def _rows(model: Model, spec: ModelSpec, tally: _Tally) -> Iterator[Row]:
+    """The parts of a model, in the order in which a token meets them."""
+    for name, module in model.named_children():
+        if name in ("encoder", "decoder"):
+            for part, inner in module.named_children():
+                if part != "layers":
+                    yield _row(tally, f"{name}.{part}", f"{name}.{part}", getattr(module.spec, part, inner))
+                    continue
+                for i, layer in enumerate(module.spec.layers):  # pyright: ignore
+                    title = f"{name}.layers.{span(tally.repeats[name][i])}"
+                    yield _row(tally, f"{name}.layers.{i}", title, layer)
+        else:
+            yield _row(tally, name, name, getattr(spec, name, module))
+
+
+def _row(tally: _Tally, path: str, name: str, spec: Any) -> Row:
+    copies = tally.copies(path)
+    parts = tuple(_row(tally, f"{path}.{below}", title, inner) for below, title, inner in _parts(spec))
+    parameters = tally.parameters[path] * copies
+    return Row(
+        name=name,
+        what=say(spec) if isinstance(spec, Spec) else type(spec).__name__,
+        repeat=copies,
+        parameters=parameters,
+        active_parameters=parameters - tally.idle[path] * copies,
+        flops=tally.forward[path] * copies,
+        flops_per_token=tally.per_token(path) * copies,
+        flops_train_per_token=round(tally.train[path] / tally.tokens) * copies,
+        cache_bytes=tally.cache[path] * copies,
+        parts=parts,
+    )
+
+
+def _parts(spec: Any) -> Sequence[tuple[str, str, Any]]:
+    """The parts of a layer as (path below it, name, spec)."""
+    if isinstance(spec, LayerSpec):
+        return [(step.name, step.name, step) for step in spec.steps]
+    if isinstance(spec, StepSpec | BranchSpec):
+        sides = [(name, getattr(spec, name, None)) for name in ("pre", "op", "post", "after")]
+        return [(name, name, part) for name, part in sides if part is not None]
+    if isinstance(spec, SumSpec):
+        return [(f"branches.{branch.name}", branch.name, branch) for branch in spec.branches]
+    return []

@@ -1,0 +1,218 @@
+"""Specs in words: what a layer is, in the vocabulary of the catalogue, short enough for a table or a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import Any
+
+from lamina.layers import (
+    AlibiSpec,
+    AttentionSpec,
+    BucketBiasSpec,
+    EmbeddingSpec,
+    FeedForwardSpec,
+    LabelHeadSpec,
+    LanguageHeadSpec,
+    LayerNormSpec,
+    LayerSpec,
+    LearnedPositionSpec,
+    PoolerSpec,
+    RMSNormSpec,
+    RotarySpec,
+    SegmentSpec,
+    ShawSpec,
+    SinusoidalPositionSpec,
+    StepSpec,
+    SumSpec,
+    TransformerXLSpec,
+)
+from lamina.model import ModelSpec
+from lamina.patterns import Both, Causal, Either, Everything, Pattern, Prefix, Sinks, Window
+from lamina.specs import Spec
+
+
+def say(spec: Any) -> str:
+    """A spec in words: "GQA 9/3 heads of 64, causal, RoPE base 100000". A spec without words is shown as its fields."""
+    for kind, words in WORDS.items():
+        if type(spec) is kind:
+            return words(spec)
+    if isinstance(spec, Spec):
+        return fields(spec)
+    return "none" if spec is None else str(spec)
+
+
+def fields(spec: Spec) -> str:
+    """The class of a spec and every field that is not as its default: "Strided(stride=8)"."""
+    said = []
+    for field in dataclasses.fields(spec):  # pyright: ignore[reportArgumentType]
+        value = getattr(spec, field.name)
+        default = field.default_factory() if callable(field.default_factory) else field.default  # pyright: ignore
+        if value != default:
+            said.append(f"{field.name}={say(value) if isinstance(value, Spec) else value}")
+    name = type(spec).__name__.removesuffix("Spec")
+    return f"{name}({', '.join(said)})" if said else name
+
+
+def span(indices: Iterable[int]) -> str:
+    """Numbers of layers in short: 0, 1, 2 -> "0-2"; 0, 2, 4, 6 -> "0, 2, ..., 6"; 0, 1, 5 -> "0-1, 5"."""
+    numbers = list(indices)
+    steps = {b - a for a, b in pairwise(numbers)}
+    if len(numbers) > 3 and len(steps) == 1 and steps != {1}:
+        return f"{numbers[0]}, {numbers[1]}, ..., {numbers[-1]}"
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def shape_of(spec: ModelSpec) -> str:
+    """The model in one line: "decoder of 30 layers, width 576, vocabulary 49152, context 8192"."""
+    stacks = [("encoder", spec.encoder), ("decoder", spec.decoder)]
+    parts = [" and ".join(f"{name} of {len(stack.layers)} layers" for name, stack in stacks if stack is not None)]
+    parts += [f"width {spec.width}", f"vocabulary {spec.embedding.vocabulary}"]
+    return ", ".join(parts + ([] if spec.context is None else [f"context {spec.context}"]))
+
+
+def residual(step: StepSpec) -> str:
+    """Where the norms of a residual step stand: "pre-norm", "post-norm", "sandwich", "output-norm", "no norm"."""
+    place = {
+        (True, False, False): "pre-norm",
+        (False, False, True): "post-norm",
+        (True, True, False): "sandwich",
+        (False, True, False): "output-norm",
+        (False, False, False): "no norm",
+    }.get((step.pre is not None, step.post is not None, step.after is not None), "norms on several sides")
+    more = [f"times {step.residual:g}"] if step.residual != 1.0 else []
+    more += [f"dropout {step.dropout:g}"] if step.dropout else []
+    more += [f"drops branches {step.drop_branch:g}"] if step.drop_branch else []
+    return ", ".join([f"residual, {place}", *more])
+
+
+def _attention(spec: AttentionSpec) -> str:
+    kind = "MHA" if spec.key_heads == spec.heads else "MQA" if spec.key_heads == 1 else "GQA"
+    heads = f"{spec.heads}" if kind == "MHA" else f"{spec.heads}/{spec.key_heads}"
+    parts = [f"{kind} {heads} heads of {spec.head_dim}", say(spec.pattern)]
+    parts += [say(part) for part in (spec.rotary, spec.relative) if part is not None]
+    parts += [f"QK-{say(spec.qk_norm)}"] if spec.qk_norm is not None else []
+    parts += [f"scale {spec.scale:g}"] if spec.scale is not None else []
+    parts += [f"soft-cap {spec.softcap:g}"] if spec.softcap is not None else []
+    parts += ["learned sink"] if spec.sink else []
+    parts += {"none": [], "qkv": ["biases on q, k, v"], "all": ["biases"]}[spec.bias]
+    parts += [f"dropout {spec.dropout:g}"] if spec.dropout else []
+    return ", ".join(parts)
+
+
+def _pattern(spec: Pattern) -> str:
+    if isinstance(spec, Both):
+        causal = Causal() in (spec.first, spec.second)
+        windows = [part for part in (spec.first, spec.second) if isinstance(part, Window) and part.ahead is None]
+        if causal and windows:
+            return f"causal window of {windows[0].back}"
+        return f"{say(spec.first)} and {say(spec.second)}"
+    if isinstance(spec, Either):
+        return f"({say(spec.first)}) or ({say(spec.second)})"
+    if isinstance(spec, Window):
+        return f"window {spec.back - 1} back" + ("" if spec.ahead is None else f", {spec.ahead} ahead")
+    if isinstance(spec, Prefix):
+        return "marked prefix" if spec.length is None else f"prefix of {spec.length}"
+    return f"{spec.count} sinks" if isinstance(spec, Sinks) else fields(spec)
+
+
+def _rotary(spec: RotarySpec) -> str:
+    parts = [f"RoPE base {spec.base:g}" if spec.base < 1e5 else f"RoPE base {spec.base:.0f}"]
+    parts += [f"on {spec.width} features"] if spec.width is not None else []
+    parts += ["interleaved"] if spec.interleaved else []
+    if spec.scaling is not None:
+        name = type(spec.scaling).__name__.removesuffix("Scaling")
+        parts.append(f"{name} scaling x {spec.scaling.factor:g}")
+    return " ".join(parts)
+
+
+GATED = {
+    "silu": "SwiGLU",
+    "gelu": "GEGLU",
+    "gelu_tanh": "GEGLU (tanh)",
+    "relu": "ReGLU",
+    "sigmoid": "GLU",
+    "identity": "bilinear GLU",
+}
+PLAIN = {
+    "relu": "ReLU",
+    "gelu": "GELU",
+    "gelu_tanh": "GELU (tanh)",
+    "quick_gelu": "QuickGELU",
+    "silu": "SiLU",
+    "relu_squared": "squared ReLU",
+}
+
+
+def _feedforward(spec: FeedForwardSpec) -> str:
+    name = GATED.get(spec.act, f"gated {spec.act}") if spec.gated else PLAIN.get(spec.act, spec.act)
+    parts = [f"{name} {spec.hidden}", *(["biases"] if spec.bias else [])]
+    return ", ".join(parts + ([f"dropout {spec.dropout:g}"] if spec.dropout else []))
+
+
+def _rms_norm(spec: RMSNormSpec) -> str:
+    return "RMSNorm" + (" (1 + weight)" if spec.plus_one else "") + f" eps {spec.eps:g}"
+
+
+def _layer_norm(spec: LayerNormSpec) -> str:
+    return "LayerNorm" + ("" if spec.bias else " without bias") + f" eps {spec.eps:g}"
+
+
+def _embedding(spec: EmbeddingSpec) -> str:
+    scale = {"none": "", "root": ", times sqrt(width)", "rounded_root": ", times sqrt(width) rounded"}[spec.scale]
+    return f"embedding of {spec.vocabulary} tokens{scale}"
+
+
+def _head(spec: LanguageHeadSpec) -> str:
+    parts = ["scores over the vocabulary", "tied to the embedding" if spec.tied else "a table of its own"]
+    parts += [f"after {say(spec.transform.norm)} and {spec.transform.act}"] if spec.transform is not None else []
+    parts += ["biases"] if spec.bias else []
+    parts += [f"times {spec.scale:g}"] if spec.scale != 1.0 else []
+    parts += [f"soft-cap {spec.softcap:g}"] if spec.softcap is not None else []
+    return ", ".join(parts)
+
+
+def _labels(spec: LabelHeadSpec) -> str:
+    return f"{spec.labels} labels, one result a {'token' if spec.each_token else 'sequence'}"
+
+
+def _bucket_bias(spec: BucketBiasSpec) -> str:
+    return f"T5 position bias, {spec.buckets} buckets to {spec.distance}"
+
+
+WORDS: dict[type, Callable[[Any], str]] = {
+    AlibiSpec: lambda spec: "ALiBi position bias",
+    AttentionSpec: _attention,
+    Both: _pattern,
+    BucketBiasSpec: _bucket_bias,
+    Causal: lambda spec: "causal",
+    Either: _pattern,
+    EmbeddingSpec: _embedding,
+    Everything: lambda spec: "bidirectional",
+    FeedForwardSpec: _feedforward,
+    LabelHeadSpec: _labels,
+    LanguageHeadSpec: _head,
+    LayerNormSpec: _layer_norm,
+    LayerSpec: lambda spec: " and ".join(step.name for step in spec.steps),
+    LearnedPositionSpec: lambda spec: f"learned positions, {spec.size}",
+    PoolerSpec: lambda spec: "pooler: tanh of the first token",
+    Prefix: _pattern,
+    RMSNormSpec: _rms_norm,
+    RotarySpec: _rotary,
+    SegmentSpec: lambda spec: f"{spec.count} segments",
+    ShawSpec: lambda spec: f"Shaw positions to {spec.clip}",
+    Sinks: _pattern,
+    SinusoidalPositionSpec: lambda spec: f"sinusoidal positions ({spec.order})",
+    StepSpec: residual,
+    SumSpec: lambda spec: "in parallel: " + " + ".join(branch.name for branch in spec.branches),
+    TransformerXLSpec: lambda spec: "Transformer-XL positions",
+    Window: _pattern,
+}
+"""The words for each class of spec. A class without a row is shown by `fields`."""
