@@ -103,6 +103,10 @@ class Prefix(Pattern):
 
     length: int | None = None
 
+    def check(self) -> None:
+        if self.length is not None and self.length < 1:
+            raise LaminaError(f"Prefix.length is {self.length}; it must be at least 1, or None for the marked tokens")
+
     def __call__(self, query: Tokens, key: Tokens) -> Tensor:
         if self.length is not None:
             return key.position < self.length
@@ -122,6 +126,10 @@ class Sinks(Pattern):
     """The first `count` tokens of the document are always seen (StreamingLLM; arXiv:2309.17453, section 3.2)."""
 
     count: int = 4
+
+    def check(self) -> None:
+        if self.count < 1:
+            raise LaminaError(f"Sinks.count is {self.count}; it must be at least 1")
 
     def __call__(self, query: Tokens, key: Tokens) -> Tensor:
         return key.position < self.count

@@ -20,8 +20,9 @@ def read(
 ) -> Tokens:
     """The tokens of `ids` (B, T), which continue what is in `cache`.
 
-    Without `position_ids`, each document's real tokens count from 0 (padding on the left shifts nothing). Positions
-    that restart without `document_ids` begin a new document, so packed rows never see each other.
+    Without `position_ids`, each document's real tokens count from 0 (padding on the left shifts nothing); the document
+    that the cache ended with goes on, and an earlier one cannot be resumed. Positions that restart without
+    `document_ids` begin a new document, so packed rows never see each other.
     `attention_mask` is (B, T), or (B, cached + T), whose last T columns are read. Raises LaminaError for other shapes.
     """
     batch, length = ids.shape
@@ -35,19 +36,13 @@ def read(
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     before = torch.zeros((batch, 1), dtype=torch.int64, device=ids.device) if cache is None else cache.next_position
     document = torch.zeros_like(before) if cache is None else cache.document
-    latest = _latest_before(real)  # (B, T) column of the real token before this one, -1 where there is none
-    seen, column = latest >= 0, latest.clamp(min=0)
-    given = None if document_ids is None else _rows(document_ids, ids)
-    if position_ids is not None:
-        position = _rows(position_ids, ids)
-        previous = torch.where(seen, position.gather(1, column), before - 1)
-        restarts = (real & (position <= previous)).to(torch.int64).cumsum(1)
-        documents = document + restarts if given is None else given
+    documents = document.expand(batch, length) if document_ids is None else _rows(document_ids, ids)
+    if position_ids is None:
+        position = _count(real, documents) + torch.where(documents == document, before, 0)
     else:
-        documents = document.expand(batch, length) if given is None else given
-        carried = documents if cache is None else document
-        previous = torch.where(seen, documents.gather(1, column), carried)
-        position = _count(real, real & (documents != previous), before)
+        position = _rows(position_ids, ids)
+        if document_ids is None:
+            documents = document + _restarts(real, position, before - 1)
     marks = None if marked is None else _rows(marked, ids).bool()
     return Tokens(torch.where(real, position, HOLE), documents, marks)
 
@@ -80,14 +75,20 @@ def _rows(given: Tensor, ids: Tensor) -> Tensor:
     return given.expand(ids.shape)
 
 
-def _latest_before(real: Tensor) -> Tensor:
+def _restarts(real: Tensor, position: Tensor, last: Tensor) -> Tensor:
+    """(B, T): how often positions have failed to grow so far, holes aside; `last` (B, 1) came before the first."""
     column = torch.arange(real.shape[1], device=real.device).expand_as(real)
     latest = torch.where(real, column, -1).cummax(dim=1).values
-    return torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1)
+    latest = torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1)  # column of the real token before, or -1
+    previous = torch.where(latest >= 0, position.gather(1, latest.clamp(min=0)), last)
+    return (real & (position <= previous)).to(torch.int64).cumsum(1)
 
 
-def _count(real: Tensor, start: Tensor, before: Tensor) -> Tensor:
-    """Positions of real tokens: from 0 at each start, and on from `before` (B, 1) where none has come yet."""
-    count = real.to(torch.int64).cumsum(1)
-    base = torch.where(start, count - 1, -before).cummax(dim=1).values
-    return count - 1 - base
+def _count(real: Tensor, documents: Tensor) -> Tensor:
+    """(B, T): how many real tokens of its document came before each token, also where documents alternate."""
+    order = documents.argsort(dim=1, stable=True)
+    kind, one = documents.gather(1, order), real.gather(1, order).to(torch.int64)
+    before = one.cumsum(1) - one
+    starts = torch.nn.functional.pad(kind[:, 1:] != kind[:, :-1], (1, 0), value=True)
+    count = before - torch.where(starts, before, 0).cummax(dim=1).values
+    return torch.empty_like(count).scatter_(1, order, count)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from lamina.errors import LaminaError
 FORMAT = 1
 """Number of the JSON form. A file with a larger number was written by a newer lamina and is refused."""
 
+_LARGEST = sys.float_info.max
 _CLASSES: dict[str, type[Spec]] = {}
 S = TypeVar("S", bound="Spec")
 
@@ -55,7 +57,9 @@ class Spec(metaclass=_SpecType):
         for name, hint in _hints(type(self)).items():
             value = getattr(self, name)
             if not _fits(value, hint):
-                raise LaminaError(f"{type(self).__name__}.{name} is {value!r}; it must be {_say(hint)}")
+                raise LaminaError(f"{type(self).__name__}.{name} is {_short(value)}; it must be {_say(hint)}")
+            if (settled := _settle(value, hint)) is not value:
+                object.__setattr__(self, name, settled)
         self.check()
 
     def check(self) -> None:
@@ -99,7 +103,9 @@ class Spec(metaclass=_SpecType):
     def from_json(cls, text: str) -> Self:
         """The inverse of `to_json`. Raises LaminaError naming the field that is wrong, or a newer format."""
         try:
-            data = json.loads(text)
+            data = json.loads(text, object_pairs_hook=_once)
+        except LaminaError:
+            raise
         except (ValueError, RecursionError) as error:
             raise LaminaError(f"spec is not JSON: {error}") from None
         if not isinstance(data, dict):
@@ -107,7 +113,10 @@ class Spec(metaclass=_SpecType):
         number = data.pop("format", None)
         if type(number) is not int or not 1 <= number <= FORMAT:
             raise LaminaError(f"spec has format {number!r}; this lamina reads formats 1 to {FORMAT}")
-        return cls.from_dict(data)
+        try:
+            return cls.from_dict(data)
+        except RecursionError:
+            raise LaminaError("spec nests too deeply to be one") from None
 
 
 def edit(spec: Spec, kind: type[S], change: Callable[[str, S], Spec], path: str = "") -> Any:
@@ -172,7 +181,7 @@ def _encode(value: Any) -> Any:
     return items
 
 
-def _decode(data: Any, hint: Any, where: str) -> Any:
+def _decode(data: Any, where: str) -> Any:
     if isinstance(data, dict):
         return _decode_spec(data, where)
     if isinstance(data, list):
@@ -184,19 +193,17 @@ def _decode(data: Any, hint: Any, where: str) -> Any:
                     raise LaminaError(f"{where}.{i}.repeat is {count!r}; it must be a number from 1 to 10000")
                 items += [_decode_spec(item["item"], f"{where}.{i}")] * count
             else:
-                items.append(_decode(item, hint, f"{where}.{i}"))
+                items.append(_decode(item, f"{where}.{i}"))
         return tuple(items)
-    if type(data) is int and hint is float:
-        return float(data)
     return data
 
 
 def _decode_spec(data: Any, where: str) -> Spec:
     if not isinstance(data, dict):
-        raise LaminaError(f"{where} is {data!r}; a spec (an object with a type) was expected")
+        raise LaminaError(f"{where} is {_short(data)}; a spec (an object with a type) was expected")
     data = dict(data)
     name = data.pop("type", None)
-    if name not in _CLASSES:
+    if not isinstance(name, str) or not hasattr(_CLASSES.get(name), "__dataclass_fields__"):
         raise LaminaError(f"{where}: {unknown('type of spec', str(name), _CLASSES)}")
     kind = _CLASSES[name]
     hints = _hints(kind)
@@ -205,7 +212,19 @@ def _decode_spec(data: Any, where: str) -> Spec:
             raise LaminaError(f"{where}: {unknown(f'field of {name}', key, hints)}")
     if missing := [key for key in hints if key not in data]:
         raise LaminaError(f"{where}: {name} lacks the field {missing[0]!r}; every field is written in this format")
-    return kind(**{key: _decode(value, hints[key], f"{where}.{key}") for key, value in data.items()})
+    fields = {key: _decode(value, f"{where}.{key}") for key, value in data.items()}
+    try:
+        return kind(**fields)
+    except LaminaError as error:
+        raise LaminaError(f"{where}: {error}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise LaminaError(f"spec says {next(n for n in names if names.count(n) > 1)!r} twice in one object")
+    return data
 
 
 @cache
@@ -225,10 +244,25 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is None or hint is type(None):
         return value is None
     if hint is float:
-        return type(value) in (int, float) and value == value and abs(value) != float("inf")
+        return type(value) in (int, float) and -_LARGEST <= value <= _LARGEST
     if hint in (int, bool, str):
         return type(value) is hint
     return hint is Any or isinstance(value, hint)
+
+
+def _settle(value: Any, hint: Any) -> Any:
+    """Whole numbers in fields that hold finite numbers become floats, so that equal specs have one JSON form."""
+    if type(value) is int:
+        options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        return float(value) if float in options and int not in options else value
+    if isinstance(value, tuple) and any(type(item) is int for item in value):
+        return tuple(_settle(item, typing.get_args(hint)[0]) for item in value)
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _say(hint: Any) -> str:

@@ -17,6 +17,9 @@ def refuses(request: Request) -> str | None:
 def weights(request: Request) -> Tensor:
     """(B, H, T, S) probabilities in the dtype of the query; the softmax itself in float32 or wider."""
     query, key = request.query, request.key
+    mask = None if request.reach() == "all" else request.mask()
+    if mask is not None:
+        key = key.masked_fill(request.blind(), 0.0)
     scores = grouped(query, key.shape[1]) @ key.transpose(-1, -2)  # (B, G, H / G * T, S)
     scores = scores.view(*query.shape[:3], key.shape[2]) * request.scale  # (B, H, T, S)
     scores = scores if scores.dtype == torch.float64 else scores.float()
@@ -24,7 +27,6 @@ def weights(request: Request) -> Tensor:
         scores = scores + request.bias
     if request.softcap is not None:
         scores = request.softcap * torch.tanh(scores / request.softcap)
-    mask = None if request.reach() == "all" else request.mask()
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if request.sink is not None:

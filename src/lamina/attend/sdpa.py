@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,7 +26,8 @@ def attend(request: Request) -> Tensor:
     mask, reach = request.bias, request.reach()
     if reach is None or (reach == "causal" and mask is not None):
         mask = request.mask() if mask is None else _biased(request)
-        value = value.masked_fill(request.blind(), 0.0) if length > 1 else value
+        if length > 1:  # a decoding step reads every cached key once and copies none: caches keep their holes at zero
+            key, value = (part.masked_fill(request.blind(), 0.0) for part in (key, value))
     if mask is not None and mask.is_floating_point():
         mask = mask.to(query.dtype)
     if length == 1 and key.shape[1] != heads and (mask is None or mask.shape[1] == 1):
@@ -40,13 +40,14 @@ def attend(request: Request) -> Tensor:
 
 
 def _biased(request: Request) -> Tensor:
-    """The bias as a float mask. One a forward: bias tables are shared by the layers of a stack."""
+    """The bias as a float mask. A stack's layers share one; where each has its own, only the last is kept."""
     assert request.bias is not None
-    name = ("biased", id(request.bias), request.pattern, id(request.queries), id(request.keys))
-    if name not in request.memo:
+    name = ("biased", request.pattern, id(request.queries), id(request.keys))
+    mask, bias = request.memo.get(name, (None, None))
+    if mask is None or bias is not request.bias:
         mask = request.bias.masked_fill(~request.mask(), float("-inf"))
         request.memo[name] = (mask, request.bias)
-    return request.memo[name][0]
+    return mask
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: Request, causal: bool = False):

@@ -10,7 +10,7 @@ from lamina.cache.growing import GrowingLedger
 from lamina.cache.ring import RingLedger
 from lamina.cache.sinks import SinksLedger
 from lamina.cache.slot import Ledger, Slot
-from lamina.errors import UnsupportedError
+from lamina.errors import LaminaError, UnsupportedError
 from lamina.patterns import Retained
 from lamina.tokens import Tokens
 
@@ -26,6 +26,8 @@ class Cache:
     ) -> None:
         if kind == "fixed" and capacity is None:
             raise UnsupportedError("a fixed cache needs its capacity: new_cache('fixed', batch, capacity)")
+        if capacity is not None and capacity < 1:
+            raise LaminaError(f"the capacity of a cache is {capacity}; it must be at least 1")
         self.kind, self.batch, self.capacity, self.device = kind, batch, capacity, device
         self.length = 0
         self.plain = True  # no padding, one document: positions follow from `length` alone
@@ -68,9 +70,13 @@ class Cache:
         self.batch = index.shape[0]
 
     def trim(self, length: int) -> None:
-        """Roll back to the first `length` columns (speculative decoding). Raises TypeError for rings and sinks."""
+        """Roll back to the first `length` columns (speculative decoding). Rings and sinks raise UnsupportedError."""
         if not self.plain:
             raise UnsupportedError("a cache that holds padding or several documents cannot be trimmed")
+        if not 0 <= length <= self.length:
+            raise LaminaError(f"a cache of {self.length} tokens cannot be trimmed to {length}")
+        if fixed := [ledger for ledger in self.ledgers.values() if not ledger.trims]:
+            raise UnsupportedError(f"{fixed[0].called} overwrites old keys and cannot be trimmed; a growing cache can")
         for part in (*self.ledgers.values(), *self.slots.values()):
             part.trim(length)
         self.length = length

@@ -14,6 +14,8 @@ from lamina.tokens import HOLE, Tokens
 class FixedLedger(Ledger):
     """Positions and documents of `capacity` places, filled from the left."""
 
+    trims = True
+
     def __init__(self, batch: int, capacity: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.capacity = capacity

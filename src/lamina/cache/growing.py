@@ -14,6 +14,8 @@ FIRST_ROOM = 64
 class GrowingLedger(Ledger):
     """All tokens, in the order in which they came."""
 
+    trims = True
+
     def __init__(self) -> None:
         super().__init__()
         self.tokens: Tokens | None = None
@@ -58,7 +60,7 @@ class GrowingSlot(Slot):
 
 def _put(buffer: Tensor | None, new: Tensor, start: int, stop: int) -> Tensor:
     """`buffer` with `new` at start..stop; a larger one where it does not fit."""
-    if torch.is_grad_enabled() and (new.requires_grad or (buffer is not None and buffer.requires_grad)):
+    if torch.is_grad_enabled():  # even keys that need no gradient are saved for that of the query
         return new if buffer is None else torch.cat([buffer[:, :, :start], new], dim=2)
     if buffer is None or buffer.shape[2] < stop or buffer.is_inference() != torch.is_inference_mode_enabled():
         larger = new.new_empty(*new.shape[:2], max(FIRST_ROOM, stop + stop // 2), new.shape[3])

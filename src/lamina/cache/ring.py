@@ -17,6 +17,8 @@ from lamina.tokens import HOLE, Tokens, join
 class RingLedger(Ledger):
     """The last `window` real tokens of each row; place `window` is the spare one."""
 
+    called = "a ring cache"
+
     def __init__(self, batch: int, window: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.window = window
@@ -73,7 +75,7 @@ class RingSlot(Slot):
 
 def _scatter(buffer: Tensor, place: Tensor, new: Tensor) -> Tensor:
     index = place[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
-    if torch.is_grad_enabled() and (new.requires_grad or buffer.requires_grad):
+    # Out of place when several tokens came, since the caller still reads the ring as it was, and when gradients will.
+    if place.shape[1] > 1 or torch.is_grad_enabled() or buffer.is_inference() != torch.is_inference_mode_enabled():
         return buffer.scatter(2, index, new)
-    # Out of place when several tokens came: the caller still reads the ring as it was.
-    return buffer.scatter_(2, index, new) if place.shape[1] == 1 else buffer.scatter(2, index, new)
+    return buffer.scatter_(2, index, new)

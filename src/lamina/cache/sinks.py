@@ -18,6 +18,7 @@ from lamina.tokens import HOLE, Tokens
 class SinksLedger(Ledger):
     """Columns in order of age: the first `first` and the last `recent` real tokens of each row."""
 
+    called = "a sinks cache"
     late = True
 
     def __init__(self, first: int = 4, recent: int = 508) -> None:
@@ -25,14 +26,14 @@ class SinksLedger(Ledger):
         self.first, self.recent = first, recent
         self.serial: Tensor | None = None  # (B, S): the number of each token in its row, HOLE where there is none
         self.count: Tensor | None = None  # (B, 1): real tokens so far
+        self.document: Tensor | None = None  # (B, 1): the one of each row
         self.pick: Tensor | None = None  # (B, kept): the columns, of what was visible, that stay
         self.renumbered: Tokens | None = None
 
     def note(self, tokens: Tokens) -> Tokens:
-        if tokens.marked is not None or bool((tokens.document != tokens.document[:, :1]).any()):
-            raise UnsupportedError("a sinks cache renumbers positions and holds one plain document a row")
         batch, new = tokens.position.shape
         real = tokens.real
+        self._check(tokens)
         count = torch.zeros((batch, 1), dtype=torch.int64, device=real.device) if self.count is None else self.count
         serial = torch.where(real, count + real.cumsum(1) - 1, HOLE)
         self.count = count + real.sum(1, keepdim=True)
@@ -48,6 +49,15 @@ class SinksLedger(Ledger):
         self.serial = torch.where(keep, seen, HOLE).gather(1, self.pick)
         return Tokens(rank, document)
 
+    def _check(self, tokens: Tokens) -> None:
+        """Refuse what renumbering would lose: marks, and a second document in a row, in this forward or a later one."""
+        first = tokens.document.gather(1, tokens.real.to(torch.int8).argmax(dim=1, keepdim=True))
+        if self.document is not None and self.count is not None:
+            first = torch.where(self.count > 0, self.document, first)
+        if tokens.marked is not None or bool((tokens.real & (tokens.document != first)).any()):
+            raise UnsupportedError("a sinks cache renumbers positions and holds one plain document a row")
+        self.document = first
+
     def queries(self, tokens: Tokens) -> Tokens:
         assert self.renumbered is not None
         return self.renumbered
@@ -59,6 +69,8 @@ class SinksLedger(Ledger):
         self.forget()
         if self.serial is not None and self.count is not None:
             self.serial, self.count = self.serial[index], self.count[index]
+        if self.document is not None:
+            self.document = self.document[index]
 
 
 class SinksSlot(Slot):

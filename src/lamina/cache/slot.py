@@ -16,8 +16,14 @@ class Ledger(ABC):
     share one ledger, so masks are built once a forward and not once a layer.
     """
 
+    called = "this cache"
+    """Its name in messages."""
+
     late = False
     """True when keys are renumbered inside the cache, so that rotary phases must be applied after `extend`."""
+
+    trims = False
+    """True when `trim` can roll it back: nothing that was kept is overwritten."""
 
     def __init__(self) -> None:
         self.incoming: Tokens | None = None
@@ -47,8 +53,8 @@ class Ledger(ABC):
         """Keep the batch rows `index`, in that order."""
 
     def trim(self, length: int) -> None:
-        """Forget all but the first `length` columns."""
-        raise TypeError(f"a {type(self).__name__} overwrites old keys and cannot be trimmed")
+        """Forget all but the first `length` columns, where it `trims`."""
+        raise NotImplementedError
 
     def forget(self) -> None:
         """Drop what was noted of the last forward: the next tokens are new even if they are the same object."""
@@ -71,6 +77,9 @@ class Slot(ABC):
     def extend(self, key: Tensor, value: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tokens]:
         """New keys (B, G, T, D), values and whose they are; returns all to look at, and whose *they* are."""
         visible = self.ledger.admit(tokens)
+        if tokens.span is None:  # what padding computed, even NaN, is not kept: a weight of zero would not stop it
+            hole = ~tokens.real[:, None, :, None]
+            key, value = key.masked_fill(hole, 0.0), value.masked_fill(hole, 0.0)
         key, value = self.store(key, value)
         return key, value, visible
 

@@ -20,7 +20,6 @@ from lamina.layers.head import (
 from lamina.layers.norm import LayerNorm, LayerNormSpec, NormSpec, RMSNorm, RMSNormSpec
 from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
 from lamina.layers.relative import ShawSpec, TransformerXLSpec
-from lamina.layers.stack import Stack, StackSpec
 from lamina.layers.rotary import (
     DynamicNTKScaling,
     LinearScaling,
@@ -30,6 +29,7 @@ from lamina.layers.rotary import (
     RotarySpec,
     YarnScaling,
 )
+from lamina.layers.stack import Stack, StackSpec
 
 __all__ = [
     "AlibiSpec",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lamina.errors import LaminaError
 from lamina.specs import Spec
 from lamina.tokens import Tokens
 
@@ -23,6 +24,14 @@ class BucketBiasSpec(Spec):
     distance: int = 128  # from here on all distances share the last bucket
     bidirectional: bool = False  # True in encoders: half of the buckets for keys after the query
 
+    def check(self) -> None:
+        exact = self.buckets // (4 if self.bidirectional else 2)  # buckets for the nearest distances, one each
+        if self.heads < 1 or exact < 1 or self.distance <= exact:
+            raise LaminaError(
+                f"BucketBiasSpec(heads={self.heads}, buckets={self.buckets}, distance={self.distance}): needs a head,"
+                f" {4 if self.bidirectional else 2} buckets or more, and a distance above {max(exact, 1)}"
+            )
+
     def build(self) -> BucketBias:
         return BucketBias(self)
 
@@ -32,6 +41,10 @@ class AlibiSpec(Spec):
     """ALiBi: minus a slope for each head times the distance (arXiv:2108.12409, section 3)."""
 
     heads: int
+
+    def check(self) -> None:
+        if self.heads < 1:
+            raise LaminaError(f"AlibiSpec.heads is {self.heads}; it must be at least 1")
 
     def build(self) -> Alibi:
         return Alibi(self)
@@ -54,7 +67,7 @@ def bucket(relative: Tensor, buckets: int, distance: int, bidirectional: bool) -
 
 
 def slopes(heads: int) -> list[float]:
-    """ALiBi's slopes: 2^(-8 i / n) for a power of two n; else those of the power below, then every other of the next."""
+    """ALiBi's slopes: 2^(-8 i / n), n a power of two; else those of the power below, then every other of the next."""
     power = 2 ** math.floor(math.log2(heads))
     first = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
     return first + [2.0 ** (-4.0 * (i + 1) / power) for i in range(0, 2 * (heads - power), 2)]

@@ -54,6 +54,13 @@ class SumSpec(Spec):
 
     branches: tuple[BranchSpec, ...]
 
+    def check(self) -> None:
+        names = [branch.name for branch in self.branches]
+        if not names:
+            raise LaminaError("a sum needs at least one branch")
+        if len(set(names)) < len(names):
+            raise LaminaError(f"two branches of a sum have one name: {names}")
+
     def build(self, width: int) -> Sum:
         return Sum(self, width)
 

@@ -36,6 +36,10 @@ class LanguageHeadSpec(Spec):
     softcap: float | None = None  # 30 in Gemma 2
     transform: TransformSpec | None = None  # BERT, RoBERTa
 
+    def check(self) -> None:
+        if self.softcap is not None and self.softcap <= 0:
+            raise LaminaError(f"softcap is {self.softcap}; it must be above 0, or None")
+
     def build(self, width: int, vocabulary: int) -> LanguageHead:
         return LanguageHead(self, width, vocabulary)
 

@@ -22,6 +22,10 @@ class LearnedPositionSpec(Spec):
     size: int  # positions that a text can have: 1024 in GPT-2, 512 in BERT and RoBERTa
     offset: int = 0  # rows before position 0: RoBERTa and BART 2 (arXiv:1907.11692, fairseq)
 
+    def check(self) -> None:
+        if self.size < 1 or self.offset < 0:
+            raise LaminaError(f"LearnedPositionSpec(size={self.size}, offset={self.offset}): size >= 1, offset >= 0")
+
     def build(self, width: int) -> LearnedPosition:
         return LearnedPosition(self, width)
 
@@ -47,9 +51,15 @@ class LearnedPosition(nn.Module):
         self.weight = nn.Parameter(torch.empty(spec.size + spec.offset, width))
 
     def forward(self, tokens: Tokens) -> Tensor:
-        size = self.spec.size
-        if tokens.span is not None and tokens.span[1] > size:
-            raise LaminaError(f"position {tokens.span[1] - 1} is beyond this model: it has learned {size} positions")
+        size, position = self.spec.size, tokens.position
+        if tokens.span is not None:
+            most = tokens.span[1] - 1
+        elif position.device.type == "cpu" and not torch.compiler.is_compiling() and position.numel():
+            most = int(position.max())  # looking at the data is free on the CPU
+        else:
+            most = -1
+        if most >= size:
+            raise LaminaError(f"position {most} is beyond this model: it has learned {size} positions")
         return F.embedding((tokens.position + self.spec.offset).clamp(min=0), self.weight)
 
     def initialise(self, generator: torch.Generator) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lamina.errors import LaminaError
 from lamina.layers.bias import distance
 from lamina.layers.positions import SinusoidalPosition, SinusoidalPositionSpec
 from lamina.specs import Spec
@@ -19,6 +20,10 @@ class ShawSpec(Spec):
 
     clip: int  # distances beyond it share a vector
     values: bool = True  # whether values have their own vectors b
+
+    def check(self) -> None:
+        if self.clip < 0:
+            raise LaminaError(f"ShawSpec.clip is {self.clip}; it must be at least 0")
 
     def build(self, width: int, heads: int, size: int) -> Shaw:
         return Shaw(self, size)

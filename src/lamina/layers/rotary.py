@@ -35,9 +35,9 @@ class NTKScaling(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicNTKScaling(Spec):
-    """The base grows with the length n once it passes `original`: base * (factor n / original - factor + 1)^(r / (r - 2))
-    (arXiv:2309.00071, appendix B.2). Beyond `original` a cached key would have turned by another base, so there the
-    model refuses a cache."""
+    """The base grows with the length n once it passes `original`:
+    base * (factor n / original - factor + 1)^(r / (r - 2)) (arXiv:2309.00071, appendix B.2). Beyond `original` a
+    cached key would have turned by another base, so there the model refuses a cache."""
 
     factor: float
     original: int
@@ -137,7 +137,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def _frequency(spec: RotarySpec, width: int, tokens: Tokens) -> tuple[Tensor, float]:
-    """Frequencies (r / 2,), or (B, 1, r / 2) where they depend on the length of the row, and the scale of the phases."""
+    """Frequencies (r / 2,), or (B, 1, r / 2) where they depend on the length of the row; the scale of the phases."""
     device, scaling = tokens.position.device, spec.scaling
     if isinstance(scaling, DynamicNTKScaling):
         length = _length(tokens).clamp(min=scaling.original).to(torch.float32)

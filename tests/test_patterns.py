@@ -1,0 +1,165 @@
+"""Patterns against a loop over single tokens: the mask, what is known without it, and what a cache may forget."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from lamina.errors import LaminaError
+from lamina.patterns import (
+    Both,
+    Causal,
+    Either,
+    Everything,
+    Pattern,
+    Prefix,
+    Retained,
+    Sinks,
+    Window,
+    allowed,
+)
+from lamina.tokens import HOLE, Tokens, join, plain
+from tests.oracle import mask, sees
+
+PATTERNS = {
+    "everything": Everything(),
+    "causal": Causal(),
+    "mistral": Causal() & Window(back=3),
+    "back 1": Window(back=1, ahead=0),
+    "longformer": Window(back=4, ahead=3),
+    "uneven": Window(back=2, ahead=4),
+    "one-sided": Window(back=3),
+    "prefix 3": Prefix(length=3),
+    "prefix-LM": Prefix() | Causal(),
+    "prefix-LM 4": Prefix(length=4) | Causal(),
+    "streaming": Causal() & (Window(back=3) | Sinks(count=2)),
+    "sinks": Sinks(count=2),
+    "two windows": Window(back=5, ahead=1) & Window(back=2, ahead=3),
+    "either window": Window(back=2, ahead=0) | Window(back=4, ahead=2),
+    "global": (Window(back=3, ahead=2) | Prefix()) & Causal(),
+    "deep": (Causal() & Prefix(length=5)) | (Window(back=2) & (Sinks(count=1) | Causal())),
+}
+
+
+@pytest.fixture(params=PATTERNS, scope="module")
+def pattern(request: pytest.FixtureRequest) -> Pattern:
+    return PATTERNS[request.param]
+
+
+def scattered(rng: random.Random, batch: int, length: int) -> Tokens:
+    """Tokens in any order: offsets, holes, documents, marks."""
+    pick = lambda options: torch.tensor([[rng.choice(options) for _ in range(length)] for _ in range(batch)])  # noqa: E731
+    return Tokens(pick([HOLE, *range(9)]), pick([0, 0, 1]), pick([False, True]) if rng.random() < 0.7 else None)
+
+
+def test_the_mask_equals_a_loop_over_pairs(pattern: Pattern):
+    rng = random.Random(0)
+    for _ in range(12):
+        queries, keys = scattered(rng, 2, 7), scattered(rng, 2, 9)
+        found = allowed(pattern, queries.query(), keys.key()).expand(2, 7, 9)
+        assert torch.equal(found, mask(pattern, queries, keys))
+
+
+def test_the_mask_of_one_pair_is_its_entry_in_the_whole(pattern: Pattern):
+    tokens = scattered(random.Random(1), 1, 6)
+    whole = allowed(pattern, tokens.query(), tokens.key()).expand(1, 6, 6)
+    for i, j in itertools.product(range(6), repeat=2):
+        one = [
+            Tokens(
+                tokens.position[0, at], tokens.document[0, at], None if tokens.marked is None else tokens.marked[0, at]
+            )
+            for at in (i, j)
+        ]
+        assert allowed(pattern, one[0], one[1]) == whole[0, i, j]
+
+
+def test_reach_agrees_with_the_mask_on_every_pair_of_spans(pattern: Pattern):
+    spans = [(start, stop) for start in range(7) for stop in range(start + 1, 8)]
+    for query, key in itertools.product(spans, repeat=2):
+        queries, keys = (plain(1, stop - start, start=start) for start, stop in (query, key))
+        whole = mask(pattern, queries, keys)[0]
+        match pattern.reach(query, key):
+            case "all":
+                assert whole.all(), (query, key)
+            case "causal":
+                assert whole.shape[0] == whole.shape[1] and torch.equal(whole, torch.ones_like(whole).tril()), (
+                    query,
+                    key,
+                )
+            case other:
+                assert other is None
+
+
+def test_reach_knows_what_it_can():
+    """A reach of None is always right, and slow: these must stay fast."""
+    assert Everything().reach((0, 5), (3, 9)) == "all"
+    assert Causal().reach((0, 5), (0, 5)) == Causal().reach((3, 5), (3, 5)) == "causal"
+    assert Causal().reach((5, 6), (0, 6)) == Causal().reach((5, 9), (0, 6)) == "all"
+    assert (Causal() & Window(back=5)).reach((0, 5), (0, 5)) == "causal"
+    assert (Causal() & Window(back=4)).reach((0, 5), (0, 5)) is None
+    assert (Causal() & Window(back=6)).reach((5, 6), (0, 6)) == "all"
+    assert Window(back=6, ahead=5).reach((0, 6), (0, 6)) == "all"
+    assert Window(back=6, ahead=4).reach((0, 6), (0, 6)) is None
+    assert Window(back=5, ahead=5).reach((0, 6), (0, 6)) is None
+    assert Prefix(length=6).reach((0, 6), (0, 6)) == Sinks(count=6).reach((0, 6), (0, 6)) == "all"
+    assert (Prefix(length=6) | Causal()).reach((0, 6), (0, 6)) == "all"
+    assert (Causal() | Prefix(length=6)).reach((0, 6), (0, 6)) == "all"
+    assert (Prefix() | Causal()).reach((0, 6), (0, 6)) is None
+
+
+def test_what_a_cache_may_forget_is_seen_by_no_later_query(pattern: Pattern):
+    kept = pattern.retained()
+    for query in range(20):
+        for key in range(query + 1):
+            for marked in (False, True):
+                if sees(pattern, query, key, marked):
+                    recent = kept.recent is None or query - key < kept.recent
+                    assert recent or key < kept.first, (query, key, kept)
+
+
+def test_retained_is_no_more_than_it_needs_to_be():
+    assert Causal().retained() == Everything().retained() == Prefix().retained() == Retained(None)
+    assert Window(back=3).retained() == (Causal() & Window(back=3)).retained() == Retained(3)
+    assert (Window(back=3) & Causal()).retained() == Retained(3)
+    assert (
+        (Window(back=3) | Sinks(count=2)).retained() == (Sinks(count=2) | Window(back=3)).retained() == Retained(3, 2)
+    )
+    assert (Prefix(length=4) | Causal()).retained().recent is None
+    assert (Causal() | Window(back=3)).retained().recent is None
+    assert Prefix(length=4).retained() == Sinks(count=4).retained() == Retained(0, 4)
+
+
+def test_what_no_backend_could_mean_is_refused():
+    for wrong in (
+        lambda: Window(back=0),
+        lambda: Window(back=1, ahead=-1),
+        lambda: Sinks(count=0),
+        lambda: Prefix(length=0),
+    ):
+        with pytest.raises(LaminaError, match="must be"):
+            wrong()
+
+
+def test_operators_make_specs():
+    assert Causal() & Window(back=2) == Both(first=Causal(), second=Window(back=2))
+    assert Causal() | Prefix() == Either(first=Causal(), second=Prefix())
+    for pattern in PATTERNS.values():
+        assert Pattern.from_json(pattern.to_json()) == pattern
+
+
+def test_joining_tokens():
+    first, second = plain(2, 3), plain(2, 2, start=3)
+    whole = join(first, second)
+    assert whole.span == (0, 5) and whole.position.tolist() == [[0, 1, 2, 3, 4]] * 2 and whole.marked is None
+    assert join(first, plain(2, 2, start=4)).span is None
+    marks = Tokens(second.position, second.document, torch.ones(2, 2, dtype=torch.bool))
+    assert join(first, marks).span is None
+    assert join(first, marks).marked.tolist() == [[False] * 3 + [True] * 2] * 2
+    assert join(marks, first).marked.tolist() == [[True] * 2 + [False] * 3] * 2
+    rows = join(first, marks).select(torch.tensor([1]))
+    assert rows.position.shape == rows.marked.shape == (1, 5)
+    assert first.select(torch.tensor([1])).span == (0, 3)
+    assert Tokens(torch.tensor([[HOLE, 0, 1]]), torch.zeros(1, 3)).real.tolist() == [[False, True, True]]
