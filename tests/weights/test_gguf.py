@@ -146,7 +146,7 @@ LIES = {
     "key": (whole(pairs=[struct.pack("<Q", 1 << 20)]), "metadata pair 0 claims 1,048,576 bytes"),
     "strings": (whole(pairs=[pair("a", 9, STRINGS)]), "'a' claims 1,099,511,627,776 elements"),
     "numbers": (whole(pairs=[pair("a", 9, struct.pack("<IQ", 4, HUGE))]), "'a' claims 1,099,511,627,776 elements"),
-    "elements": (whole(pairs=[pair("a", 9, struct.pack("<IQ", 0, 1 << 23))], data=1 << 23), "hold 8,388,608 elements by 'a'"),
+    "elements": (whole(pairs=[pair("a", 9, struct.pack("<IQ", 0, 1 << 23))], data=1 << 23), "hold 8,388,608 elements"),
     "nested": (whole(pairs=[pair("a", 9, struct.pack("<IQ", 9, 1) * 500)]), "'a' is an array of arrays"),
     "element type": (whole(pairs=[pair("a", 9, struct.pack("<IQ", 77, 1))]), "'a' is an array of type 77"),
     "value type": (whole(pairs=[pair("a", 13, bytes(8))]), "'a' is of type 13"),

@@ -1,8 +1,9 @@
-"""A GGUF file presented as a Hugging Face checkpoint: its config, its names, its weights (llama.cpp's conversion, undone).
+"""A GGUF file presented as a Hugging Face checkpoint (llama.cpp's convert_hf_to_gguf.py, undone).
 
-llama.cpp's converter changes three things besides names. It reorders the rows of q and k of the architecture `llama`, so
-that rotary pairs lie side by side; it adds 1 to Gemma's norms; and it writes Llama 3's rotary scaling as a tensor of
-factors. Reading undoes each. A key or a tensor that is not in the tables below is refused: it would change the numbers.
+llama.cpp's converter changes three things besides names. It reorders the rows of q and k of the architecture `llama`,
+so that rotary pairs lie side by side; it adds 1 to Gemma's norms; and it writes Llama 3's rotary scaling as a tensor
+of factors. Reading undoes each. A key or a tensor that is not in the tables below is refused: it would change the
+numbers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""GGUF files, versions 2 and 3 (ggml's docs/gguf.md): metadata and tensors, every claim checked against the file's size.
+"""GGUF files, versions 2 and 3 (ggml's docs/gguf.md): every claim of a header is checked against the file's size.
 
-Layout: magic, version, the counts of tensors and of metadata pairs, the pairs, a table of tensors, padding, the data. Each
-number is read from a file that may lie, so a length is compared with the bytes that are left before anything is allocated.
+Layout: magic, version, the counts of tensors and of metadata pairs, the pairs, a table of tensors, padding, the data.
+Each number is read from a file that may lie, so a length is compared with the bytes that are left before anything is
+allocated.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ class Header:
         count = self.number("<Q", f"the length of {show(key)}")
         least = 8 if kind == STRING else struct.calcsize(SCALARS[kind][1])
         if count * least > self.left:
-            raise self.refuse(f"metadata {show(key)} claims {count:,} elements, but the file has {self.left:,} bytes left",
-                              "it was cut short or is damaged: get it again")  # fmt: skip
+            found = f"metadata {show(key)} claims {count:,} elements, but the file has {self.left:,} bytes left"
+            raise self.refuse(found, "it was cut short or is damaged: get it again")
         self.elements += count
         if self.elements > ELEMENTS:
             raise self.refuse(
@@ -127,8 +128,8 @@ class Header:
 class GGUFFile:
     """A GGUF file, open for reading: `metadata`, `entries`, `read(name)`. A context manager.
 
-    Tensors of plain numbers are views of the mapped file, without a copy; they stay good after `close()`, because the map
-    lives as long as the last of them. Writing into one changes memory only, never the file.
+    Tensors of plain numbers are views of the mapped file, without a copy; they stay good after `close()`, because the
+    map lives as long as the last of them. Writing into one changes memory only, never the file.
     """
 
     def __init__(self, path: str | Path):

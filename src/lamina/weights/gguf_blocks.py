@@ -1,7 +1,8 @@
 """Block-quantised tensors of GGUF files, unpacked to float32 (ggml-quants.c, the `dequantize_row_*` functions).
 
-A row is cut into blocks of 32 or 256 weights; each block keeps one or two float16 scales and small integers. The order of
-every product and sum below is that of ggml, each rounded on its own, so results are the same to the last bit.
+A row is cut into blocks of 32 or 256 weights; each block keeps one or two float16 scales and small integers. The
+order of every product and sum below is that of ggml, each rounded on its own, so results are the same to the last
+bit.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def q8_0(blocks: Tensor) -> Tensor:
 def scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Eight scales and eight minima of a K block: 6 bits each, packed in bytes 4 to 15 behind two float16 factors.
 
-    Bytes 4-7 hold the first four scales and bytes 8-11 the first four minima in their low 6 bits; the other four of each
-    have their low 4 bits in bytes 12-15 and their high 2 bits on top of bytes 4-11.
+    Bytes 4-7 hold the first four scales and bytes 8-11 the first four minima in their low 6 bits; the other four of
+    each have their low 4 bits in bytes 12-15 and their high 2 bits on top of bytes 4-11.
     """
     first, second, third = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = torch.cat((first & 63, (third & 15) | ((first >> 2) & 48)), dim=1)
