@@ -48,6 +48,10 @@ class Flavour:
     def base(self) -> str:
         return f"{self.model_type}."
 
+    @property
+    def roberta(self) -> bool:
+        return self.model_type == "roberta"
+
 
 BERT_FLAVOUR = Flavour(
     "bert", "Bert", (None, None, 0), 512, "cls.predictions.", ("transform.dense", "transform.LayerNorm")
@@ -70,7 +74,7 @@ def spec(fields: Fields, flavour: Flavour) -> ModelSpec:
     width, heads = fields.count("hidden_size", 768), fields.count("num_attention_heads", 12)
     if width % heads:
         raise ValueError(f"{fields.where}: hidden_size={width} is not a multiple of num_attention_heads={heads}")
-    roberta = flavour is ROBERTA_FLAVOUR
+    roberta = flavour.roberta
     special = fields.special(*flavour.special)
     if roberta and special.pad is None:
         raise ValueError(f"{fields.where}: pad_token_id is null; RoBERTa counts positions from it")
@@ -139,7 +143,7 @@ def _parts(fields: Fields, flavour: Flavour) -> tuple[bool, bool, Task | None]:
     if "classifier.out_proj.weight" in fields.names:
         return False, True, "sequence"
     if "classifier.weight" in fields.names:
-        by_token = kind == "ForTokenClassification" or flavour is ROBERTA_FLAVOUR
+        by_token = kind == "ForTokenClassification" or flavour.roberta
         return (False, False, "token") if by_token else (False, True, "sequence")
     return False, f"{flavour.base}pooler.dense.weight" in fields.names, None
 
@@ -221,7 +225,7 @@ def _weights(base: str) -> tuple[Rule, ...]:
 def heads(spec: ModelSpec, flavour: Flavour) -> tuple[Rule, ...]:
     """The names of a pooler, a language head and a label head, which depend on each other."""
     task = None if spec.labels is None else spec.labels.task
-    inside = flavour is ROBERTA_FLAVOUR and task == "sequence"  # RoBERTa's classifier has its own dense layer
+    inside = flavour.roberta and task == "sequence"  # RoBERTa's classifier has its own dense layer
     labels = {"next_sentence": "cls.seq_relationship", "span": "qa_outputs"}.get(task or "", "classifier")
     dense, norm = flavour.transform
     pairs = (
