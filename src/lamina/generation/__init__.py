@@ -1,9 +1,31 @@
-"""Generation and embedding: what is done with a model once it is loaded."""
+"""Generation, embedding, filling blanks, perplexity: what is done with a model once it is loaded."""
 
 from __future__ import annotations
 
+from lamina.generation.blanks import Blank, Candidate, Filled, fill
+from lamina.generation.chat import Chat
 from lamina.generation.embed import embed
 from lamina.generation.loop import Limits, Step, generate, limits_of, stream
+from lamina.generation.perplexity import Score, log_probabilities, measure, score
 from lamina.generation.sample import Sampling
+from lamina.generation.text import Writing
 
-__all__ = ["Limits", "Sampling", "Step", "embed", "generate", "limits_of", "stream"]
+__all__ = [
+    "Blank",
+    "Candidate",
+    "Chat",
+    "Filled",
+    "Limits",
+    "Sampling",
+    "Score",
+    "Step",
+    "Writing",
+    "embed",
+    "fill",
+    "generate",
+    "limits_of",
+    "log_probabilities",
+    "measure",
+    "score",
+    "stream",
+]

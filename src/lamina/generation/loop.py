@@ -145,8 +145,14 @@ class _Reader:
         self.engine = None
         if cache == "auto" and shape[0] == 1 and model.engine is not None and model.engine.fits(total):
             self.engine = model.engine.start(total)
+        self.block = shape[1]  # tokens of the prompt that are read at once
         if isinstance(cache, str):
             kind = "growing" if cache == "none" else cache
+            context = model.spec.context
+            if kind == "sinks" and context is not None:
+                # What is kept and what is new are numbered within the context, whatever the length of the text.
+                self.block = shape[1] if shape[1] < context else max(context // 4, 1)
+                total = min(total, context - 1 if shape[1] < context else context - self.block)
             self.cache = None if self.engine or cache == "none" else model.new_cache(kind, shape[0], total)
         else:
             self.cache = cache
@@ -156,6 +162,10 @@ class _Reader:
         if self.engine is not None and mask is None:
             return self.engine.read(ids)
         if self.cache is not None:
+            while ids.shape[1] > self.block:
+                now, ids = ids.split([self.block, ids.shape[1] - self.block], dim=1)
+                seen, mask = (None, None) if mask is None else mask.split([self.block, ids.shape[1]], dim=1)
+                self.model(now, seen, cache=self.cache, keep_logits=0)
             out = self.model(ids, mask, cache=self.cache, keep_logits=1)
         else:
             self.mask = _extend_mask(self.mask, mask, ids, self.ids)

@@ -1,0 +1,103 @@
+"""Checks of each kind of attention by itself, with small random heads: the pattern, blind queries, hidden NaN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from lamina.attend import BACKENDS, Request, attend
+from lamina.conformance.report import Row, gap, judged, left_out
+from lamina.conformance.trial import TOKENS, attentions
+from lamina.errors import UnsupportedError
+from lamina.layers import AttentionSpec
+from lamina.model import Model
+from lamina.patterns import Both, Either, Pattern
+from lamina.tokens import HOLE, Tokens, plain
+
+WIDEST = 4096  # windows beyond this are not tried: their mask has more than 16 million places
+SIZE = 8  # of a head
+
+
+def reach(model: Model) -> Iterator[Row]:
+    """Locality and causality of one layer: a changed key reaches the queries that the pattern says, and no other."""
+    for pattern, spec in {spec.pattern: spec for spec in attentions(model)}.items():
+        name, recent = f"attention reaches as far as {say(pattern)} says", pattern.retained().recent
+        if recent is not None and recent > WIDEST:
+            yield left_out(name, f"the window is wider than {WIDEST} tokens")
+            continue
+        length = TOKENS if recent is None else max(TOKENS, recent + 8)
+        request = _request(spec, plain(1, length), plain(1, length))
+        mask = request.mask().expand(1, 1, length, length)[0, 0]
+        places, wrong, serving = sorted({0, 1, length // 3, length - 1}), 0, _serving(request)
+        for backend in serving:
+            before = attend(request, backend)
+            for at in places:
+                value = request.value.clone()
+                value[:, :, at] += 8.0
+                reached = (attend(replace(request, value=value), backend) != before).any(dim=3)[0].any(dim=0)  # (T,)
+                wrong += int((reached & ~mask[:, at]).sum()) + int((mask[at, at] & ~reached[at]).sum())
+        yield judged(
+            name, f"keys {', '.join(map(str, places))} of {length} changed; {', '.join(serving)}", float(wrong)
+        )
+
+
+def blindness(model: Model) -> Iterator[Row]:
+    zeros, leaks, tried = 0.0, 0.0, set()
+    here = plain(2, TOKENS)
+    elsewhere = Tokens(here.position, here.document + 1)
+    seen = TOKENS - 3
+    holes = Tokens(torch.where(here.position < seen, here.position, HOLE), here.document)
+    for spec in attentions(model):
+        blind, padded = _request(spec, elsewhere, here), _request(spec, holes, holes)
+        value = padded.value.clone()
+        value[:, :, seen:] = math.nan
+        for backend in _serving(blind):
+            out = attend(blind, backend)
+            zeros = max(zeros, gap(out, torch.zeros_like(out)))
+            before, after = attend(padded, backend), attend(replace(padded, value=value), backend)
+            leaks = max(leaks, gap(before[:, :, :seen], after[:, :, :seen]))
+            tried.add(backend)
+    if not tried:
+        yield left_out("a query that sees no key gives zeros", "the model has no attention of the usual kind")
+        return
+    said = f"{len(attentions(model))} kinds of attention; {', '.join(sorted(tried))}"
+    yield judged("a query that sees no key gives zeros", said, zeros)
+    yield judged("NaN in keys that nobody sees does not leak", said, leaks)
+
+
+def say(pattern: Pattern) -> str:
+    """A pattern in one word or two."""
+    if isinstance(pattern, Both | Either):
+        sign = "&" if isinstance(pattern, Both) else "|"
+        return f"{say(pattern.first)} {sign} {say(pattern.second)}"
+    given = [
+        f"{name}={value}" for name in pattern.__dataclass_fields__ if (value := getattr(pattern, name)) is not None
+    ]
+    return f"{type(pattern).__name__}({', '.join(given)})"
+
+
+def _request(spec: AttentionSpec, queries: Tokens, keys: Tokens) -> Request:
+    generator = torch.Generator().manual_seed(0)
+    batch, length = keys.position.shape
+    # As many heads as share a key head, and one more key head where there are several.
+    groups = min(spec.key_heads, 2)
+    heads = groups * (spec.heads // spec.key_heads)
+    shapes = ((batch, heads, length, SIZE), (batch, groups, length, SIZE), (batch, groups, length, SIZE))
+    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
+    sink = torch.zeros(heads) if spec.sink else None
+    return Request(query, key, value, queries, keys, spec.pattern, SIZE**-0.5, softcap=spec.softcap, sink=sink)
+
+
+def _serving(request: Request) -> list[str]:
+    """The backends that do not refuse `request`."""
+    serving = []
+    for backend in BACKENDS:
+        try:
+            attend(request, backend)
+        except UnsupportedError:
+            continue
+        serving.append(backend)
+    return serving

@@ -1,0 +1,132 @@
+"""Checks of how tokens see each other: cached, padded, packed or alone, a text gives the same numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lamina.cache import KINDS
+from lamina.conformance.report import Difference, Row, gap, judged, left_out
+from lamina.conformance.trial import TOKENS, random_ids, read, text_length, two_stacks
+from lamina.errors import UnsupportedError
+from lamina.layers import AttentionSpec, Record
+from lamina.model import Model
+from lamina.patterns import allowed
+from lamina.tokens import plain
+
+
+def cached_decoding(model: Model) -> Iterator[Row]:
+    name = "cached decoding = the whole text"
+    if model.decoder is None:
+        yield left_out(name, "there is no decoder")
+        return
+    length = text_length(model)
+    ids = random_ids(model, 2, length)
+    whole = read(model, ids)
+    splits = ([1] * length, [length // 2, length - length // 2], [3, 1, length - 4], [length])
+    for kind in KINDS:
+        worst = Difference()
+        try:
+            for split in splits:
+                cache = model.new_cache(kind, 2, length)
+                _compare(worst, [read(model, part, cache=cache) for part in ids.split(split, dim=1)], whole)
+        except UnsupportedError as error:
+            yield left_out(f"{name}, cache {kind!r}", f"refused: {error}")
+            continue
+        yield worst.row(f"{name}, cache {kind!r}", f"{length} tokens one by one, in halves, as 3 + 1 + rest, at once")
+    if not two_stacks(model):
+        yield _padded_decoding(model, ids)
+
+
+def _padded_decoding(model: Model, ids: Tensor) -> Row:
+    length = ids.shape[1]
+    mask, worst = torch.ones_like(ids), Difference()
+    mask[1, :5] = 0
+    cache = model.new_cache("auto", 2, length)
+    steps = (slice(0, length - 4), *(slice(at, at + 1) for at in range(length - 4, length)))
+    parts = [[each[1:] for each in read(model, ids[:, at], mask[:, at], cache=cache)] for at in steps]
+    parts[0] = [each[:, 5:] for each in parts[0]]
+    _compare(worst, parts, read(model, ids[1:, 5:]))
+    return worst.row("a padded row decodes as it does alone", "5 of padding on its left, then 4 steps")
+
+
+def _compare(worst: Difference, parts: list[list[Tensor]], whole: list[Tensor]) -> None:
+    for pieces, reference in zip(zip(*parts, strict=True), whole, strict=True):
+        worst.add(torch.cat(pieces, dim=1), reference)
+
+
+def padding(model: Model) -> Iterator[Row]:
+    length = text_length(model)
+    lengths = [length, length - 5, 3]
+    ids = random_ids(model, 3, length)
+    for side in ("right", "left"):
+        spans = [slice(0, n) if side == "right" else slice(length - n, length) for n in lengths]
+        mask, worst = torch.zeros_like(ids), Difference()
+        for row, span in enumerate(spans):
+            mask[row, span] = 1
+        together = read(model, ids, mask)
+        for row, span in enumerate(spans):
+            for ours, alone in zip(together, read(model, ids[row : row + 1, span]), strict=True):
+                worst.add(ours[row : row + 1, span], alone)
+        yield worst.row(f"padded on the {side} = alone", f"rows of {lengths} tokens in one batch")
+
+
+def packing(model: Model) -> Iterator[Row]:
+    if two_stacks(model):
+        yield left_out("packed = alone", "an encoder-decoder reads one text a row")
+        return
+    length = text_length(model)
+    lengths = [length // 2, 3, length - length // 2 - 3]
+    ids, worst = random_ids(model, 1, length), Difference()
+    documents = torch.tensor([[i for i, n in enumerate(lengths) for _ in range(n)]], device=ids.device)
+    packed = [each.split(lengths, dim=1) for each in read(model, ids, document_ids=documents)]
+    for i, text in enumerate(ids.split(lengths, dim=1)):
+        for ours, alone in zip(packed, read(model, text), strict=True):
+            worst.add(ours[i], alone)
+    yield worst.row("packed = alone", f"documents of {lengths} tokens in one row")
+
+
+def empty_rows(model: Model) -> Iterator[Row]:
+    ids = random_ids(model, 2, min(TOKENS, model.spec.context or TOKENS))
+    mask = torch.ones_like(ids)
+    mask[1] = 0
+    record = Record("*.weights")
+    out = read(model, ids, mask, record=record)
+    bad = sum(int((~torch.isfinite(each)).sum()) for each in out)
+    yield judged("a row of padding gives no NaN", "hidden states and logits", float(bad))
+    size = ids.shape[1]
+    shares = [
+        value[1] for value in record.values.values() if value.shape[-2:] == (size, size) and not two_stacks(model)
+    ]
+    worst = max((float(share.abs().max()) for share in shares), default=0.0)
+    yield judged("a row of padding attends to nothing", f"the weights of {len(shares)} layers", worst)
+
+
+def causality(model: Model) -> Iterator[Row]:
+    name = "later tokens change no earlier bit"
+    if model.spec.decoder is None:
+        yield left_out(name, "there is no decoder")
+        return
+    length = text_length(model)
+    tokens = plain(1, length)
+    for _, part in model.spec.decoder.walk():
+        if isinstance(part, AttentionSpec):
+            mask = allowed(part.pattern, tokens.query(), tokens.key()).expand(1, length, length)
+            if bool(mask.triu(1).any()):
+                yield left_out(name, f"{type(part.pattern).__name__} looks ahead")
+                return
+    ids = random_ids(model, 1, length)
+    before, worst, moved = read(model, ids), 0.0, math.inf
+    places = sorted({1, length // 2, length - 1})
+    for at in places:
+        changed = ids.clone()
+        changed[0, at] = (changed[0, at] + 1) % model.spec.embedding.vocabulary
+        after = read(model, changed)
+        worst = max(worst, *(gap(a[:, :at], b[:, :at]) for a, b in zip(before, after, strict=True)))
+        moved = min(moved, gap(before[0][:, at:], after[0][:, at:]))
+    row = judged(name, f"token {', '.join(map(str, places))} of {length} changed", worst)
+    yield row if moved > 0 else replace(row, verdict="fails", note="a changed token changed nothing at all")

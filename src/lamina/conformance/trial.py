@@ -1,0 +1,50 @@
+"""What is asked of a model in every check: ids to read, what a forward gives for each token, the kinds of attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamina.layers import AttentionSpec
+from lamina.model import Model
+
+TOKENS = 16  # of each text that is read, where no window asks for more
+
+
+def random_ids(model: Model, batch: int, length: int, seed: int = 0) -> Tensor:
+    """(batch, length) ids of the model's vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.spec.embedding.vocabulary, (batch, length), generator=generator)
+    return ids.to(model.embedding.weight.device)
+
+
+def read(model: Model, ids: Tensor, mask: Tensor | None = None, **more: Any) -> list[Tensor]:
+    """What a forward gives for each token of `ids`: hidden states, and logits where there are some for each token.
+
+    In an encoder-decoder `ids` are the decoder's, and the encoder reads one text that stays the same.
+    """
+    if two_stacks(model):
+        source = random_ids(model, 1, TOKENS, seed=99).expand(ids.shape[0], -1)
+        out = model(source, decoder_input_ids=ids, decoder_attention_mask=mask, **more)
+    else:
+        out = model(ids, mask, **more)
+    return [out.hidden] if out.logits is None or out.logits.dim() != 3 else [out.hidden, out.logits]
+
+
+def two_stacks(model: Model) -> bool:
+    """Whether it is an encoder-decoder."""
+    return model.encoder is not None and model.decoder is not None
+
+
+def text_length(model: Model) -> int:
+    """Tokens to read: more than the narrowest window, where that takes little time."""
+    windows = [spec.pattern.retained().recent for spec in attentions(model)]
+    narrowest = min((window for window in windows if window is not None), default=0)
+    return min(max(TOKENS, min(narrowest + 8, 64)), model.spec.context or TOKENS)
+
+
+def attentions(model: Model) -> list[AttentionSpec]:
+    """The different attentions of the model."""
+    return list(dict.fromkeys(part for _, part in model.spec.walk() if isinstance(part, AttentionSpec)))

@@ -1,0 +1,80 @@
+"""A text file as token ids, read piece by piece, with the ids that the whole text would have."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from lamina.errors import LaminaError
+from lamina.text import Tokenizer
+
+PIECE = 1 << 20  # characters encoded at once
+AROUND = 240  # characters on both sides of a cut that must encode apart as they do together
+BETWEEN = re.compile(r"(?<=\w)(?= \w)")  # between a word and the space before the next one
+
+
+class TextFile:
+    """Iterating gives lists of ids. `bytes` counts what was read so far, `lost` what the tokenizer cannot say.
+
+    A piece ends between two words, at a place where the text around it has the same ids cut as whole. A tokenizer for
+    which there is no such place (SentencePiece marks the beginning of a text) gets the text in one piece.
+    """
+
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, *, piece: int = PIECE) -> None:
+        self.path, self.tokenizer, self.piece = Path(path), tokenizer, piece
+        self.bytes = 0
+        self.lost: dict[str, None] = {}
+
+    def __iter__(self) -> Iterator[list[int]]:
+        try:
+            with self.path.open("rb") as file:
+                text = ""
+                for part in self._decoded(file):
+                    text += part
+                    while len(text) > self.piece:
+                        cut = self._cut(text)
+                        if cut is None:
+                            break
+                        yield self._ids(text[:cut])
+                        text = text[cut:]
+                if text:
+                    yield self._ids(text)
+        except OSError as error:
+            raise LaminaError(f"{self.path}: {error.strerror or error}") from None
+
+    def _decoded(self, file: BinaryIO) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        pending = 0
+        while True:
+            block = file.read(self.piece)
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                at = self.bytes - pending + error.start
+                raise LaminaError(f"{self.path}: not UTF-8 at byte {at:,}; texts are UTF-8") from None
+            self.bytes += len(block)
+            pending = len(decoder.getstate()[0])
+            if not block:
+                return
+            yield text
+
+    def _ids(self, text: str) -> list[int]:
+        self.lost |= dict.fromkeys(self.tokenizer.lost(text))
+        return self.tokenizer.encode(text, special=False, control=False)
+
+    def _cut(self, text: str) -> int | None:
+        start = max(self.piece - 8 * AROUND, self.piece // 2)
+        for found in list(BETWEEN.finditer(text, start, self.piece))[::-1][:8]:
+            at = found.start()
+            left, right = text[max(at - AROUND, 0) : at], text[at : at + AROUND]
+            left = left[left.find(" ") :] if " " in left else left
+
+            def encode(part: str) -> list[int]:
+                return self.tokenizer.encode(part, special=False, control=False)
+
+            if encode(left + right) == encode(left) + encode(right):
+                return at
+        return None

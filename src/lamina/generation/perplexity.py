@@ -1,0 +1,139 @@
+"""Perplexity and bits per byte of a text of any length, by a sliding window that is read once and never held whole."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from lamina.errors import LaminaError, UnsupportedError
+from lamina.model import Model
+
+LONGEST = 2048
+"""The window where none is asked for, in models that read more: attention grows with its square."""
+ROWS = 256  # positions whose logits exist at one time
+
+
+@dataclass
+class Score:
+    """What a text costs a model: `nats` over `tokens`, which spell `bytes`."""
+
+    tokens: int = 0
+    bytes: int = 0
+    nats: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss of a token; depends on how the tokenizer cuts the text."""
+        mean = self.nats / self.tokens
+        return math.exp(mean) if mean < 709 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """log2 of the probability of the text for each of its UTF-8 bytes; models with other tokenizers compare."""
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def __add__(self, other: Score) -> Score:
+        return Score(
+            self.tokens + other.tokens,
+            self.bytes + other.bytes,
+            self.nats + other.nats,
+            self.seconds + other.seconds,
+        )
+
+
+def window_of(model: Model, window: int | None = None, stride: int | None = None) -> tuple[int, int]:
+    """The window and the stride that will be used. Raises LaminaError for values out of range."""
+    context = model.spec.context
+    if window is None:
+        window = min(context or LONGEST, LONGEST)
+    if type(window) is not int or window < 2 or (context is not None and window > context):
+        most = "" if context is None else f", at most the {context} tokens that this model reads"
+        raise LaminaError(f"window is {window!r}; it must be a whole number of at least 2{most}")
+    stride = max(window // 2, 1) if stride is None else stride
+    if type(stride) is not int or not 1 <= stride <= window:
+        raise LaminaError(f"stride is {stride!r}; it must be a whole number from 1 to window={window}")
+    return window, stride
+
+
+def score(
+    model: Model,
+    ids: Iterable[int],
+    *,
+    begin: int | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+) -> Iterator[Tensor]:
+    """Log-probabilities (n,) float32 of the tokens of `ids`, in order, a block at a time; memory stays the same.
+
+    The first `window` tokens are one block, each `stride` after them another; a block is read with as many tokens
+    before it as the window holds. Example, window 4, stride 2, tokens 0..6: [0 1 2 3], 2 3 [4 5], 3 4 5 [6]: each is
+    scored once. `begin` (the id of <s>) opens every window, where the checkpoint wants it; without it token 0 has
+    nothing before it and is not scored.
+    """
+    if model.decoder is None or model.head is None:
+        raise UnsupportedError("this model does not predict the next token, so its texts have no perplexity")
+    window, stride = window_of(model, window, stride)
+    opening = [] if begin is None else [begin]
+    keep = window - len(opening)
+    stride = min(stride, window - 1)  # the first token of a block needs one before it
+    source = iter(ids)
+    held: list[int] = []
+    while fresh := list(islice(source, stride if held else keep)):
+        held = (held + fresh)[-keep:]
+        yield _block(model, opening + held, len(fresh))
+
+
+def log_probabilities(model: Model, ids: list[int]) -> list[float]:
+    """The log-probability of each token after the first, given those before it."""
+    return _block(model, ids, len(ids)).tolist()
+
+
+@torch.inference_mode()
+def _block(model: Model, ids: list[int], fresh: int) -> Tensor:
+    """Log-probabilities of the last `fresh` of `ids`; of one less where nothing stands before them."""
+    tensor = torch.tensor([ids], device=model.embedding.weight.device)
+    if not 0 <= min(ids) <= max(ids) < model.spec.embedding.vocabulary:
+        raise LaminaError(
+            f"the text holds id {max(ids)}; ids of this model are below {model.spec.embedding.vocabulary}"
+        )
+    first = max(len(ids) - fresh, 1)
+    hidden = model(tensor, keep_logits=0).hidden[0, first - 1 : -1]  # (n, width)
+    assert model.head is not None
+    parts = []
+    for at in range(0, hidden.shape[0], ROWS):
+        logits = model.head(hidden[at : at + ROWS], model.embedding.weight).float()
+        target = tensor[0, first + at : first + at + logits.shape[0], None]
+        parts.append(logits.log_softmax(dim=-1).gather(1, target)[:, 0])
+    return torch.cat(parts).cpu() if parts else torch.empty(0)
+
+
+def measure(
+    model: Model,
+    ids: Iterable[int],
+    *,
+    begin: int | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+) -> Iterator[Score]:
+    """The score so far, after each block. `bytes` is left to the caller, who knows the text."""
+    total, clock = Score(), time.perf_counter()
+    for block in score(model, ids, begin=begin, window=window, stride=stride):
+        total.tokens += len(block)
+        total.nats -= float(block.double().sum())
+        if not math.isfinite(total.nats):
+            raise LaminaError(
+                f"the loss is not finite within the first {total.tokens} tokens; the weights or the dtype are at fault"
+            )
+        total.seconds = time.perf_counter() - clock
+        yield total
