@@ -224,3 +224,11 @@ def test_the_next_render_is_unharmed():
     with pytest.raises(LaminaError, match="runs for longer than 1 s"):
         template.render(MESSAGES)
     assert template.render(MESSAGES[:1]) == "ok"
+
+
+def test_large_values_add_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lamina.text.sandbox.SECONDS", 60.0)
+    monkeypatch.setattr("lamina.text.sandbox.TRAIL", 1 << 23)
+    source = "{% set x = 'a' * 1000000 %}" + "".join(f"{{% set x{i} = x ~ {i} %}}" for i in range(20))
+    with pytest.raises(CheckpointError, match="it makes too many large values"):
+        ChatTemplate(source).render(MESSAGES)
