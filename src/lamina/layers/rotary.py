@@ -210,7 +210,8 @@ def _yarn(wavelength: Tensor, scaling: YarnScaling, base: float, width: int) -> 
     low, high = max(low, 0), min(high, width - 1)
     high = high + 0.001 if high == low else high
     ramp = ((torch.arange(width // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
-    frequency = ramp / (scaling.factor * wavelength) + (1 - ramp) / wavelength
+    keep = 1 - ramp  # the published code's order of operations, to the last bit
+    frequency = 1.0 / (scaling.factor * wavelength) * (1 - keep) + 1.0 / wavelength * keep
     if scaling.attention is not None:
         return frequency, scaling.attention
     if scaling.scale and scaling.scale_all:
