@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import lamina
+from lamina.attend import BACKENDS
 from lamina.cache import KINDS
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.families import family
@@ -76,9 +77,13 @@ def result(out: lamina.Output) -> torch.Tensor:
 
 def windows(case: Case) -> list[bool]:
     """Whether each layer has a window; nothing where none has."""
-    parts = [part.pattern for _, part in case.ours.spec.walk() if isinstance(part, AttentionSpec)]
-    found = [isinstance(pattern, Both) and isinstance(pattern.second, Window) for pattern in parts]
+    patterns = [part.pattern for part in attentions(case)]
+    found = [isinstance(pattern, Both) and isinstance(pattern.second, Window) for pattern in patterns]
     return found if any(found) else []
+
+
+def attentions(case: Case) -> list[AttentionSpec]:
+    return [part for _, part in case.ours.spec.walk() if isinstance(part, AttentionSpec)]
 
 
 # Numbers
@@ -109,6 +114,35 @@ def test_logits_and_hidden_states_are_those_of_transformers(case: Case, length: 
         assert ours.pooled is not None and close(ours.pooled, theirs.pooler_output)
     if hasattr(theirs, "seq_relationship_logits"):
         assert ours.label_logits is not None and close(ours.label_logits, theirs.seq_relationship_logits)
+
+
+@every_row
+@torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_gives_the_same_numbers_or_says_what_it_cannot_do(case: Case, backend: str):
+    more = case.segments(case.ids)
+    mask = torch.ones_like(case.ids)
+    mask[0, :4] = 0
+    for given in (None, mask):
+        try:
+            out = case.ours(case.ids, given, backend=backend, **more)
+        except UnsupportedError as refusal:
+            if backend == "dense" or f"attention backend {backend!r} cannot do" not in str(refusal):
+                raise
+            continue
+        seen = torch.ones_like(mask, dtype=torch.bool) if given is None else given.bool()
+        assert close(result(out)[seen], result(case.ours(case.ids, given, **more))[seen])
+
+
+@every_row
+@torch.no_grad()
+def test_looking_changes_no_bit(case: Case):
+    """Reading the attention of one layer leaves all outputs as they are, and does not come back empty."""
+    more, record = case.segments(case.ids), lamina.Record("*.layers.1.attention.op.weights")
+    out = case.ours(case.ids, record=record, **more)
+    assert torch.equal(result(out), result(case.ours(case.ids, **more)))
+    (weights,) = record.values.values()
+    assert close(weights.sum(dim=-1), torch.ones(weights.shape[:-1]))
 
 
 @every_row
