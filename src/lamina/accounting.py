@@ -8,6 +8,7 @@ meta device have shapes and no storage, so 405 billion parameters and 131,072 to
 from __future__ import annotations
 
 import bisect
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +72,7 @@ class Row:
     flops_per_token: int
     flops_train_per_token: int
     cache_bytes: int
+    shapes: dict[str, tuple[int, ...]]  # of the parameters of one copy, where it has no parts
     parts: tuple[Row, ...] = ()
 
 
@@ -179,8 +181,9 @@ class _Tally:
         self.train: Counter[str] = Counter()
         self.step: Counter[str] = Counter()
         self.cache: Counter[str] = Counter()
-        for name, parameter in model.named_parameters():
-            self.add(self.parameters, name, parameter.numel())
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        for name, shape in self.shapes.items():
+            self.add(self.parameters, name, math.prod(shape))
         for name, module in model.named_modules():
             idle: Callable[[], int] | None = getattr(module, "idle", None)  # as a layer of experts declares it
             if idle is not None:
@@ -192,6 +195,11 @@ class _Tally:
         for end in range(1, len(names) + 1):
             counter[".".join(names[:end])] += count
         counter["total"] += count * self.copies(path)
+
+    def below(self, path: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters of a part, by their names in it; "q" for "q.weight"."""
+        inside = {name[len(path) + 1 :]: shape for name, shape in self.shapes.items() if name.startswith(f"{path}.")}
+        return {name.removesuffix(".weight"): shape for name, shape in inside.items()}
 
     def per_token(self, path: str) -> int:
         """FLOPs for a token of one copy of a part: of the step, or of the prefill where there is no cache."""
@@ -365,6 +373,7 @@ def _row(tally: _Tally, path: str, name: str, spec: Any) -> Row:
         flops_per_token=tally.per_token(path) * copies,
         flops_train_per_token=round(tally.train[path] / tally.tokens) * copies,
         cache_bytes=tally.cache[path] * copies,
+        shapes={} if parts else tally.below(path),
         parts=parts,
     )
 

@@ -167,7 +167,7 @@ def _layer_norm(spec: LayerNormSpec) -> str:
 
 def _embedding(spec: EmbeddingSpec) -> str:
     scale = {"none": "", "root": ", times sqrt(width)", "rounded_root": ", times sqrt(width) rounded"}[spec.scale]
-    return f"embedding of {spec.vocabulary} tokens{scale}"
+    return f"{spec.vocabulary} tokens{scale}"
 
 
 def _head(spec: LanguageHeadSpec) -> str:
@@ -202,7 +202,7 @@ WORDS: dict[type, Callable[[Any], str]] = {
     LayerNormSpec: _layer_norm,
     LayerSpec: lambda spec: " and ".join(step.name for step in spec.steps),
     LearnedPositionSpec: lambda spec: f"learned positions, {spec.size}",
-    PoolerSpec: lambda spec: "pooler: tanh of the first token",
+    PoolerSpec: lambda spec: "tanh of the first token",
     Prefix: _pattern,
     RMSNormSpec: _rms_norm,
     RotarySpec: _rotary,

@@ -1,0 +1,94 @@
+"""`lamina convert`: read a model and write it in another layout, dtype or sharding."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+
+from lamina.cli.output import Output, size
+from lamina.cli.program import command
+
+EXAMPLES = """
+lamina convert smollm2-135m ./smollm2
+lamina convert ./model ./model-bf16 --dtype bfloat16 --shard-size 2GB
+lamina convert ./model ./model-native --format native
+"""
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: 5GB, 500 MiB, 1000000."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(value).upper())
+        found = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
+        if found < 1:
+            self.fail(f"{value!r} is no size; write 5GB, 500MiB or a number of bytes", param, ctx)
+        return found
+
+
+@command(EXAMPLES)
+@click.argument("source")
+@click.argument("directory", type=click.Path(file_okay=False))
+@click.option(
+    "--format", "layout", type=click.Choice(["hf", "native"]), default="hf", show_default=True, help="Layout."
+)
+@click.option("--dtype", help="Of the weights. [default: as stored]")
+@click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of weights.")
+@click.option("--force", is_flag=True, help="Replace DIRECTORY; the old one stays whole until the new one is.")
+@click.option("--allow-missing", is_flag=True, help="Initialise parameters that the source lacks, and list them.")
+@click.option("--allow-unexpected", is_flag=True, help="Leave out tensors that the model has no place for.")
+def convert(
+    out: Output,
+    source: str,
+    directory: str,
+    layout: str,
+    dtype: str | None,
+    shard_size: int,
+    force: bool,
+    allow_missing: bool,
+    allow_unexpected: bool,
+) -> None:
+    """Read SOURCE and write it into DIRECTORY.
+
+    hf: transformers' from_pretrained opens it as it is. native: spec.json and our own names, which can say every model.
+    """
+    import torch
+
+    from lamina.errors import LaminaError
+    from lamina.source import load, save
+
+    target = Path(directory)
+    if target.exists() and not force:
+        raise LaminaError(f"{directory} is there already; choose another directory, or replace it with --force")
+    out.note(f"reading {source}")
+    with torch.no_grad():
+        model = load(source, dtype=dtype, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
+    initialised = list(model.origin.initialised)
+    out.note(f"writing {directory}")
+    save(model, target, layout, force=force, shard_size=shard_size)
+    files = {str(path.relative_to(target)): path.stat().st_size for path in sorted(target.rglob("*")) if path.is_file()}
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+    document = {
+        "source": source,
+        "directory": directory,
+        "format": layout,
+        "dtypes": dtypes,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "bytes": sum(files.values()),
+        "files": [{"name": name, "bytes": count} for name, count in files.items()],
+        "initialised": initialised,
+    }
+    wide = max(len(name) for name in files) + len(directory) + 1
+    lines = [f"{str(target / name).ljust(wide)}  {size(count)}" for name, count in files.items()]
+    lines += [f"initialised, because {source} lacks it: {name}" for name in initialised]
+    out.result(document, lines)
+
+
+command = convert
