@@ -39,7 +39,12 @@ class Report:
         return all(row.verdict != "fails" for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"passed": self.passed, "seconds": round(self.seconds, 2), "rows": [asdict(row) for row in self.rows]}
+        """For JSON, which has no infinity: a difference that is none (NaN came) is null, and its note says so."""
+        rows = [asdict(row) for row in self.rows]
+        for row in rows:
+            if row["worst"] == math.inf:
+                row |= {"worst": None, "note": f"{row['note']} NaN or infinity came".strip()}
+        return {"passed": self.passed, "seconds": round(self.seconds, 2), "rows": rows}
 
     def __str__(self) -> str:
         lines = []

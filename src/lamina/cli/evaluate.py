@@ -1,0 +1,125 @@
+"""`lamina evaluate`: how well a model predicts the texts in files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lamina.cli.output import Output, table
+from lamina.cli.program import command
+from lamina.cli.prompts import loading
+from lamina.errors import LaminaError
+
+if TYPE_CHECKING:
+    from lamina.generation import Score
+    from lamina.generation.files import TextFile
+
+EXAMPLES = """
+lamina evaluate smollm2-135m book.txt
+lamina evaluate smollm2-135m a.txt b.txt --window 1024 --stride 512 --json
+"""
+
+
+@command(EXAMPLES)
+@click.argument("source")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--window", type=int, help="Tokens read at once. [default: the context, at most 2048]")
+@click.option("--stride", type=int, help="Tokens scored in each window after the first. [default: half of it]")
+@loading
+def evaluate(
+    out: Output, source: str, files: tuple[Path, ...], window: int | None, stride: int | None, **given: Any
+) -> None:
+    """Perplexity and bits per byte of FILES (UTF-8 text), each by itself and together.
+
+    Every token is scored once, with at least WINDOW - STRIDE tokens before it where the text has them. Files are read
+    piece by piece. Bits per byte compare models with different tokenizers; perplexities do not.
+    """
+    import lamina
+    from lamina.generation import Score, measure
+    from lamina.generation.files import TextFile
+    from lamina.generation.perplexity import window_of
+
+    for path in files:
+        if not path.is_file():
+            raise LaminaError(f"{path}: no such file")
+    tokenizer = lamina.tokenizer(source)
+    model = lamina.load(source, given["dtype"], given["device"], given["compile"], quantize=given["quantize"])
+    window, stride = window_of(model, window, stride)
+    around = tokenizer.encode("")
+    begin = around[0] if around and around[0] == tokenizer.bos else None
+    scores: list[Score] = []
+    for path in files:
+        text, found = TextFile(path, tokenizer), Score()
+        first = _First(text)
+        for found in measure(model, first, begin=begin, window=window, stride=stride):
+            _progress(out, path, text, found)
+        if found.tokens == 0:
+            raise LaminaError(f"{path}: {text.bytes} bytes give no token to predict; a text is needed")
+        # The first token is not predicted where nothing stands before it, so its bytes do not count either.
+        unscored = 0 if begin is not None else len(tokenizer.decode([first.id], skip_special=False).encode())
+        found.bytes = text.bytes - unscored
+        scores.append(found)
+        _progress(out, path, text, None)
+        if text.lost:
+            names = ", ".join(f"U+{ord(c):04X}" for c in list(text.lost)[:8])
+            out.note(f"lamina: warning: {path}: this tokenizer has nothing for {names}: the model does not see them")
+    total = sum(scores, start=Score())
+    document = {
+        "source": source,
+        "window": window,
+        "stride": stride,
+        "files": [{"file": str(path), **_figures(each)} for path, each in zip(files, scores, strict=True)],
+        **_figures(total),
+    }
+    rows = [_row(str(path), each) for path, each in zip(files, scores, strict=True)]
+    rows += [_row("together", total)] if len(files) > 1 else []
+    header = ("file", "perplexity", "bits per byte", "tokens", "tokens/s")
+    out.result(document, [*table(header, rows), f"windows of {window} tokens, {stride} new ones in each"])
+
+
+class _First:
+    """The ids of a file one by one, noting the first."""
+
+    def __init__(self, text: TextFile) -> None:
+        self.text, self.id = text, 0
+
+    def __iter__(self) -> Any:
+        first = True
+        for part in self.text:
+            if first and part:
+                self.id, first = part[0], False
+            yield from part
+
+
+def _figures(score: Score) -> dict[str, Any]:
+    return {
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+        "tokens_per_second": round(score.tokens_per_second, 2),
+        "seconds": round(score.seconds, 3),
+    }
+
+
+def _row(name: str, score: Score) -> tuple[str, ...]:
+    rate = f"{score.tokens_per_second:,.0f}"
+    return (name, f"{score.perplexity:.3f}", f"{score.bits_per_byte:.4f}", f"{score.tokens:,}", rate)
+
+
+def _progress(out: Output, path: Path, text: TextFile, score: Score | None) -> None:
+    """One line that is written over, on a terminal only; None clears it."""
+    if not out.progress:
+        return
+    line = ""
+    if score is not None:
+        line = f"{path.name}: {score.tokens:,} tokens, perplexity {score.perplexity:.2f}, "
+        line += f"{score.tokens_per_second:,.0f} tokens/s"
+    sys.stderr.write(f"\r\x1b[K{line}")
+    sys.stderr.flush()
+
+
+command = evaluate
