@@ -16,7 +16,5 @@ def drop_branch(x: Tensor, rate: float, training: bool) -> Tensor:
     """Zero the branch (B, T, width) for each row with probability `rate`, scale the rows that stay."""
     if not training or rate == 0:
         return x
-    if rate == 1:
-        return torch.zeros_like(x)
     keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
-    return x * keep.to(x.dtype) / (1 - rate)
+    return x * keep.to(x.dtype) / ((1 - rate) or 1)  # rate 1 keeps nothing: zeros, also for gradients, not 0 / 0
