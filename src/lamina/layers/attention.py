@@ -14,7 +14,7 @@ from lamina.errors import LaminaError
 from lamina.layers.call import Call
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.layers.relative import ShawSpec, TransformerXLSpec
-from lamina.layers.rotary import RotarySpec, phases, rotate
+from lamina.layers.rotary import RotarySpec, phases, prepare, rotate
 from lamina.patterns import Causal, Pattern, Retained
 from lamina.specs import Spec
 from lamina.tokens import Tokens
@@ -62,6 +62,8 @@ class Attention(nn.Module):
         self.spec = spec
         self.path = ""  # set by the model: the name of this layer's slot and records
         self.scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
+        if spec.rotary is not None:
+            prepare(spec.rotary, spec.head_dim)
         bias = spec.bias != "none"
         self.q = nn.Linear(width, spec.heads * spec.head_dim, bias=bias)
         self.k = nn.Linear(width, spec.key_heads * spec.head_dim, bias=bias)

@@ -136,6 +136,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return turned if rest is None else torch.cat([turned, rest], dim=-1)
 
 
+def prepare(spec: RotarySpec, size: int) -> None:
+    """Compute the tables of heads of `size` features now: while a forward is traced, tensors have no values to tell."""
+    beyond = (False, True) if isinstance(spec.scaling, LongRopeScaling) else (False,)
+    if not isinstance(spec.scaling, DynamicNTKScaling):
+        for one in beyond:
+            table(spec, spec.width or size, one)
+
+
 def _frequency(spec: RotarySpec, width: int, tokens: Tokens) -> tuple[Tensor, float]:
     """Frequencies (r / 2,), or (B, 1, r / 2) where they depend on the length of the row; the scale of the phases."""
     device, scaling = tokens.position.device, spec.scaling
@@ -150,7 +158,9 @@ def _frequency(spec: RotarySpec, width: int, tokens: Tokens) -> tuple[Tensor, fl
         long, _ = table(spec, width, True)
         both = [torch.tensor(values, dtype=torch.float32, device=device) for values in (short, long)]
         return torch.where(_length(tokens) > scaling.original, both[1], both[0]), scale
-    values, scale = table(spec, width)
+    values, scale = table(spec, width, False)
+    if torch.compiler.is_exporting():  # a table of constants would have to travel beside the exported code
+        return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values]), scale
     return torch.tensor(values, dtype=torch.float32, device=device), scale
 
 
