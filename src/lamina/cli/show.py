@@ -77,11 +77,9 @@ def _lines(source: str, spec: ModelSpec, found: Account, single: Account) -> lis
         add(row, one, 0)
     lines = [heading(source), shape_of(spec), ""]
     lines += table(("part", "parameters", "share", "FLOPs/token", "cache/token"), rows)
-    total = f"{found.parameters:,} parameters, {size(found.weight_bytes)} in {found.dtype};"
-    lines += ["", f"{total} {short(found.flops_per_token)}FLOP a token at {found.context} tokens"]
-    return (
-        [*lines, f"a full cache of {found.context} tokens: {size(found.cache_bytes)}"] if found.cache_bytes else lines
-    )
+    lines += ["", f"{found.parameters:,} parameters, {size(found.weight_bytes)} in {found.dtype}"]
+    cache = f"; their cache: {size(found.cache_bytes)}" if found.cache_bytes else ""
+    return [*lines, f"{short(found.flops_per_token)}FLOP a token at the end of {found.context} tokens{cache}"]
 
 
 def _shapes(row: Row) -> str:
