@@ -1,0 +1,104 @@
+"""Writes the parts of the documentation that come from the code: docs/command-line.md, and two tables of README.md.
+
+    python docs/build.py            write them
+    python docs/build.py --check    say which are not as the code is, and write nothing
+
+They are generated so that they cannot say what the program does not do; tests/test_docs.py runs the check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTH = 80  # columns of the help texts, whatever terminal this runs in
+ABOUT = """# Command line
+
+This page is generated from the program by `make docs`: it is what `lamina --help` and `lamina COMMAND --help` print.
+
+Results go to standard output, messages and progress to standard error. `--json` prints one document, whose fields bear
+the names of the Python interface. Exit status: 0 done, 1 it failed, 2 the input was wrong, 130 interrupted. A mistake
+is one line, `lamina: error: ...`, which names the file, field or option, what was found and what would be right.
+"""
+
+
+def command_line() -> str:
+    """docs/command-line.md: the help of the group, of each of its commands, and of theirs."""
+    from lamina.cli.program import program
+
+    return "\n".join([ABOUT, *_helps(program, "lamina", None)])
+
+
+def _helps(command: click.Command, name: str, parent: click.Context | None) -> Iterator[str]:
+    settings = {"terminal_width": WIDTH, "max_content_width": WIDTH, **command.context_settings}
+    context = click.Context(command, info_name=name, parent=parent, **settings)
+    title = "" if parent is None else f"## {context.command_path.partition(' ')[2]}\n\n"
+    yield f"{title}```text\n{command.get_help(context).strip()}\n```\n"
+    if isinstance(command, click.Group):
+        for inner in command.list_commands(context):
+            found = command.get_command(context, inner)
+            assert found is not None
+            yield from _helps(found, inner, context)
+
+
+def layers_table() -> str:
+    """The kinds of layer: what each is, where it is built, how one gets it."""
+    from lamina.catalogue import CATALOGUE
+
+    rows = ["| layer | what it is | file |", "|---|---|---|"]
+    for kind in CATALOGUE:
+        files = ", ".join(f"[{file}](src/lamina/{file})" for file in kind.files) if kind.built else "not built yet"
+        rows.append(f"| {kind.title} | {kind.what} | {files} |")
+    return "\n".join(rows) + "\n"
+
+
+def families_table() -> str:
+    """The model types that are read and written, and the published sizes whose specs are known."""
+    from lamina.families import FAMILIES, family
+
+    rows = ["| `model_type` | published sizes known as data |", "|---|---|"]
+    for model_type in FAMILIES:
+        groups: dict[str, list[str]] = {}
+        for size in family(model_type).sizes:
+            name, _, number = size.partition("/")
+            groups.setdefault(name, []).append(number)
+        said = "; ".join(f"{name}: {', '.join(numbers)}" for name, numbers in groups.items())
+        rows.append(f"| `{model_type}` | {said or '-'} |")
+    return "\n".join(rows) + "\n"
+
+
+def placed(text: str, name: str, content: str) -> str:
+    """`text` with what stands between the two marks of `name` replaced."""
+    begin, end = f"<!-- generated: {name} -->\n", f"<!-- end: {name} -->\n"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"README.md must have the lines {begin.strip()} and {end.strip()} once each")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}{content}{end}{rest.partition(end)[2]}"
+
+
+def pages() -> dict[Path, str]:
+    """Every generated file, and what it must hold."""
+    readme = ROOT / "README.md"
+    text = placed(readme.read_text(encoding="utf-8"), "layers", layers_table())
+    return {ROOT / "docs/command-line.md": command_line(), readme: placed(text, "families", families_table())}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 when one is stale")
+    check = parser.parse_args().check
+    stale = {path: text for path, text in pages().items() if not path.is_file() or path.read_text() != text}
+    for path, text in stale.items():
+        print(f"{path.relative_to(ROOT)}: {'not as the code is: run make docs' if check else 'written'}")
+        if not check:
+            path.write_text(text, encoding="utf-8")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
