@@ -39,6 +39,8 @@ def save(
     """
     if format not in ("hf", "native"):
         raise LaminaError(unknown("format", format, ("hf", "native")))
+    if any(not weight.dtype.is_floating_point for weight in model.buffers()):
+        raise UnsupportedError("an int8 model is for decoding only; save the model that it was made from")
     origin: Origin | None = model.origin
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}

@@ -42,7 +42,10 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(spec.vocabulary, width))
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = F.embedding(ids, self.weight, padding_idx=self.spec.padding)
+        return self.scaled(F.embedding(ids, self.weight, padding_idx=self.spec.padding))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Rows of the table, times what the model multiplies its input with."""
         if self.spec.scale == "none":
             return x
         # A Python number multiplies exactly; a tensor of the dtype has been rounded first: bfloat16(sqrt(3072)) = 55.5

@@ -102,11 +102,19 @@ class LanguageHead(nn.Module):
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
         """`table`: the embedding, (vocabulary, width), used where the head is tied."""
-        spec = self.spec
+        return self.finish(
+            nn.functional.linear(self.begin(x), table if self.weight is None else self.weight, self.bias)
+        )
+
+    def begin(self, x: Tensor) -> Tensor:
+        """What comes before the matrix."""
         x = x if self.transform is None else self.transform(x)
-        x = x if spec.scale == 1.0 else x * spec.scale
-        logits = nn.functional.linear(x, table if self.weight is None else self.weight, self.bias)
-        return logits if spec.softcap is None else spec.softcap * torch.tanh(logits / spec.softcap)
+        return x if self.spec.scale == 1.0 else x * self.spec.scale
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """What comes after it."""
+        cap = self.spec.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def initialise(self, generator: torch.Generator) -> None:
         if self.weight is not None:

@@ -1,0 +1,130 @@
+"""The compiled step writes what the model writes, across sizes of cache, with the weights of the live model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import lamina
+from lamina.errors import LaminaError, UnsupportedError
+from lamina.generation import compiled
+from lamina.generation.compiled import prepare
+from lamina.generation.int8 import Int8Linear, rounded
+from lamina.layers import (
+    AttentionSpec,
+    EmbeddingSpec,
+    FeedForwardSpec,
+    LanguageHeadSpec,
+    LayerNormSpec,
+    LayerSpec,
+    LearnedPositionSpec,
+    RMSNormSpec,
+    RotarySpec,
+    StackSpec,
+    StepSpec,
+)
+from lamina.model import Model, ModelSpec
+from lamina.patterns import Causal, Window
+
+
+def model_of(*, softcap: float | None = None, learned: bool = False, tied: bool = True) -> Model:
+    """One layer in which window, rotary phases, grouped heads, biases and the order of positions matter."""
+    norm = LayerNormSpec() if learned else RMSNormSpec()
+    attention = AttentionSpec(
+        heads=4,
+        key_heads=2,
+        head_dim=6,
+        pattern=Causal() & Window(back=7),
+        rotary=None if learned else RotarySpec(base=50.0),
+        qk_norm=RMSNormSpec(),
+        bias="qkv",
+        softcap=softcap,
+    )
+    steps = (
+        StepSpec(name="attention", op=attention, pre=norm),
+        StepSpec(name="feedforward", op=FeedForwardSpec(hidden=30, gated=not learned, bias=learned), pre=norm),
+    )
+    spec = ModelSpec(
+        width=20,
+        embedding=EmbeddingSpec(vocabulary=61, scale="root"),
+        decoder=StackSpec(
+            layers=(LayerSpec(steps=steps),), norm=norm, position=LearnedPositionSpec(size=90) if learned else None
+        ),
+        head=LanguageHeadSpec(tied=tied, softcap=4.0),
+        context=90,
+    )
+    model = spec.build(seed=3).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.dim() > 1 else 1).add_(0.1 if parameter.dim() == 1 else 0)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMINA_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiled, "SMALLEST", 16)
+    monkeypatch.setattr(compiled, "AHEAD", 4)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", ["rotary", "learned"])
+def test_step_writes_what_the_model_writes(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    learned = kind == "learned"
+    model = model_of(softcap=3.0 if learned else None, learned=learned, tied=not learned)
+    torch.manual_seed(0)
+    for length in (1, 9):
+        ids = torch.randint(0, 61, (1, length))
+        expected = lamina.generate(model, ids, max_new_tokens=20)
+        prepare(model, compile=True)
+        assert torch.equal(lamina.generate(model, ids, max_new_tokens=20), expected)
+        assert set(model.engine.steps) <= {16, 32}
+        model.engine = None
+    said = capsys.readouterr().err
+    assert said.count("compiling the decoding step") == 2  # for 16 and for 32 places, and neither a second time
+    assert len(list((tmp_path / "steps").glob("*.pt2"))) == 2
+    sizes = sum(path.stat().st_size for path in (tmp_path / "steps").glob("*.pt2"))
+    prepare(model, compile=True)
+    with torch.no_grad():
+        model.embedding.weight.mul_(-1.0)  # the step reads the weights of the live model
+    ids = torch.tensor([[5, 17, 2]])
+    steps = lamina.generate(model, ids, max_new_tokens=12)
+    model.engine = None
+    assert torch.equal(steps, lamina.generate(model, ids, max_new_tokens=12))
+    assert sizes > 0
+
+
+@pytest.mark.timeout(400)
+def test_int8_step_equals_int8_model() -> None:
+    model = model_of()
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    full = model(ids).logits
+    prepare(model, quantize="int8")
+    assert isinstance(model.decoder.layers[0]["attention"].op.q, Int8Linear)  # pyright: ignore
+    near = model(ids).logits
+    assert 0 < (near - full).abs().max() < 0.1 * full.abs().max()
+    expected = lamina.generate(model, ids, max_new_tokens=8)
+    prepare(model, compile=True)
+    assert torch.equal(lamina.generate(model, ids, max_new_tokens=8), expected)
+    with pytest.raises(UnsupportedError, match="int8"):
+        lamina.save(model, "nowhere")
+
+
+def test_rounding_is_within_half_a_step() -> None:
+    weight = torch.randn(7, 33)
+    weight[2] = 0
+    values, scale = rounded(weight)
+    assert values.dtype == torch.int8 and values.abs().max() == 127
+    assert bool(((values * scale[:, None] - weight).abs() <= scale[:, None] / 2 + 1e-7).all())
+
+
+def test_what_cannot_be_compiled_is_refused() -> None:
+    encoder = lamina.spec("bert/base-uncased").build(device="meta")
+    with pytest.raises(UnsupportedError, match="decoder"):
+        prepare(encoder, compile=True)
+    with pytest.raises(UnsupportedError, match="decoder"):
+        prepare(encoder, quantize="int8")
+    with pytest.raises(LaminaError, match="did you mean 'int8'"):
+        prepare(encoder, quantize="int4")
