@@ -19,7 +19,7 @@ ROWS = (
     "__main__",
     "cli",
     "__init__",
-    "train retrieve serve conformance catalogue",
+    "train retrieve serve conformance catalogue report",
     "pictures",
     "accounting",
     "source",

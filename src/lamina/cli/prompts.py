@@ -66,7 +66,9 @@ def fits(model: Model, sampling: Sampling) -> None:
 
 def standard_input() -> str:
     """All of standard input, without the line end that `echo` adds."""
-    data: bytes = click.get_binary_stream("stdin").read()
+    if sys.stdin is None:
+        raise LaminaError("standard input is closed; give a prompt")
+    data = sys.stdin.buffer.read()
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
