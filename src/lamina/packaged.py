@@ -1,9 +1,12 @@
-"""Packaged models: real weights that a machine without a model hub can install, pinned by version and SHA-256."""
+"""What lies on this machine: packaged models (real weights that install without a model hub, pinned by version and
+SHA-256), and the folders where they and compiled code are kept."""
 
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 
@@ -56,3 +59,22 @@ def packaged_path(name: str) -> Path | None:
     if not main.is_file():
         return None
     return main if main.suffix == ".gguf" else directory
+
+
+def cache_directory() -> Path:
+    """Where code that was compiled for this machine lies: $LAMINA_CACHE, else the user's cache directory."""
+    chosen = os.environ.get("LAMINA_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lamina"
+
+
+@cache
+def processor() -> tuple[str, ...]:
+    """What code compiled for this processor depends on."""
+    lines: set[str] = set()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            lines = {line.strip() for line in file if line.startswith(("model name", "flags", "Features"))}
+    return (platform.machine(), platform.system(), *sorted(lines))

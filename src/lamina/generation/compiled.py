@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import sys
 import time
 from functools import cache
@@ -23,6 +21,7 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.generation.int8 import quantize_int8
 from lamina.generation.package import Step, build
 from lamina.model import Model
+from lamina.packaged import cache_directory, processor
 from lamina.specs import unknown
 from lamina.tokens import HOLE
 
@@ -72,7 +71,7 @@ class Engine:
         step = self.steps.get(places)
         if step is None:
             module = Decode(self.model, places)
-            path = directory() / f"step-{self._key(places)}.pt2"
+            path = cache_directory() / "steps" / f"step-{self._key(places)}.pt2"
             if not path.is_file():
                 _say(f"compiling the decoding step for {places} tokens (once per machine) ...")
                 begin = time.perf_counter()
@@ -86,7 +85,8 @@ class Engine:
     def _key(self, places: int) -> str:
         weights = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         dtypes = sorted((name, str(tensor.dtype)) for name, tensor in weights.items())
-        made_from = [self.model.spec.to_json(), dtypes, places, torch.get_num_threads(), *_machine(), _code()]
+        made_from = [self.model.spec.to_json(), dtypes, places, torch.get_num_threads(), torch.__version__]
+        made_from += [*processor(), _code()]
         return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:24]
 
 
@@ -181,15 +181,6 @@ class Decode(nn.Module):
         return out.logits[:, -1]
 
 
-def directory() -> Path:
-    """Where packages are kept: $LAMINA_CACHE, else the user's cache directory."""
-    chosen = os.environ.get("LAMINA_CACHE")
-    if chosen:
-        return Path(chosen).expanduser() / "steps"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "lamina" / "steps"
-
-
 def _pairs(state: list[Tensor] | tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(state[5::2], state[6::2], strict=True))
 
@@ -199,16 +190,6 @@ def _places(tokens: int) -> int:
     while places < tokens:
         places *= 2
     return places
-
-
-@cache
-def _machine() -> tuple[str, ...]:
-    """What code for this processor depends on."""
-    lines: set[str] = set()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            lines = {line.strip() for line in file if line.startswith(("model name", "flags", "Features"))}
-    return (platform.machine(), platform.system(), torch.__version__, *sorted(lines))
 
 
 @cache

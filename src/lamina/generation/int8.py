@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lamina.errors import UnsupportedError
 from lamina.generation.package import dots
 from lamina.layers import Embedding, LanguageHead
+from lamina.layers.linear import linear
 from lamina.model import Model
 
 
@@ -26,8 +27,7 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Te
     """x (..., in) times the rounded matrix."""
     if torch.compiler.is_exporting():
         return dots(x, weight, scale, bias)
-    out = F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
-    return out if bias is None else out + bias
+    return linear(x, weight, bias, scale)
 
 
 class Int8Linear(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lamina.attend import Request, attend, weights
 from lamina.errors import LaminaError
 from lamina.layers.call import Call
+from lamina.layers.linear import Linear
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.layers.relative import ShawSpec, TransformerXLSpec
 from lamina.layers.rotary import RotarySpec, phases, prepare, rotate
@@ -65,14 +66,14 @@ class Attention(nn.Module):
         if spec.rotary is not None:
             prepare(spec.rotary, spec.head_dim)
         bias = spec.bias != "none"
-        self.q = nn.Linear(width, spec.heads * spec.head_dim, bias=bias)
-        self.k = nn.Linear(width, spec.key_heads * spec.head_dim, bias=bias)
-        self.v = nn.Linear(width, spec.key_heads * spec.head_dim, bias=bias)
+        self.q = Linear(width, spec.heads * spec.head_dim, bias=bias)
+        self.k = Linear(width, spec.key_heads * spec.head_dim, bias=bias)
+        self.v = Linear(width, spec.key_heads * spec.head_dim, bias=bias)
         self.q_norm = None if spec.qk_norm is None else spec.qk_norm.build(spec.head_dim)
         self.k_norm = None if spec.qk_norm is None else spec.qk_norm.build(spec.head_dim)
         self.relative = None if spec.relative is None else spec.relative.build(width, spec.heads, spec.head_dim)
         self.sink = nn.Parameter(torch.zeros(spec.heads)) if spec.sink else None
-        self.o = nn.Linear(spec.heads * spec.head_dim, width, bias=spec.bias == "all")
+        self.o = Linear(spec.heads * spec.head_dim, width, bias=spec.bias == "all")
 
     def retained(self) -> Retained:
         """What a cache has to keep for this layer."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lamina.errors import LaminaError
 from lamina.layers.call import Call
 from lamina.layers.dropout import dropout
+from lamina.layers.linear import Linear
 from lamina.specs import Spec
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu_squared", "sigmoid", "identity", "tanh"]
@@ -58,9 +59,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.spec = spec
         self.act = ACTIVATIONS[spec.act]
-        self.gate = nn.Linear(width, spec.hidden, bias=spec.bias) if spec.gated else None
-        self.up = nn.Linear(width, spec.hidden, bias=spec.bias)
-        self.down = nn.Linear(spec.hidden, width, bias=spec.bias)
+        self.gate = Linear(width, spec.hidden, bias=spec.bias) if spec.gated else None
+        self.up = Linear(width, spec.hidden, bias=spec.bias)
+        self.down = Linear(spec.hidden, width, bias=spec.bias)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         h = self.up(x)  # (B, T, hidden)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lamina.errors import LaminaError
 from lamina.layers.dropout import dropout
 from lamina.layers.feedforward import ACTIVATIONS, Activation
+from lamina.layers.linear import linear
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.specs import Spec
 
@@ -102,9 +103,7 @@ class LanguageHead(nn.Module):
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
         """`table`: the embedding, (vocabulary, width), used where the head is tied."""
-        return self.finish(
-            nn.functional.linear(self.begin(x), table if self.weight is None else self.weight, self.bias)
-        )
+        return self.finish(linear(self.begin(x), table if self.weight is None else self.weight, self.bias))
 
     def begin(self, x: Tensor) -> Tensor:
         """What comes before the matrix."""

@@ -1,0 +1,112 @@
+"""The linear layer, y = x W^T + b, at the speed of memory also for the one row of a decoding step.
+
+torch multiplies one row on one thread. For few rows on the CPU a small kernel (rows.c) reads the weight once with all
+threads; it is built by the machine's C compiler when it is first needed, in about a second, and kept in the cache
+directory. Without a compiler, and wherever gradients, other devices or other dtypes are asked for, torch does it all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lamina.packaged import cache_directory, processor
+
+FEW = 8
+"""Up to so many rows the kernel is faster than torch's matrix product."""
+
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared")
+
+NAMES = {torch.float32: "rows_f32", torch.bfloat16: "rows_bf16", torch.int8: "rows_int8"}
+
+
+class Linear(nn.Linear):
+    """torch's linear layer, with `linear` as its product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """x (..., in) times W (out, in) transposed, times `scale` (out,) where W is int8, plus `bias` (out,)."""
+    if _serves(x, weight):
+        return _few(x, weight, bias, scale)
+    if scale is None:
+        return F.linear(x, weight, bias)
+    out = F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
+    return out if bias is None else out + bias
+
+
+def _serves(x: Tensor, weight: Tensor) -> bool:
+    if x.numel() > FEW * x.shape[-1] or weight.dtype not in NAMES or type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    if x.dtype not in (torch.float32, torch.bfloat16) or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # tracers and counters see torch's own
+        return False
+    return weight.is_contiguous() and weight.device.type == "cpu" and x.numel() > 0 and kernels() is not None
+
+
+def _few(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    rows, wide = x.numel() // x.shape[-1], x.to(torch.float32).contiguous()
+    added = None if bias is None else bias.detach().to(torch.float32).contiguous()
+    factor = None if scale is None else scale.to(torch.float32).contiguous()
+    out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=torch.float32)
+    found = kernels()
+    assert found is not None
+    found[weight.dtype](
+        weight.data_ptr(),
+        None if factor is None else factor.data_ptr(),
+        wide.data_ptr(),
+        None if added is None else added.data_ptr(),
+        out.data_ptr(),
+        *weight.shape,
+        rows,
+        torch.get_num_threads(),
+    )
+    return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
+@cache
+def kernels() -> dict[torch.dtype, Any] | None:
+    """The kernels by dtype of the weight; None where there is no C compiler (`lamina doctor` says which)."""
+    source = Path(__file__).with_name("rows.c")
+    made_from = "\n".join((source.read_text(), *FLAGS, *processor()))
+    path = cache_directory() / f"rows-{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.so"
+    try:
+        if not path.is_file():
+            _compile(source, path)
+        library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    found: dict[torch.dtype, Any] = {}
+    for dtype, name in NAMES.items():
+        function = getattr(library, name)
+        function.argtypes = [pointer] * 5 + [count] * 3 + [ctypes.c_int]
+        function.restype = None
+        found[dtype] = function
+    return found
+
+
+def _compile(source: Path, path: Path) -> None:
+    """Build aside and move into place: two processes may do it at once, and a kill leaves nothing broken."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch) / "rows.so"
+        compiler = os.environ.get("CC", "cc" if platform.system() != "Linux" else "gcc")
+        subprocess.run([compiler, *FLAGS, str(source), "-o", str(made)], check=True, capture_output=True)
+        os.replace(made, path)
