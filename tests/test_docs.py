@@ -166,6 +166,16 @@ def test_every_page_is_reached_from_the_index():
     assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"} <= linked
 
 
+def test_the_tour_names_every_room():
+    tour = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The house")[2].partition("\n## ")[0]
+    rooms = [
+        path for path in (ROOT / "src/lamina").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    ]
+    for room in rooms:
+        name = room.name if room.is_file() else f"{room.name}/"
+        assert f"`{name}`" in tour, f"CONTRIBUTING.md, The house: no row names {name}"
+
+
 def test_generated_parts_are_as_the_code_is():
     build = importlib.util.spec_from_file_location("build", ROOT / "docs/build.py")
     assert build is not None and build.loader is not None
