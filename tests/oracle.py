@@ -90,7 +90,7 @@ def rope(x: Tensor, positions: list[int], frequency: list[float], interleaved: b
     return out
 
 
-LAYOUTS = ("plain", "chunk", "step", "left padding", "right padding", "documents", "shuffled", "marked")
+LAYOUTS = ("plain", "chunk", "step", "left padding", "right padding", "documents", "shuffled", "fixed", "marked")
 
 
 def layout(name: str, seed: int = 0, length: int = 6, chunk: int = 3) -> tuple[Tokens, Tokens]:
@@ -121,6 +121,9 @@ def layout(name: str, seed: int = 0, length: int = 6, chunk: int = 3) -> tuple[T
         keys = Tokens(position, document)
         late = torch.tensor([[length, length + 1], [length - 1, HOLE]])
         return Tokens(late, torch.zeros_like(late)), keys
+    elif name == "fixed":  # keys with empty places after them, so that their span is not known, that of queries is
+        position[:, 4:] = HOLE
+        return plain(2, 2, start=2), Tokens(position, document)
     elif name == "marked":
         marked = torch.tensor([[j in (0, 1, 4) for j in range(length)], [j < 3 for j in range(length)]])
         tokens = Tokens(position, document, marked)

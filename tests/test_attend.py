@@ -148,6 +148,18 @@ def test_lower_precision_stays_near_the_loop(dtype: torch.dtype, tolerance: floa
                 torch.testing.assert_close(out.double(), attention(exact), rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("where", ["plain", "left padding", "step"])
+def test_a_bias_may_be_wider_than_the_query(dtype: torch.dtype, where: str):
+    """ALiBi's is float32 in a bfloat16 model."""
+    request = make(Everything(), where, modifiers=("bias",), dtype=dtype)
+    assert request.bias is not None
+    wide = replace(request, bias=request.bias.float())
+    for backend, module in BACKENDS.items():
+        if module.refuses(wide) is None:
+            assert torch.equal(attend(wide, backend), attend(request, backend)), backend
+
+
 def blinded(row: int) -> tuple[Tokens, Tokens]:
     """Queries of which one sees nothing at all, keys with two holes."""
     position = torch.tensor([[0, 1, 2, 3, HOLE], [HOLE, HOLE, 0, 1, 2]])

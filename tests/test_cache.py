@@ -14,7 +14,7 @@ from lamina.cache import KINDS, Cache
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import AttentionSpec, Call, RotarySpec
 from lamina.model import Model
-from lamina.patterns import Causal, Everything, Sinks, Window
+from lamina.patterns import Causal, Everything, Prefix, Sinks, Window
 from lamina.tokens import Tokens, plain
 from tests import small
 from tests.oracle import attention, rope
@@ -133,8 +133,6 @@ def test_documents_do_not_see_each_other(models: dict, kind: str, given: str):
 
 def test_marks_are_kept_by_every_cache():
     """Marked tokens are seen by all later ones beyond the window, also when they come in another forward."""
-    from lamina.patterns import Prefix
-
     pattern = Causal() & (Window(back=2) | Prefix())
     model = small.build(small.decoder([pattern, pattern]))
     ids, marked = small.ids(2, LENGTH), torch.zeros(2, LENGTH, dtype=torch.bool)
@@ -244,6 +242,38 @@ def test_trim_forgets_the_last_tokens(kind: str):
             cache.trim(length)
     cache.trim(0)
     torch.testing.assert_close(run(model, cache, [3], ids[:, :3]), torch.cat(found, dim=1)[:, :3], **TOLERANCE)
+
+
+def test_what_was_trimmed_is_seen_by_nobody():
+    """A causal pattern would hide it anyway; others would not."""
+    for kind in ("growing", "fixed"):
+        cache = Cache(kind, 1, 8 if kind == "fixed" else None)
+        cache.add("", Everything().retained())
+        with torch.no_grad():
+            for start, stop in ((0, 6), (2, 4)):
+                if start:
+                    cache.trim(start)
+                tokens = plain(1, stop - start, start=start)
+                _, _, seen = cache.slot("").extend(
+                    torch.zeros(1, 1, 2 if start else 6, 1), torch.zeros(1, 1, 2 if start else 6, 1), tokens
+                )
+                cache.advance(tokens)
+        assert sorted(p for p in seen.position[0].tolist() if p >= 0) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["growing", "fixed", "ring"])
+def test_reorder_moves_marks(kind: str):
+    pattern = Window(back=9) & Prefix() & Causal()  # nothing but marked tokens is seen
+    model = small.build(small.decoder([pattern]))
+    ids, index = small.ids(2, 6), torch.tensor([1, 0])
+    marked = torch.tensor([[1, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]])
+    cache = model.new_cache(kind, 2, 8 if kind == "fixed" else None)
+    run(model, cache, [4], ids[:, :4], marked=marked[:, :4])
+    cache.reorder(index)
+    found = run(model, cache, [1, 1], ids[index, 4:], marked=marked[index, 4:])
+    with torch.no_grad():
+        expected = model(ids, marked=marked).hidden[index, 4:]
+    torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("kind, said", [("auto", "a ring cache"), ("sinks", "a sinks cache")])

@@ -38,6 +38,8 @@ PATTERNS = {
     "streaming": Causal() & (Window(back=3) | Sinks(count=2)),
     "sinks": Sinks(count=2),
     "two windows": Window(back=5, ahead=1) & Window(back=2, ahead=3),
+    "either causal": Causal() | (Causal() & Window(back=5)),
+    "sinks in a window": (Window(back=4) | Sinks(count=1)) & (Window(back=2) | Sinks(count=3)),
     "either window": Window(back=2, ahead=0) | Window(back=4, ahead=2),
     "global": (Window(back=3, ahead=2) | Prefix()) & Causal(),
     "deep": (Causal() & Prefix(length=5)) | (Window(back=2) & (Sinks(count=1) | Causal())),
@@ -127,6 +129,9 @@ def test_retained_is_no_more_than_it_needs_to_be():
     assert (
         (Window(back=3) | Sinks(count=2)).retained() == (Sinks(count=2) | Window(back=3)).retained() == Retained(3, 2)
     )
+    assert (Window(back=5) & Window(back=2)).retained() == (Window(back=2) & Window(back=5)).retained() == Retained(2)
+    streaming = Window(back=2) | Sinks(count=9)
+    assert (streaming & Window(back=3)).retained() == (Window(back=3) & streaming).retained() == Retained(3)
     assert (Prefix(length=4) | Causal()).retained().recent is None
     assert (Causal() | Window(back=3)).retained().recent is None
     assert Prefix(length=4).retained() == Sinks(count=4).retained() == Retained(0, 4)

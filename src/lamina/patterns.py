@@ -5,6 +5,7 @@ There is one definition of the mask, `allowed`; every backend asks it, for a who
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -158,12 +159,9 @@ class Both(Pattern):
         return "causal" if "causal" in (a, b) else "all"
 
     def retained(self) -> Retained:
-        a, b = self.first.retained(), self.second.retained()
-        if a.recent is None:
-            return b
-        if b.recent is None:
-            return a
-        return Retained(max(a.recent, b.recent), max(a.first, b.first))
+        # What both allow, either one retains: the one that asks for less will do.
+        both = (self.first.retained(), self.second.retained())
+        return min(both, key=lambda one: math.inf if one.recent is None else one.recent + one.first)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,55 @@
+"""tools/mutate.py: its table follows the code, and it knows a mutant that is caught from one that is not."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.mutate import PACKAGE, ROOT, Mutation, declared, generic, run, stale
+
+
+def test_every_snippet_still_stands():
+    mutations = declared()
+    assert len(mutations) > 300
+    assert stale(mutations) == []
+    for mutation in mutations:
+        assert all((ROOT / test).exists() for test in mutation.tests), mutation
+    assert {m.file.split("/")[0] for m in mutations} >= {"patterns.py", "attend", "cache", "layers", "families"}
+
+
+def test_a_snippet_that_is_gone_is_refused():
+    gone = Mutation("gone", "patterns.py", "no such line", "", ())
+    twice = Mutation("twice", "patterns.py", "def reach", "", ())
+    broken = Mutation("broken", "patterns.py", "class Causal(Pattern):", "class (", ())
+    found = stale([gone, twice, broken, Mutation("no file", "none.py", "a", "b", ())])
+    assert len(found) == 4 and "stands 0 times" in found[0] and "gone" in found[0]
+
+
+def test_generic_mutants_differ_from_the_code_and_parse():
+    text = ast.unparse(ast.parse((ROOT / PACKAGE / "layers/bias.py").read_text()))
+    mutants = [mutated for _, mutated in generic("layers/bias.py")]
+    assert len(mutants) > 20 and text not in mutants and len(set(mutants)) == len(mutants)
+    for mutated in mutants:
+        ast.parse(mutated)
+
+
+@pytest.mark.slow
+def test_caught_and_not_caught(tmp_path: Path):
+    """In a process of its own: a fork of one that has imported lamina already would test that one."""
+    program = (
+        "from tools.mutate import PACKAGE, ROOT, Mutation, run\n"
+        "text = (ROOT / PACKAGE / 'patterns.py').read_text()\n"
+        "wrong = text.replace('key.position <= query.position', 'key.position < query.position')\n"
+        "jobs = (('a', wrong), ('b', text), ('c', 'import nothing_at_all'))\n"
+        "rows = run([(name, 'patterns.py', code, ('tests/test_patterns.py',)) for name, code in jobs], 2)\n"
+        "print(sorted((row['feature'], row['outcome']) for row in rows))\n"
+    )
+    before = (ROOT / PACKAGE / "patterns.py").read_bytes()
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[('a', 'killed'), ('b', 'survived'), ('c', 'broken')]"
+    assert (ROOT / PACKAGE / "patterns.py").read_bytes() == before
+    assert callable(run)
