@@ -70,7 +70,7 @@ def save(
 
 def exportable(spec: ModelSpec, preferred: Family | None = None) -> tuple[Family, dict[str, Any]]:
     """The family whose layout says exactly this spec, and the configuration. Raises UnsupportedError naming a field."""
-    reasons: list[str] = []
+    reasons: list[tuple[int, str]] = []  # how far a family is from saying it, and why it cannot
     shapes = {name: tuple(p.shape) for name, p in spec.build(device="meta").named_parameters()}
     candidates = [preferred] if preferred is not None else []
     candidates += [family(name) for name in FAMILIES if preferred is None or name != preferred.model_type]
@@ -80,13 +80,17 @@ def exportable(spec: ModelSpec, preferred: Family | None = None) -> tuple[Family
             names = frozenset(name for move in rules.bind(one.rules(spec), shapes) for name in move.theirs)
             back = one.spec(Fields(config, names, f"{one.model_type} config"))
         except (LaminaError, AttributeError, ValueError) as error:
-            reasons.append(str(error))
+            reasons.append((20_000 if isinstance(error, AttributeError) else 10_000, str(error)))
             continue
         if back == spec:
             return one, config
-        path, said, meant = diff(back, spec)[0]
-        reasons.append(f"{path} is {_brief(meant)}, and {one.model_type}'s config.json can only say {_brief(said)}")
-    raise UnsupportedError(f"not exportable to the Hugging Face layout: {reasons[0]}; save with format='native'")
+        differing = diff(back, spec)
+        path, said, meant = differing[0]
+        reason = f"{path} is {_brief(meant)}, and {one.model_type}'s config.json can only say {_brief(said)}"
+        reasons.append((len(differing), f"{reason}; save with format='native'"))
+    raise UnsupportedError(
+        f"not exportable to the Hugging Face layout: {min(reasons, key=lambda reason: reason[0])[1]}"
+    )
 
 
 def _called(spec: ModelSpec, chosen: Family, origin: Origin | None, written: Mapping[str, Any]) -> Callable[[str], str]:

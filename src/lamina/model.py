@@ -178,6 +178,7 @@ class Model(nn.Module):
         stack = self.encoder if self.decoder is None else self.decoder
         assert stack is not None
         hidden = stack(self.embedding(input_ids), call, token_type_ids)
+        record.check()
         if cache is not None:
             cache.advance(tokens)
         return self._heads(hidden, tokens, record, keep_logits)

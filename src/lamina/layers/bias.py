@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError
+from lamina.layers.parameter import parameter
 from lamina.specs import Spec
 from lamina.tokens import Tokens
 
@@ -81,7 +82,7 @@ class BucketBias(nn.Module):
     def __init__(self, spec: BucketBiasSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.weight = nn.Parameter(torch.empty(spec.buckets, spec.heads))
+        self.weight = parameter(spec.buckets, spec.heads)
 
     def forward(self, queries: Tokens, keys: Tokens, memo: dict[Any, Any]) -> Tensor:
         name = ("bias", id(self), id(queries), id(keys))

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from lamina.cache import Cache
+from lamina.errors import LaminaError
+from lamina.specs import unknown
 from lamina.tokens import Tokens
 
 
@@ -22,6 +24,7 @@ class Record:
 
     def __init__(self, *names: str) -> None:
         self.names = names
+        self.offered: set[str] = set()  # every name that came up, kept or not
         self.values: dict[str, Tensor] = {}
         self.losses: dict[str, Tensor] = {}
 
@@ -31,8 +34,17 @@ class Record:
 
     def keep(self, name: str, value: Callable[[], Tensor]) -> None:
         """Keep `value()` under `name` if it was asked for; it is not computed otherwise."""
-        if self.names and self.wants(name):
+        if not self.names:
+            return
+        self.offered.add(name)
+        if self.wants(name):
             self.values[name] = value()
+
+    def check(self) -> None:
+        """Raise LaminaError for a whole name that nothing in the model goes by, with the nearest one."""
+        for wanted in self.names:
+            if wanted not in self.offered and not any(sign in wanted for sign in "*?["):
+                raise LaminaError(unknown("name in a record", wanted, sorted(self.offered)))
 
 
 @dataclass

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError
+from lamina.layers.parameter import parameter
 from lamina.specs import Spec
 
 
@@ -39,7 +40,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.spec = spec
         self.root = math.sqrt(width)
-        self.weight = nn.Parameter(torch.empty(spec.vocabulary, width))
+        self.weight = parameter(spec.vocabulary, width)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.scaled(F.embedding(ids, self.weight, padding_idx=self.spec.padding))
@@ -73,7 +74,7 @@ class Segment(nn.Module):
 
     def __init__(self, spec: SegmentSpec, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(spec.count, width))
+        self.weight = parameter(spec.count, width)
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)

@@ -13,6 +13,7 @@ from lamina.layers.dropout import dropout
 from lamina.layers.feedforward import ACTIVATIONS, Activation
 from lamina.layers.linear import linear
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
+from lamina.layers.parameter import parameter
 from lamina.specs import Spec
 
 
@@ -98,7 +99,7 @@ class LanguageHead(nn.Module):
         super().__init__()
         self.spec = spec
         self.transform = None if spec.transform is None else spec.transform.build(width)
-        self.weight = None if spec.tied else nn.Parameter(torch.empty(vocabulary, width))
+        self.weight = None if spec.tied else parameter(vocabulary, width)
         self.bias = nn.Parameter(torch.zeros(vocabulary)) if spec.bias else None
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError
+from lamina.layers.parameter import parameter
 from lamina.specs import Spec
 from lamina.tokens import Tokens
 
@@ -48,7 +49,7 @@ class LearnedPosition(nn.Module):
     def __init__(self, spec: LearnedPositionSpec, width: int) -> None:
         super().__init__()
         self.spec = spec
-        self.weight = nn.Parameter(torch.empty(spec.size + spec.offset, width))
+        self.weight = parameter(spec.size + spec.offset, width)
 
     def forward(self, tokens: Tokens) -> Tensor:
         size, position = self.spec.size, tokens.position

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lamina.errors import LaminaError
 from lamina.layers.bias import distance
+from lamina.layers.parameter import parameter
 from lamina.layers.positions import SinusoidalPosition, SinusoidalPositionSpec
 from lamina.specs import Spec
 from lamina.tokens import Tokens
@@ -45,8 +46,8 @@ class Shaw(nn.Module):
     def __init__(self, spec: ShawSpec, size: int) -> None:
         super().__init__()
         self.clip = spec.clip
-        self.key = nn.Parameter(torch.empty(2 * spec.clip + 1, size))
-        self.value = nn.Parameter(torch.empty(2 * spec.clip + 1, size)) if spec.values else None
+        self.key = parameter(2 * spec.clip + 1, size)
+        self.value = parameter(2 * spec.clip + 1, size) if spec.values else None
 
     def forward(
         self, query: Tensor, queries: Tokens, keys: Tokens, scale: float
@@ -71,8 +72,8 @@ class TransformerXL(nn.Module):
         super().__init__()
         self.wave = SinusoidalPosition(SinusoidalPositionSpec(order="interleaved", base=spec.base), width)
         self.project = nn.Linear(width, heads * size, bias=False)
-        self.content = nn.Parameter(torch.empty(heads, size))  # u
-        self.position = nn.Parameter(torch.empty(heads, size))  # v
+        self.content = parameter(heads, size)  # u
+        self.position = parameter(heads, size)  # v
 
     def forward(
         self, query: Tensor, queries: Tokens, keys: Tokens, scale: float
