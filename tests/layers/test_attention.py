@@ -20,6 +20,8 @@ CASES = {
     "wide heads": {"heads": 3, "key_heads": 3, "head_dim": 10},
     "biases on q, k, v": {"bias": "qkv"},
     "biases everywhere": {"bias": "all"},
+    "interleaved": {"rotary": RotarySpec(base=50.0, interleaved=True)},
+    "partial": {"rotary": RotarySpec(base=50.0, width=6)},
     "unscaled": {"scale": 1.0},
     "scaled": {"scale": 0.1},
     "soft-cap": {"softcap": 0.5},
@@ -33,7 +35,7 @@ CASES = {
 }
 
 
-def naive(module, x: Tensor) -> Tensor:
+def naive(module, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """(T, width) -> (T, width)."""
     spec, length = module.spec, len(x)
 
@@ -55,8 +57,9 @@ def naive(module, x: Tensor) -> Tensor:
     if spec.qk_norm is not None:
         query, key = norm(query, module.q_norm), norm(key, module.k_norm)  # before the phases
     if spec.rotary is not None:
-        frequency = [spec.rotary.base ** (-2 * i / spec.head_dim) for i in range(spec.head_dim // 2)]
-        query, key = (rope(t, list(range(length)), frequency) for t in (query, key))
+        turned = spec.rotary.width or spec.head_dim
+        frequency = [spec.rotary.base ** (-2 * i / turned) for i in range(turned // 2)]
+        query, key = (rope(t, list(range(length)), frequency, spec.rotary.interleaved) for t in (query, key))
     request = Request(
         query=query[None],
         key=key[None],
@@ -67,6 +70,7 @@ def naive(module, x: Tensor) -> Tensor:
         scale=spec.head_dim**-0.5 if spec.scale is None else spec.scale,
         softcap=spec.softcap,
         sink=module.sink,
+        bias=bias,
     )
     out = torch.cat(list(attention(request)[0]), dim=-1)  # heads side by side
     return out @ module.o.weight.T + (0 if module.o.bias is None else module.o.bias)
@@ -85,6 +89,24 @@ def test_the_layer_written_out(name: str):
     assert [(layer.bias is not None) for layer in (module.q, module.k, module.v, module.o)] == [bias != "none"] * 3 + [
         bias == "all"
     ]
+
+
+def test_a_bias_of_the_stack_is_added_to_the_scores():
+    from lamina.layers import AlibiSpec, ShawSpec
+
+    bias, tokens = AlibiSpec(heads=4).build(), plain(1, 6)
+    x = torch.randn(1, 6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    module = small.attention().build(12).double()
+    small.shake(module)
+    found = module(x, Call(tokens=tokens, bias=bias))
+    torch.testing.assert_close(found[0], naive(module, x[0], bias(tokens, tokens, {})), rtol=0, atol=1e-12)
+    module = small.attention(relative=ShawSpec(clip=2, values=False)).build(12).double()  # beside one of its own
+    small.shake(module)
+    query = torch.stack((x @ module.q.weight.T)[0].split(8, dim=-1))[None]
+    own = module.relative(query, tokens, tokens, 8**-0.5)[1]
+    found = module(x, Call(tokens=tokens, bias=bias))
+    both = own + bias(tokens, tokens, {})
+    torch.testing.assert_close(found[0], naive(module, x[0], both), rtol=0, atol=1e-12)
 
 
 def test_grouped_heads_are_many_heads_with_copies():

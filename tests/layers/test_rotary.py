@@ -162,9 +162,9 @@ SCALINGS: dict[str, tuple[Any, dict[str, Any], int]] = {
         163840,
     ),
     "yarn, short": (
-        YarnScaling(factor=2.0, original=8),  # the whole ramp lies below the first pair
-        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8},
-        16,
+        YarnScaling(factor=2.0, original=6),  # less than a turn of the fastest pair: both ends of the ramp are at 0
+        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 6},
+        12,
     ),
     "yarn, factor below 1": (
         YarnScaling(factor=0.5, original=4096),
@@ -201,6 +201,17 @@ SCALINGS: dict[str, tuple[Any, dict[str, Any], int]] = {
             "short_factor": LONG[0],
             "long_factor": LONG[1],
             "factor": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
+        4096,
+    ),
+    "longrope, shorter": (
+        LongRopeScaling(short=tuple(LONG[0]), long=tuple(LONG[1]), original=4096, factor=0.5),
+        {
+            "rope_type": "longrope",
+            "short_factor": LONG[0],
+            "long_factor": LONG[1],
+            "factor": 0.5,
             "original_max_position_embeddings": 4096,
         },
         4096,

@@ -1,0 +1,141 @@
+"""Each field of a configuration reaches the part of the spec that it is about: what no comparison of logits at one
+setting can show, and dropout, which evaluation hides."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from lamina.families import Fields, family
+from lamina.layers import LinearScaling, RMSNormSpec, YarnScaling
+from lamina.model import ModelSpec
+from lamina.patterns import Causal, Everything, Window
+
+DECODER = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+CONFIGS = {
+    "gpt2": {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32},
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), DECODER),
+    "bert": DECODER,
+    "roberta": DECODER,
+}
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
+GEMMAS = ("gemma", "gemma2", "gemma3_text")
+ATTENTION, FEED = "layers.0.steps.0.op", "layers.0.steps.1.op"
+WINDOW = Causal() & Window(back=7)
+LINEAR = {"type": "linear", "factor": 4.0}  # as files before transformers 5 say it
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
+
+ROWS: list[tuple[str | tuple[str, ...], dict[str, Any], str, Any]] = [
+    ("gpt2", {"layer_norm_epsilon": 1e-3}, "norm.eps", 1e-3),
+    ("gpt2", {"layer_norm_epsilon": 1e-3}, "layers.1.steps.0.pre.eps", 1e-3),
+    ("gpt2", {"attn_pdrop": 0.3}, f"{ATTENTION}.dropout", 0.3),
+    ("gpt2", {"resid_pdrop": 0.3}, "layers.0.steps.0.dropout", 0.3),
+    ("gpt2", {"resid_pdrop": 0.3}, "layers.0.steps.1.dropout", 0.3),
+    ("gpt2", {"embd_pdrop": 0.3}, "dropout", 0.3),
+    ("gpt2", {"tie_word_embeddings": False}, "head.tied", False),
+    ("gpt2", {"scale_attn_weights": False}, f"{ATTENTION}.scale", 1.0),
+    ("gpt2", {"n_inner": 20}, f"{FEED}.hidden", 20),
+    ("gpt2", {}, f"{FEED}.hidden", 64),
+    ("gpt2", {"activation_function": "relu"}, f"{FEED}.act", "relu"),
+    ("gpt2", {}, f"{FEED}.act", "gelu_tanh"),
+    (LLAMAS, {"rms_norm_eps": 1e-3}, "layers.1.steps.1.pre.eps", 1e-3),
+    (LLAMAS, {"rms_norm_eps": 1e-3}, "norm.eps", 1e-3),
+    (LLAMAS, {"hidden_act": "relu"}, f"{FEED}.act", "relu"),
+    (LLAMAS, {}, f"{FEED}.act", "silu"),
+    (LLAMAS, {"attention_dropout": 0.3}, f"{ATTENTION}.dropout", 0.3),
+    (LLAMAS, {"tie_word_embeddings": True}, "head.tied", True),
+    (LLAMAS, {"rope_theta": 77.0}, f"{ATTENTION}.rotary.base", 77.0),
+    (LLAMAS, {"rope_parameters": {"rope_theta": 77.0}}, f"{ATTENTION}.rotary.base", 77.0),
+    (LLAMAS, {"partial_rotary_factor": 0.5}, f"{ATTENTION}.rotary.width", 4),
+    (LLAMAS, {}, f"{ATTENTION}.rotary.width", None),
+    (LLAMAS, {"rope_scaling": LINEAR}, f"{ATTENTION}.rotary.scaling", LinearScaling(factor=4.0)),
+    (LLAMAS, {"rope_scaling": YARN}, f"{ATTENTION}.rotary.scaling", YarnScaling(factor=2.0, original=32)),
+    (LLAMAS, {"rope_scaling": YARN | {"attention_factor": 1.25}}, f"{ATTENTION}.rotary.scaling.attention", 1.25),
+    (LLAMAS, {"rope_scaling": YARN | {"beta_fast": 20}}, f"{ATTENTION}.rotary.scaling.beta_fast", 20.0),
+    (LLAMAS, {"rope_scaling": YARN | {"beta_slow": 2}}, f"{ATTENTION}.rotary.scaling.beta_slow", 2.0),
+    (LLAMAS, {"rope_scaling": YARN | {"mscale": 0.5}}, f"{ATTENTION}.rotary.scaling.scale", 0.5),
+    (LLAMAS, {"rope_scaling": YARN | {"mscale_all_dim": 0.5}}, f"{ATTENTION}.rotary.scaling.scale_all", 0.5),
+    (LLAMAS, {"rope_scaling": YARN | {"truncate": False}}, f"{ATTENTION}.rotary.scaling.whole", False),
+    ("llama", {"attention_bias": True}, f"{ATTENTION}.bias", "all"),
+    ("llama", {"mlp_bias": True}, f"{FEED}.bias", True),
+    ("qwen2", {}, f"{ATTENTION}.bias", "qkv"),
+    ("qwen3", {"rms_norm_eps": 1e-3}, f"{ATTENTION}.qk_norm", RMSNormSpec(eps=1e-3)),
+    ("mistral", {"sliding_window": 7}, f"{ATTENTION}.pattern", WINDOW),
+    ("mistral", {"sliding_window": None}, f"{ATTENTION}.pattern", Causal()),
+    *(
+        (("qwen2", "qwen3"), {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": first}, *rest)
+        for first, rest in (
+            (0, (f"{ATTENTION}.pattern", WINDOW)),
+            (1, (f"{ATTENTION}.pattern", Causal())),
+            (1, ("layers.1.steps.0.op.pattern", WINDOW)),
+            (2, ("layers.1.steps.0.op.pattern", Causal())),
+        )
+    ),
+    (("qwen2", "qwen3"), {"use_sliding_window": False, "sliding_window": 7}, f"{ATTENTION}.pattern", Causal()),
+    (GEMMAS, {}, "embedding.scale", "rounded_root"),
+    (GEMMAS, {"rms_norm_eps": 1e-3}, "norm", RMSNormSpec(eps=1e-3, plus_one=True, wide_product=True)),
+    (GEMMAS, {"attention_dropout": 0.3}, f"{ATTENTION}.dropout", 0.3),
+    (GEMMAS, {"attention_bias": True}, f"{ATTENTION}.bias", "all"),
+    (GEMMAS[1:], {"query_pre_attn_scalar": 4}, f"{ATTENTION}.scale", 0.5),
+    (GEMMAS[1:], {}, "layers.0.steps.0.post", RMSNormSpec(plus_one=True, wide_product=True)),
+    ("gemma", {}, "layers.0.steps.0.post", None),
+    ("gemma", {"hidden_act": "gelu"}, f"{FEED}.act", "gelu_tanh"),
+    ("gemma2", {"attn_logit_softcapping": 5.0}, f"{ATTENTION}.softcap", 5.0),
+    ("gemma2", {"final_logit_softcapping": 5.0}, "head.softcap", 5.0),
+    ("gemma2", {"sliding_window": 7}, f"{ATTENTION}.pattern", WINDOW),
+    ("gemma2", {"sliding_window": 7}, "layers.1.steps.0.op.pattern", Causal()),
+    ("gemma3_text", {}, f"{ATTENTION}.rotary.base", 1e4),
+    ("gemma3_text", {"sliding_window_pattern": 2}, "layers.1.steps.0.op.rotary.base", 1e6),
+    ("gemma3_text", {"rms_norm_eps": 1e-3}, f"{ATTENTION}.qk_norm.eps", 1e-3),
+    (("bert", "roberta"), {"hidden_dropout_prob": 0.3}, "layers.0.steps.0.dropout", 0.3),
+    (("bert", "roberta"), {"hidden_dropout_prob": 0.3}, "layers.0.steps.1.dropout", 0.3),
+    (("bert", "roberta"), {"hidden_dropout_prob": 0.3}, "dropout", 0.3),
+    (("bert", "roberta"), {"attention_probs_dropout_prob": 0.3}, f"{ATTENTION}.dropout", 0.3),
+    (("bert", "roberta"), {"layer_norm_eps": 1e-3}, "layers.0.steps.0.after.eps", 1e-3),
+    (("bert", "roberta"), {"hidden_act": "relu"}, f"{FEED}.act", "relu"),
+    (("bert", "roberta"), {}, f"{ATTENTION}.pattern", Everything()),
+    (("bert", "roberta"), {}, f"{ATTENTION}.bias", "all"),
+    ("roberta", {"pad_token_id": 3}, "position.offset", 4),
+    ("roberta", {"pad_token_id": 3}, "position.size", 60),
+    ("bert", {"pad_token_id": 3}, "embedding.padding", 3),
+    ("bert", {"type_vocab_size": 5}, "segment.count", 5),
+]  # fmt: skip
+CASES = [(one, *rest) for kinds, *rest in ROWS for one in ([kinds] if isinstance(kinds, str) else kinds)]
+
+
+def at(spec: ModelSpec, path: str) -> Any:
+    """The value at a path of the stack, or of the model where it starts there."""
+    steps = path.split(".")
+    place: Any = spec if steps[0] in ("embedding", "head") else spec.encoder or spec.decoder
+    for step in steps:
+        place = place[int(step)] if step.isdigit() else getattr(place, step)
+    return place
+
+
+@pytest.mark.parametrize("kind, said, path, value", CASES, ids=lambda v: None if isinstance(v, dict) else str(v)[:40])
+def test_a_field_reaches_the_spec(kind: str, said: dict[str, Any], path: str, value: Any):
+    one = family(kind)
+    spec = one.spec(Fields(CONFIGS[kind] | said))
+    assert at(spec, path) == value
+    if kind != "gemma" or said != {"hidden_act": "gelu"}:  # which the family writes by its own name
+        again = one.spec(Fields(one.config(spec)))
+        assert at(again, path) == value  # and comes back
+
+
+def test_paths_are_not_trivial():
+    """A row that holds whatever the configuration says would test nothing: its path exists and is a field of a spec."""
+    for kind, said, path, _ in CASES:
+        spec = family(kind).spec(Fields(CONFIGS[kind] | said))
+        parent = at(spec, path.rsplit(".", 1)[0]) if "." in path else spec.encoder or spec.decoder
+        assert dataclasses.is_dataclass(parent) or isinstance(parent, tuple)
