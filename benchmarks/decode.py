@@ -140,16 +140,17 @@ class Worker:
     def __init__(self, command: list[str], ids: list[int]) -> None:
         environment = {**os.environ, "LAMINA_BENCHMARK_IDS": json.dumps(ids), "HF_HUB_OFFLINE": "1"}
         begin = time.perf_counter()
+        self.said = tempfile.TemporaryFile("w+")  # not a pipe: nobody reads it while the worker works
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, stderr=subprocess.PIPE
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, stderr=self.said
         )
         assert self.process.stdout is not None
         while (line := self.process.stdout.readline()) and line.strip() != "ready":
             pass
         self.ready_in = time.perf_counter() - begin
         if not line:
-            assert self.process.stderr is not None
-            raise SystemExit(f"{command[:4]} failed:\n{self.process.stderr.read()[-2000:]}")
+            self.said.seek(0)
+            raise SystemExit(f"{command[:4]} failed:\n{self.said.read()[-2000:]}")
 
     def ask(self, line: str) -> float:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -215,9 +216,14 @@ def main() -> None:
         reading: dict[str, list[float]] = {
             name: [] for name in workers if "compiled" not in name and "int8" not in name
         }
-        for _ in range(options.rounds):
+        for count in range(options.rounds):
             for name, found in decoding.items():
                 found.append(workers[name].ask("decode"))
+            print(
+                f"round {count}: " + ", ".join(f"{n} {f[-1]:.1f}" for n, f in decoding.items()),
+                file=sys.stderr,
+                flush=True,
+            )
         for _ in range(max(options.rounds // 2, 3)):
             for name, found in reading.items():
                 found.append(workers[name].ask(json.dumps(long)))

@@ -34,6 +34,10 @@ NAMES = {torch.float32: "rows_f32", torch.bfloat16: "rows_bf16", torch.int8: "ro
 class Linear(nn.Linear):
     """torch's linear layer, with `linear` as its product."""
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # a tensor without values takes torch as long to initialise as one with
+            super().reset_parameters()
+
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
 
