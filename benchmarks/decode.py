@@ -140,7 +140,7 @@ class Worker:
     def __init__(self, command: list[str], ids: list[int]) -> None:
         environment = {**os.environ, "LAMINA_BENCHMARK_IDS": json.dumps(ids), "HF_HUB_OFFLINE": "1"}
         begin = time.perf_counter()
-        self.said = tempfile.TemporaryFile("w+")  # not a pipe: nobody reads it while the worker works
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - not a pipe, which nobody reads while the worker works
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, stderr=self.said
         )
