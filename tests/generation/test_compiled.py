@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import lamina
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.generation import compiled
 from lamina.generation.compiled import prepare
 from lamina.generation.int8 import Int8Linear, rounded
+from lamina.generation.package import _attention
 from lamina.layers import (
     AttentionSpec,
     EmbeddingSpec,
@@ -128,3 +130,19 @@ def test_what_cannot_be_compiled_is_refused() -> None:
         prepare(encoder, quantize="int8")
     with pytest.raises(LaminaError, match="did you mean 'int8'"):
         prepare(encoder, quantize="int4")
+
+
+def test_attention_as_sums_is_attention() -> None:
+    """Shared key heads, boolean and float masks, and rows that may see nothing."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 6, 3, 5), torch.randn(2, 2, 7, 5), torch.randn(2, 2, 7, 4)
+    spread = [part.repeat_interleave(3, dim=1) for part in (key, value)]
+    allowed = torch.rand(2, 1, 3, 7) > 0.4
+    allowed[1, 0, 2] = False
+    added = torch.randn(1, 6, 3, 7).masked_fill(torch.rand(1, 6, 3, 7) > 0.7, -torch.inf)
+    added[0, 4, 1] = -torch.inf
+    for mask in (None, allowed, added):
+        expected = F.scaled_dot_product_attention(query, *spread, attn_mask=mask, scale=0.3)
+        found = _attention(query, key, value, mask, scale=0.3)
+        assert torch.allclose(found, expected, atol=1e-6)
+        assert mask is not allowed or bool((found[1, :, 2] == 0).all())

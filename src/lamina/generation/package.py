@@ -71,7 +71,10 @@ def _attention(
         shared = attn_mask.shape[1] == 1
         mask = mask[:, :, None] if shared else mask.reshape(batch, groups, -1, length, key.shape[2])
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    shares = settle(scores.softmax(-1))
+        blind = scores.amax(-1, keepdim=True) == -torch.inf  # a row that may see nothing gives zeros, here as elsewhere
+        scores = scores.masked_fill(blind, 0.0)
+    shares = scores.softmax(-1)
+    shares = settle(shares if attn_mask is None else shares.masked_fill(blind, 0.0))
     out = (shares.unsqueeze(-1) * value[:, :, None, None].float()).sum(-2)
     return settle(out.to(query.dtype).reshape(batch, heads, length, value.shape[-1]))
 
