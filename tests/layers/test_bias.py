@@ -26,7 +26,7 @@ def test_published_buckets():
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-@pytest.mark.parametrize("buckets, distance", [(32, 128), (8, 20), (16, 64), (32, 256), (4, 3)])
+@pytest.mark.parametrize("buckets, distance", [(32, 128), (8, 20), (16, 64), (32, 256), (4, 3), (6, 3)])
 def test_buckets_are_transformers(bidirectional: bool, buckets: int, distance: int):
     from transformers.models.t5.modeling_t5 import T5Attention
 

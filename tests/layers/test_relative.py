@@ -40,6 +40,7 @@ def test_shaw(values: bool, clip: int, causal: bool):
     module = spec.build(16).double()
     small.shake(module)
     assert (module.relative.value is None) != values
+    assert all(table.shape == (2 * clip + 1, 8) for table in module.relative.parameters())
     x = random(2, 7, 16)
     q, k, v = heads(module, x)
     scores, carried = torch.zeros(2, 4, 7, 7, dtype=torch.float64), torch.zeros(2, 4, 7, 7, 8, dtype=torch.float64)

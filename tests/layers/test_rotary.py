@@ -166,6 +166,11 @@ SCALINGS: dict[str, tuple[Any, dict[str, Any], int]] = {
         {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 6},
         12,
     ),
+    "yarn, beyond the last pair": (  # with base 20 the ramp would end after the last feature
+        YarnScaling(factor=4.0, original=3000),
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 3000},
+        12000,
+    ),
     "yarn, factor below 1": (
         YarnScaling(factor=0.5, original=4096),
         {"rope_type": "yarn", "factor": 0.5, "original_max_position_embeddings": 4096},
@@ -205,6 +210,17 @@ SCALINGS: dict[str, tuple[Any, dict[str, Any], int]] = {
         },
         4096,
     ),
+    "longrope, a little longer": (
+        LongRopeScaling(short=tuple(LONG[0]), long=tuple(LONG[1]), original=4096, factor=1.5),
+        {
+            "rope_type": "longrope",
+            "short_factor": LONG[0],
+            "long_factor": LONG[1],
+            "factor": 1.5,
+            "original_max_position_embeddings": 4096,
+        },
+        6144,
+    ),
     "longrope, shorter": (
         LongRopeScaling(short=tuple(LONG[0]), long=tuple(LONG[1]), original=4096, factor=0.5),
         {
@@ -237,7 +253,7 @@ def theirs(said: dict[str, Any], context: int, base: float, length: int | None =
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-@pytest.mark.parametrize("base", [10_000.0, 500_000.0])
+@pytest.mark.parametrize("base", [20.0, 10_000.0, 500_000.0])
 def test_frequencies_are_transformers(name: str, base: float):
     scaling, said, context = SCALINGS[name]
     spec = RotarySpec(base=base, scaling=scaling)
