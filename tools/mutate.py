@@ -5,7 +5,7 @@
     python tools/mutate.py --generic        also operators, comparisons and numbers of the layers, one by one
     python tools/mutate.py --check          only: does every snippet still stand exactly once?
 
-The working tree is never touched. Prints one row a mutation (`--json`: one document), exits 1 if one survives, 2 if a
+The working tree is never touched. Prints one row a mutation (`--json`: one document), exits 1 if a declared one survives, 2 if a
 snippet no longer stands in its file: then the table has to follow the code.
 """
 
@@ -315,7 +315,8 @@ def main() -> int:
         print(f"{len(rows)} mutations, {len(survivors)} survive")
         for row in survivors:
             print(f"  {row['outcome']}: {row['file']}: {row['feature']}")
-    return 1 if survivors else 0
+    # Generic ones include some that change nothing (`<` for `<=` where both sides agree): they are for reading.
+    return 1 if any(not row["feature"].startswith("line ") for row in survivors) else 0
 
 
 if __name__ == "__main__":
