@@ -5,8 +5,8 @@
     python tools/mutate.py --generic        also operators, comparisons and numbers of the layers, one by one
     python tools/mutate.py --check          only: does every snippet still stand exactly once?
 
-The working tree is never touched. Prints one row a mutation (`--json`: one document), exits 1 if a declared one survives, 2 if a
-snippet no longer stands in its file: then the table has to follow the code.
+The working tree is never touched. Prints one row a mutation (`--json`: one document), exits 1 if a declared one
+survives, 2 if a snippet no longer stands in its file: then the table has to follow the code.
 """
 
 from __future__ import annotations
