@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 
-from lamina.errors import LaminaError
+from lamina.errors import LaminaError, UnsupportedError
+from lamina.layers import AttentionSpec
 from lamina.patterns import (
     Both,
     Causal,
@@ -168,3 +169,27 @@ def test_joining_tokens():
     assert rows.position.shape == rows.marked.shape == (1, 5)
     assert first.select(torch.tensor([1])).span == (0, 3)
     assert Tokens(torch.tensor([[HOLE, 0, 1]]), torch.zeros(1, 3)).real.tolist() == [[False, True, True]]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ahead"),
+    [
+        (Everything(), True),
+        (Causal(), False),
+        (Window(back=3), True),
+        (Window(back=3, ahead=2), True),
+        (Window(back=3, ahead=0), False),
+        (Causal() & Window(back=3), False),
+        (Causal() | Window(back=3, ahead=1), True),
+        (Prefix(length=2) | Causal(), False),
+        (Causal() & (Window(back=3) | Sinks(count=2)), False),
+    ],
+)
+def test_what_looks_ahead_has_no_cache(pattern: Pattern, ahead: bool) -> None:
+    assert pattern.looks_ahead() is ahead
+    layer = AttentionSpec(heads=2, key_heads=1, head_dim=4, pattern=pattern).build(8)
+    if ahead:
+        with pytest.raises(UnsupportedError, match="see later ones"):
+            layer.retained()
+    else:
+        assert layer.retained() == pattern.retained()

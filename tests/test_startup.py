@@ -29,7 +29,6 @@ def test_listing_the_public_names_imports_nothing_heavy():
     assert imported_by("import lamina; dir(lamina); getattr(lamina, '__version__', None)") == set()
 
 
-@pytest.mark.skipif(not (SOURCE / "lamina/cli/__init__.py").exists(), reason="there is no command line yet")
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_import_nothing_heavy(option: str):
     program = f"""

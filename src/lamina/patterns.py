@@ -42,6 +42,10 @@ class Pattern(Spec):
         """What a cache has to keep for this pattern."""
         return Retained(None)
 
+    def looks_ahead(self) -> bool:
+        """Whether a query sees keys that come after it, other than a prefix: such text cannot be read in pieces."""
+        return False
+
     def __and__(self, other: Pattern) -> Pattern:
         return Both(first=self, second=other)
 
@@ -55,6 +59,9 @@ class Everything(Pattern):
 
     def __call__(self, query: Tokens, key: Tokens) -> Tensor:
         return torch.ones((), dtype=torch.bool, device=key.position.device)
+
+    def looks_ahead(self) -> bool:
+        return True
 
     def reach(self, query: Span, key: Span) -> Reach:
         return "all"
@@ -92,6 +99,9 @@ class Window(Pattern):
     def reach(self, query: Span, key: Span) -> Reach:
         behind = query[1] - 1 - key[0] < self.back
         return "all" if behind and (self.ahead is None or key[1] - 1 - query[0] <= self.ahead) else None
+
+    def looks_ahead(self) -> bool:
+        return self.ahead != 0
 
     def retained(self) -> Retained:
         return Retained(self.back)
@@ -158,6 +168,9 @@ class Both(Pattern):
             return None
         return "causal" if "causal" in (a, b) else "all"
 
+    def looks_ahead(self) -> bool:
+        return self.first.looks_ahead() and self.second.looks_ahead()
+
     def retained(self) -> Retained:
         # What both allow, either one retains: the one that asks for less will do.
         both = (self.first.retained(), self.second.retained())
@@ -176,6 +189,9 @@ class Either(Pattern):
 
     def reach(self, query: Span, key: Span) -> Reach:
         return "all" if "all" in (self.first.reach(query, key), self.second.reach(query, key)) else None
+
+    def looks_ahead(self) -> bool:
+        return self.first.looks_ahead() or self.second.looks_ahead()
 
     def retained(self) -> Retained:
         a, b = self.first.retained(), self.second.retained()

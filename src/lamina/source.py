@@ -7,7 +7,10 @@ only, `family/size`.
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,9 +68,10 @@ def load(
             f"{located.name!r} is a published architecture and has no weights here;"
             f" load hf:owner/name or a directory, or build random weights with lamina.spec({located.name!r}).build()"
         )
-    opened = open_source(located)
-    model = opened.spec.build(device="meta").eval()
-    fill(model, opened, _dtype(dtype), allow_missing, allow_unexpected, strict)
+    with _no_collection():
+        opened = open_source(located)
+        model = opened.spec.build(device="meta").eval()
+        fill(model, opened, _dtype(dtype), allow_missing, allow_unexpected, strict)
     model.origin = opened.origin
     if torch.device(device).type != "cpu":
         model = model.to(device)
@@ -76,6 +80,19 @@ def load(
 
         prepare(model, compile=compile, quantize=quantize)
     return model
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Put garbage collection off: a model is thousands of objects that all stay, and to go through all that torch has,
+    again and again while they are made, takes longer than to make them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def tokenizer(source: str | os.PathLike[str]) -> Tokenizer:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina.attend import Request, attend, weights
-from lamina.errors import LaminaError
+from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers.call import Call
 from lamina.layers.linear import Linear
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
@@ -76,7 +76,9 @@ class Attention(nn.Module):
         self.o = Linear(spec.heads * spec.head_dim, width, bias=spec.bias == "all")
 
     def retained(self) -> Retained:
-        """What a cache has to keep for this layer."""
+        """What a cache has to keep for this layer. Raises UnsupportedError where tokens see later ones."""
+        if self.spec.pattern.looks_ahead():
+            raise UnsupportedError(f"{self.path}: its tokens see later ones, so it cannot read in pieces with a cache")
         return self.spec.pattern.retained()
 
     def forward(self, x: Tensor, call: Call) -> Tensor:

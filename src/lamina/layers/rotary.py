@@ -61,7 +61,7 @@ class YarnScaling(Spec):
 @dataclass(frozen=True, kw_only=True)
 class LongRopeScaling(Spec):
     """LongRoPE: a searched divisor for each pair, one list up to `original` tokens and one beyond (arXiv:2402.13753).
-    The lists switch with the length, so beyond `original` the model refuses a cache begun before it."""
+    The lists switch with the length, so beyond `original` the model refuses a cache."""
 
     short: tuple[float, ...]
     long: tuple[float, ...]
