@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lamina.attend import Request, attend
-from lamina.cache import KINDS, Cache
+from lamina.cache import KINDS, Cache, MemorySlot
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import AttentionSpec, Call, RotarySpec
 from lamina.model import Model
-from lamina.patterns import Causal, Everything, Prefix, Sinks, Window
+from lamina.patterns import Causal, Everything, Prefix, Retained, Sinks, Window
 from lamina.tokens import Tokens, plain
 from tests import small
 from tests.oracle import attention, rope
@@ -506,11 +506,27 @@ def test_what_cannot_be_cached_is_refused(models: dict):
         encoder(small.ids(1, 2), cache=model.new_cache())
 
 
-def test_cross_tokens_follow_a_reorder():
+def test_the_memory_of_beams_stays_where_it_is_and_follows_texts_that_change_places():
+    """Two texts. Three beams of each share its row; once beams cross over, each row has a text of its own."""
     cache = Cache("growing", 2)
-    cache.memory, cache.memory_tokens = torch.tensor([[[1.0]], [[2.0]]]), plain(2, 1)
-    cache.reorder(torch.tensor([1, 1, 0]))
-    assert cache.memory.flatten().tolist() == [2.0, 2.0, 1.0] and cache.memory_tokens.position.shape == (3, 1)
+    cache.add("cross", Retained(None, memory=True))
+    key = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
+    slot = cache.slot("cross")
+    assert isinstance(slot, MemorySlot) and slot.kept() is None
+    slot.extend(key, -key, plain(2, 1))
+    cache.memory = key[:, 0]
+    for index in ([0, 0, 0, 1, 1, 1], [2, 0, 0, 3, 5, 4]):
+        cache.reorder(torch.tensor(index))
+        assert slot.key is not None and slot.key.flatten().tolist() == [1.0, 2.0] and cache.batch == 6
+    cache.trim(0)
+    assert slot.kept() is not None
+    cache.reorder(torch.tensor([3, 0, 5]))
+    kept = slot.kept()
+    assert kept is not None
+    assert kept[0].flatten().tolist() == [2.0, 1.0, 2.0] and kept[1].flatten().tolist() == [-2.0, -1.0, -2.0]
+    assert cache.memory.flatten().tolist() == [2.0, 1.0, 2.0] and kept[2].position.shape == (3, 1)
+    cache.reorder(torch.tensor([1]))
+    assert slot.key is not None and slot.key.flatten().tolist() == [1.0]
 
 
 def test_attention_never_needs_order():

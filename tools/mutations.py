@@ -8,8 +8,12 @@ CACHE = ("tests/test_cache.py",)
 
 ALSO: dict[str, tuple[str, ...]] = {
     "layers/attention.py": ("tests/test_cache.py",),
-    "layers/stack.py": MODEL,
+    "layers/stack.py": (*MODEL, "tests/test_encoder_decoder.py"),
+    "layers/embedding.py": ("tests/test_encoder_decoder.py",),
+    "layers/head.py": ("tests/test_encoder_decoder.py",),
+    "layers/block.py": ("tests/layers/test_cross.py",),
     "reading.py": MODEL,
+    "model.py": ("tests/test_encoder_decoder.py",),
     "families/rope.py": ("tests/test_families_gemma.py",),
     "families/gemma.py": ("tests/test_families_gemma.py",),
     "families/bert.py": ("tests/test_families_bert.py",),
@@ -209,7 +213,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
         (
             "reorder: memory",
-            "self.memory, self.memory_tokens = self.memory[index], self.memory_tokens.select(index)",
+            "self.memory = self.memory[memory.parents]",
             "pass",
         ),
         (
@@ -507,6 +511,28 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("many int8 rows: bias", "return out if bias is None else out + bias", "return out"),
         ("linear: bias", "return linear(input, self.weight, self.bias)", "return linear(input, self.weight)"),
     ],
+    "layers/cross.py": [
+        ("scale", "if spec.scale is None else spec.scale", "if True else spec.scale"),
+        ("bias of k", 'bias=spec.bias in ("qkv", "all"))', "bias=bias)"),
+        ("bias of o", 'bias=spec.bias in ("all", "qvo"))', 'bias=spec.bias == "all")'),
+        ("width of the memory", "width if spec.memory_width is None else spec.memory_width", "width"),
+        ("query norm", "query if self.q_norm is None else self.q_norm(query)", "query"),
+        ("key norm", "key if self.k_norm is None else self.k_norm(key)", "key"),
+        (
+            "the source is read once",
+            "if kept is not None:\n            return kept",
+            "if False:\n            return kept",
+        ),
+        ("whose the source is", "keys=keys,", "keys=plain(key.shape[0], key.shape[2]),"),
+        ("beams: gather", "x.unflatten(0, (-1, beams)).transpose(1, 2)", "x.unflatten(0, (beams, -1)).transpose(0, 2)"),
+        (
+            "beams: scatter",
+            "x.unflatten(2, (beams, -1)).transpose(1, 2)",
+            "x.unflatten(2, (-1, beams)).transpose(1, 3)",
+        ),
+        ("beams: records", "_scatter(weights(request), beams)", "weights(request)"),
+        ("dropout in training only", "self.spec.dropout if self.training else 0.0", "self.spec.dropout"),
+    ],
     "layers/feedforward.py": [
         ("gate", "self.act(self.gate(x)) * h", "self.act(self.gate(x))"),
         ("gate: which side is activated", "self.act(self.gate(x)) * h", "self.gate(x) * self.act(h)"),
@@ -535,6 +561,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("branch: rate", ">= rate", "< rate"),
     ],
     "layers/embedding.py": [
+        ("a narrow table", "x if self.up is None else self.up(x)", "x"),
         ("scale", 'if self.spec.scale == "none":', "if True:"),
         ("scale: rounded", 'self.root if self.spec.scale == "root" else', "self.root if True else"),
         ("scale: not rounded", 'self.root if self.spec.scale == "root" else', "self.root if False else"),
@@ -542,6 +569,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("padding starts at zero", "self.weight[self.spec.padding].zero_()", "pass"),
     ],
     "layers/head.py": [
+        ("a narrow table", "width if spec.width is None else spec.width", "width"),
         ("softcap", "return logits if cap is None else cap * torch.tanh(logits / cap)", "return logits"),
         ("softcap: outer factor", "cap * torch.tanh(logits / cap)", "torch.tanh(logits / cap)"),
         ("scale", "return x if self.spec.scale == 1.0 else x * self.spec.scale", "return x"),
@@ -552,12 +580,16 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("tied", "table if self.weight is None else self.weight, self.bias)", "table, self.bias)"),
         ("transform", "x = x if self.transform is None else self.transform(x)", "pass"),
-        ("transform: norm", "self.norm(self.act(self.dense(x)))", "self.act(self.dense(x))"),
-        ("transform: activation", "self.norm(self.act(self.dense(x)))", "self.norm(self.dense(x))"),
+        ("transform: norm", "x if self.norm is None else self.norm(x)", "x"),
+        ("transform: activation", "x = self.act(self.dense(x))", "x = self.dense(x)"),
         ("pooler: tanh", "torch.tanh(self.dense(dropout(", "(self.dense(dropout("),
         ("labels: dropout", "return self.dense(dropout(x, self.spec.dropout, self.training))", "return self.dense(x)"),
     ],
     "layers/block.py": [
+        ("gate", "h if self.gate is None else h * self.gate.tanh()", "h"),
+        ("gate: tanh", "self.gate.tanh()", "self.gate"),
+        ("gate: zero at the start", "nn.Parameter(torch.zeros(1)) if", "nn.Parameter(torch.ones(1)) if"),
+        ("a cross step with nothing to read", "call.memory is None and isinstance(self.op, CrossAttention)", "False"),
         ("pre", "h = self.op(x if self.pre is None else self.pre(x), call)", "h = self.op(x, call)"),
         ("post", "h = h if self.post is None else self.post(h)", "pass"),
         ("after", "return x if self.after is None else self.after(x)", "return x"),
@@ -577,6 +609,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("sum of branches", "first = first + other", "pass"),
     ],
     "layers/stack.py": [
+        ("narrow stack", "x if self.input is None else self.input(x)", "x"),
+        ("repeat", "for _ in range(self.spec.repeat)", "for _ in range(1)"),
         ("segments", "x = x + (self.segment.weight[0] if segments is None else self.segment(segments))", "pass"),
         ("positions", "x = x + self.position(call.tokens).to(x.dtype)", "pass"),
         ("input norm", "x = self.input_norm(x)", "pass"),
@@ -625,7 +659,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "dropout=self.spec.dropout",
         ),
         ("bias of q, k, v", 'bias = spec.bias != "none"', 'bias = spec.bias == "all"'),
-        ("bias of o", 'bias=spec.bias == "all")', "bias=False)"),
+        ("bias of o", 'bias=spec.bias in ("all", "qvo"))', 'bias=spec.bias != "none")'),
         ("heads side by side", "self.o(out.transpose(1, 2).flatten(2))", "self.o(out.reshape(*x.shape[:2], -1))"),
         ("cached keys turn once", "if slot is None or not slot.late:", "if True:"),
         ("sinks turn after extend", "if slot is not None and slot.late:", "if False:"),
@@ -712,7 +746,25 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("transform of the head", "bias=True, transform=transform)", "bias=True)"),
         ("bias of the head", "bias=True, transform=transform)", "transform=transform)"),
     ],
+    "cache/memory.py": [
+        ("beams share a text", "if rest == 0 and each and", "if False and"),
+        ("texts that change places", "return texts_of_rows\n", "return None\n"),
+        ("text of a beam", "index // (self.rows // texts)", "index"),
+        ("values follow", "super().reorder(self.ledger.parents)", "self.key = self.key[self.ledger.parents]"),
+    ],
     "model.py": [
+        (
+            "padding of the source",
+            "tokens = read(ids, mask, positions, documents)",
+            "tokens = read(ids, None, positions, documents)",
+        ),
+        (
+            "documents of the source",
+            "read(ids, mask, positions, documents)\n        if enc",
+            "read(ids, mask, positions)\n        if enc",
+        ),
+        ("the source is kept", "cache.memory = encoder_output", "pass"),
+        ("the narrow stack", "spec.width if inner is None else inner", "spec.width"),
         (
             "pooled: the first real token",
             "first = tokens.real.to(torch.int8).argmax(dim=1)",

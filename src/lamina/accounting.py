@@ -114,7 +114,8 @@ def account(
     small, repeats = _reduced(spec)
     built = small.build(device="meta", dtype=chosen).eval()
     tally = _Tally(built, repeats, batch, batch * context)
-    _measure(tally, built, batch, context)
+    with torch.inference_mode(False), torch.enable_grad():  # wherever it is called: the backward is counted too
+        _measure(tally, built, batch, context)
     rows = tuple(_rows(built, spec, tally))
     return Account(
         parameters=tally.parameters["total"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,13 +47,15 @@ def fill(
                 )
     _refuse_integers(entries, wanted, where)
     bad: list[str] = []
+    homes = dict(model.named_modules())
 
     def put(name: str, tensor: Tensor) -> None:
         tensor = tensor if dtype is None else tensor.to(dtype)
-        if not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        if not math.isfinite(tensor.sum(dtype=torch.float32).item()):
             count = int((~torch.isfinite(tensor)).sum())
             bad.extend([f"{name} ({count} of {tensor.numel()})"] if count else [])
-        place(model, name, tensor)
+        path, _, leaf = name.rpartition(".")
+        homes[path]._parameters[leaf] = nn.Parameter(tensor)
 
     present = [move for move in moves if not any(name in missing for name in move.theirs)]
     rules.load(present, shapes, opened.checkpoint.read, put)

@@ -13,6 +13,7 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import (
     AttentionSpec,
     Call,
+    CrossAttentionSpec,
     EmbeddingSpec,
     LabelHeadSpec,
     LanguageHeadSpec,
@@ -22,7 +23,10 @@ from lamina.layers import (
 )
 from lamina.reading import read
 from lamina.specs import Spec, unknown
-from lamina.tokens import Tokens
+from lamina.tokens import Tokens, plain
+
+NOTHING = plain(0, 0)
+"""The tokens of a call that has read none yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,7 @@ class ModelSpec(Spec):
     """A model, as data: an encoder, a decoder or both over one embedding, and its heads."""
 
     width: int
-    embedding: EmbeddingSpec
+    embedding: EmbeddingSpec  # of the decoder too, where there are both
     encoder: StackSpec | None = None
     decoder: StackSpec | None = None
     head: LanguageHeadSpec | None = None
@@ -52,10 +56,11 @@ class ModelSpec(Spec):
     def check(self) -> None:
         if self.width < 1 or (self.encoder is None and self.decoder is None):
             raise LaminaError(f"a model needs width >= 1 (it is {self.width}) and an encoder or a decoder")
-        if self.encoder is not None and self.decoder is not None:
-            raise UnsupportedError(
-                "a model with an encoder and a decoder needs cross-attention, which is not built yet"
-            )
+        reads = self.decoder is not None and any(
+            isinstance(part, CrossAttentionSpec) for _, part in self.decoder.walk()
+        )
+        if self.encoder is not None and self.decoder is not None and not reads:
+            raise LaminaError("the decoder has no CrossAttentionSpec, so it would never read what the encoder gives")
 
     def build(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, seed: int = 0) -> Model:
         """The module, in training mode: without storage on "meta", else initialised from `seed`."""
@@ -89,7 +94,9 @@ class Model(nn.Module):
         self.spec = spec
         self.origin: Any = None  # where it was loaded from, as `lamina.source` keeps it
         self.engine: Any = None  # a compiled decoding step, as `lamina.generation.compiled` makes it
-        self.embedding = spec.embedding.build(spec.width)
+        first = spec.encoder or spec.decoder
+        inner = None if first is None else first.input_width
+        self.embedding = spec.embedding.build(spec.width if inner is None else inner)
         self.encoder = None if spec.encoder is None else spec.encoder.build(spec.width)
         self.decoder = None if spec.decoder is None else spec.decoder.build(spec.width)
         self.head = None if spec.head is None else spec.head.build(spec.width, spec.embedding.vocabulary)
@@ -98,6 +105,7 @@ class Model(nn.Module):
         for name, module in self.named_modules():
             if hasattr(module, "path"):
                 module.path = name  # pyright: ignore[reportArgumentType]
+        self.reads_memory = any(isinstance(part, CrossAttentionSpec) for _, part in spec.walk())
         attentions = [part for _, part in (spec.decoder or spec).walk() if isinstance(part, AttentionSpec)]
         limits = [part.rotary.limit for part in attentions if part.rotary is not None and part.rotary.limit]
         self.cache_limit = min(limits, default=None)
@@ -124,6 +132,8 @@ class Model(nn.Module):
             raise UnsupportedError(unknown("kind of cache", kind, KINDS))
         if self.decoder is None:
             raise UnsupportedError("an encoder reads its whole input at once; only decoders have a cache")
+        if self.decoder.spec.repeat > 1:
+            raise UnsupportedError("a decoder whose layers repeat has no cache: a layer would keep keys for each run")
         cache = Cache(kind, batch, capacity, device=self.embedding.weight.device)
         for name, module in self.decoder.named_modules():
             retained = getattr(module, "retained", None)
@@ -133,7 +143,7 @@ class Model(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
         position_ids: Tensor | None = None,
@@ -141,6 +151,8 @@ class Model(nn.Module):
         token_type_ids: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
+        decoder_document_ids: Tensor | None = None,
         encoder_output: Tensor | None = None,
         marked: Tensor | None = None,
         cache: Cache | None = None,
@@ -154,34 +166,119 @@ class Model(nn.Module):
         attention_mask: (B, T), 1 for tokens and 0 for padding, on either side. position_ids: (B, T); where they
         restart, a new document begins. document_ids: (B, T); documents do not see each other. token_type_ids: (B, T)
         segments. marked: (B, T), the prefix of a prefix-LM. cache: from `new_cache`; it is extended. record: what to
-        write down. backend: of attention, by name. keep_logits: only for that many last positions. The decoder_ and
-        encoder_ arguments are those of encoder-decoders, and refused elsewhere.
+        write down. backend: of attention, by name. keep_logits: only for that many last positions.
+
+        An encoder-decoder reads `input_ids`, with all that is said of them, in its encoder, or takes `encoder_output`
+        (B, S, width) instead, and `decoder_input_ids` (B, T) in its decoder; there a document reads the source of the
+        same number. A cache that has seen the source keeps it, and needs only the decoder's side from then on.
         """
         if wrong:
             known = [name for name in Model.forward.__annotations__ if name not in ("wrong", "return")]
             raise LaminaError(unknown("argument of a model", next(iter(wrong)), known))
-        decoding = {
-            "decoder_input_ids": decoder_input_ids,
-            "decoder_attention_mask": decoder_attention_mask,
-            "encoder_output": encoder_output,
-        }
-        for name, given in decoding.items():
-            if given is not None:
-                raise UnsupportedError(f"{name} is for encoder-decoders; this model has only one stack: use input_ids")
-        if input_ids.dim() != 2:
-            raise LaminaError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, length)")
-        if cache is not None:
-            self._check_cache(cache, input_ids)
         record = Record() if record is None else record
-        tokens = read(input_ids, attention_mask, position_ids, document_ids, marked, cache)
-        call = Call(tokens=tokens, cache=cache, backend=backend, record=record)
+        call = Call(tokens=NOTHING, cache=cache, backend=backend, record=record)
+        source = (input_ids, attention_mask, position_ids, document_ids)
+        target = (decoder_input_ids, decoder_attention_mask, decoder_position_ids, decoder_document_ids)
+        if self.reads_memory and self.decoder is not None:
+            if self.encoder is None:  # a decoder by itself: `input_ids` are its own, and what it reads may be given
+                source, target = (None, None, None, None), source
+                self._only_one_stack(decoder_input_ids, decoder_attention_mask, decoder_position_ids)
+            call = self._read_source(call, source, token_type_ids, encoder_output)
+            if target[0] is None:
+                raise LaminaError(
+                    "an encoder-decoder needs decoder_input_ids; `encode` gives the encoder's output alone"
+                )
+            source, token_type_ids = target, None if self.encoder is not None else token_type_ids
+        else:
+            self._only_one_stack(decoder_input_ids, decoder_attention_mask, encoder_output, decoder_position_ids)
+        ids, mask, positions, documents = source
+        if ids is None:
+            raise LaminaError("input_ids is missing")
+        if ids.dim() != 2:
+            raise LaminaError(f"input_ids has shape {tuple(ids.shape)}; expected (batch, length)")
+        if cache is not None:
+            self._check_cache(cache, ids)
+        call.tokens = tokens = read(ids, mask, positions, documents, marked, cache)
         stack = self.encoder if self.decoder is None else self.decoder
         assert stack is not None
-        hidden = stack(self.embedding(input_ids), call, token_type_ids)
+        if call.memory is not None and (call.memory.shape[0] < 1 or ids.shape[0] % call.memory.shape[0]):
+            raise LaminaError(
+                f"decoder_input_ids has {ids.shape[0]} rows and the source {call.memory.shape[0]}; as many are needed,"
+                " or a multiple of it (beams)"
+            )
+        hidden = stack(self.embedding(ids), call, token_type_ids)
         record.check()
         if cache is not None:
             cache.advance(tokens)
-        return self._heads(hidden, tokens, record, keep_logits)
+        out = self._heads(hidden, tokens, record, keep_logits)
+        out.encoder_output = call.memory
+        return out
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Tensor:
+        """(B, S) ids -> (B, S, width): the output of an encoder-decoder's encoder, for `encoder_output`.
+
+        Raises UnsupportedError for other models, whose forward gives `hidden`.
+        """
+        if self.encoder is None or self.decoder is None:
+            raise UnsupportedError("encode is for encoder-decoders; the forward of this model gives its hidden states")
+        call = Call(tokens=NOTHING, record=more.pop("record", None) or Record(), backend=more.pop("backend", None))
+        source = (input_ids, attention_mask, more.pop("position_ids", None), more.pop("document_ids", None))
+        if more:
+            raise LaminaError(
+                unknown("argument of encode", next(iter(more)), ("position_ids", "document_ids", "record"))
+            )
+        memory = self._read_source(call, source, None, None).memory
+        assert memory is not None
+        return memory
+
+    def _read_source(
+        self, call: Call, source: tuple[Tensor | None, ...], segments: Tensor | None, encoder_output: Tensor | None
+    ) -> Call:
+        """The call of the decoder: with what the encoder makes of the source, or what was given or kept of it."""
+        ids, mask, positions, documents = source
+        cache = call.cache
+        if cache is not None and cache.memory is not None:
+            self._same_source(cache.memory, ids if encoder_output is None else encoder_output)
+            call.memory = cache.memory  # its tokens lie with its keys
+            return call
+        if encoder_output is not None:
+            if encoder_output.dim() != 3:
+                raise LaminaError(
+                    f"encoder_output has shape {tuple(encoder_output.shape)}; expected (batch, length, width)"
+                )
+            ids = encoder_output.new_zeros(encoder_output.shape[:2], dtype=torch.int64) if ids is None else ids
+            if ids.shape != encoder_output.shape[:2]:
+                raise LaminaError(
+                    f"encoder_output is of {tuple(encoder_output.shape[:2])} tokens, input_ids of {tuple(ids.shape)}"
+                )
+        if ids is None:
+            if self.encoder is None:
+                return call  # a decoder that may read a memory, and has none
+            raise LaminaError("an encoder-decoder needs input_ids or encoder_output")
+        if ids.dim() != 2:
+            raise LaminaError(f"input_ids has shape {tuple(ids.shape)}; expected (batch, length)")
+        tokens = read(ids, mask, positions, documents)
+        if encoder_output is None:
+            assert self.encoder is not None
+            reading = Call(tokens=tokens, backend=call.backend, record=call.record, memo=call.memo)
+            encoder_output = self.encoder(self.embedding(ids), reading, segments)
+        call.memory, call.memory_tokens = encoder_output, tokens
+        if cache is not None:
+            cache.memory = encoder_output
+        return call
+
+    def _same_source(self, memory: Tensor, given: Tensor | None) -> None:
+        if given is not None and given.shape[1] != memory.shape[1]:
+            raise LaminaError(
+                f"the cache holds a source of {memory.shape[1]} tokens, and one of {given.shape[1]} was given;"
+                " a new source needs a new cache"
+            )
+
+    def _only_one_stack(self, *given: Tensor | None) -> None:
+        if any(one is not None for one in given):
+            raise UnsupportedError(
+                "decoder_... and encoder_output are for encoder-decoders; this model has only one stack: use input_ids"
+            )
 
     def _heads(self, hidden: Tensor, tokens: Tokens, record: Record, keep_logits: int | None) -> Output:
         out = Output(None, hidden, losses=record.losses)

@@ -26,6 +26,7 @@ class Retained:
 
     recent: int | None
     first: int = 0
+    memory: bool = False  # not the text's own keys, but those of what is read beside it: filled once, kept whole
 
 
 class Pattern(Spec):

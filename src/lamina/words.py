@@ -11,6 +11,7 @@ from lamina.layers import (
     AlibiSpec,
     AttentionSpec,
     BucketBiasSpec,
+    CrossAttentionSpec,
     EmbeddingSpec,
     FeedForwardSpec,
     LabelHeadSpec,
@@ -27,6 +28,7 @@ from lamina.layers import (
     StepSpec,
     SumSpec,
     TransformerXLSpec,
+    TransformSpec,
 )
 from lamina.model import ModelSpec
 from lamina.patterns import Both, Causal, Either, Everything, Pattern, Prefix, Sinks, Window
@@ -90,7 +92,11 @@ def residual(step: StepSpec) -> str:
     more = [f"times {step.residual:g}"] if step.residual != 1.0 else []
     more += [f"dropout {step.dropout:g}"] if step.dropout else []
     more += [f"drops branches {step.drop_branch:g}"] if step.drop_branch else []
+    more += ["gated from zero"] if step.gate else []
     return ", ".join([f"residual, {place}", *more])
+
+
+BIASES = {"none": [], "qkv": ["biases on q, k, v"], "all": ["biases"], "qvo": ["biases on q, v, o"]}
 
 
 def _attention(spec: AttentionSpec) -> str:
@@ -102,9 +108,18 @@ def _attention(spec: AttentionSpec) -> str:
     parts += [f"scale {spec.scale:g}"] if spec.scale is not None else []
     parts += [f"soft-cap {spec.softcap:g}"] if spec.softcap is not None else []
     parts += ["learned sink"] if spec.sink else []
-    parts += {"none": [], "qkv": ["biases on q, k, v"], "all": ["biases"]}[spec.bias]
+    parts += BIASES[spec.bias]
     parts += [f"dropout {spec.dropout:g}"] if spec.dropout else []
     return ", ".join(parts)
+
+
+def _cross(spec: CrossAttentionSpec) -> str:
+    heads = f"{spec.heads}" if spec.key_heads == spec.heads else f"{spec.heads}/{spec.key_heads}"
+    parts = [f"cross-attention, {heads} heads of {spec.head_dim}"]
+    parts += [f"memory of width {spec.memory_width}"] if spec.memory_width is not None else []
+    parts += [f"QK-{say(spec.qk_norm)}"] if spec.qk_norm is not None else []
+    parts += [f"scale {spec.scale:g}"] if spec.scale is not None else []
+    return ", ".join(parts + BIASES[spec.bias] + ([f"dropout {spec.dropout:g}"] if spec.dropout else []))
 
 
 def _pattern(spec: Pattern) -> str:
@@ -167,16 +182,23 @@ def _layer_norm(spec: LayerNormSpec) -> str:
 
 def _embedding(spec: EmbeddingSpec) -> str:
     scale = {"none": "", "root": ", times sqrt(width)", "rounded_root": ", times sqrt(width) rounded"}[spec.scale]
-    return f"{spec.vocabulary} tokens{scale}"
+    return f"{spec.vocabulary} tokens{scale}" + ("" if spec.inner is None else f", by {spec.inner} features")
 
 
 def _head(spec: LanguageHeadSpec) -> str:
     parts = ["scores over the vocabulary", "tied to the embedding" if spec.tied else "a table of its own"]
-    parts += [f"after {say(spec.transform.norm)} and {spec.transform.act}"] if spec.transform is not None else []
+    parts += [_transform(spec.transform)] if spec.transform is not None else []
     parts += ["biases"] if spec.bias else []
     parts += [f"times {spec.scale:g}"] if spec.scale != 1.0 else []
     parts += [f"soft-cap {spec.softcap:g}"] if spec.softcap is not None else []
     return ", ".join(parts)
+
+
+def _transform(spec: TransformSpec) -> str:
+    parts = [say(spec.norm)] if spec.norm is not None else []
+    parts += [spec.act] if spec.act != "identity" else []
+    parts += [f"{spec.width} features"] if spec.width is not None else []
+    return f"after {' and '.join(parts or ['a matrix'])}"
 
 
 def _labels(spec: LabelHeadSpec) -> str:
@@ -193,6 +215,7 @@ WORDS: dict[type, Callable[[Any], str]] = {
     Both: _pattern,
     BucketBiasSpec: _bucket_bias,
     Causal: lambda spec: "causal",
+    CrossAttentionSpec: _cross,
     Either: _pattern,
     EmbeddingSpec: _embedding,
     Everything: lambda spec: "bidirectional",

@@ -59,6 +59,7 @@ def test_gradients_are_torch_s() -> None:
     layer, plain = Linear(9, 5), torch.nn.Linear(9, 5)
     plain.load_state_dict(layer.state_dict())
     x = torch.randn(1, 9, requires_grad=True)
+    assert torch.equal(layer(x), plain(x)) and bool(layer.bias.abs().min() > 0)
     layer(x).sum().backward()
     mine, x.grad = x.grad, None
     plain(x).sum().backward()
@@ -69,6 +70,8 @@ def test_gradients_are_torch_s() -> None:
 def test_other_dtypes_are_torch_s(dtype: torch.dtype) -> None:
     x, weight = torch.randn(1, 8).to(dtype), torch.randn(4, 8).to(dtype)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
+    values, scale = torch.randint(-127, 128, (4, 8), dtype=torch.int8), torch.rand(4)
+    assert torch.equal(linear(x, values, None, scale), F.linear(x, values.to(dtype)) * scale.to(dtype))
 
 
 def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

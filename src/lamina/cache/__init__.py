@@ -10,6 +10,7 @@ from __future__ import annotations
 from lamina.cache.cache import Cache
 from lamina.cache.fixed import FixedLedger
 from lamina.cache.growing import GrowingLedger
+from lamina.cache.memory import MemoryLedger, MemorySlot
 from lamina.cache.ring import RingLedger
 from lamina.cache.sinks import SinksLedger
 from lamina.cache.slot import Ledger, Slot
@@ -24,6 +25,8 @@ __all__ = [
     "FixedLedger",
     "GrowingLedger",
     "Ledger",
+    "MemoryLedger",
+    "MemorySlot",
     "RingLedger",
     "SinksLedger",
     "Slot",

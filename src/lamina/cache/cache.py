@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lamina.cache.fixed import FixedLedger
 from lamina.cache.growing import GrowingLedger
+from lamina.cache.memory import MemoryLedger
 from lamina.cache.ring import RingLedger
 from lamina.cache.sinks import SinksLedger
 from lamina.cache.slot import Ledger, Slot
@@ -35,8 +36,7 @@ class Cache:
         self.document = torch.zeros((batch, 1), dtype=torch.int64, device=device)
         self.slots: dict[str, Slot] = {}
         self.ledgers: dict[object, Ledger] = {}
-        self.memory: Tensor | None = None  # encoder output, kept for cross-attention
-        self.memory_tokens: Tokens | None = None
+        self.memory: Tensor | None = None  # (texts, S, width): what the encoder made of the source
 
     def add(self, path: str, retained: Retained) -> None:
         """Give the layer at `path`, whose pattern keeps `retained`, the slot that this kind of cache has for it."""
@@ -65,8 +65,9 @@ class Cache:
         for part in (*self.ledgers.values(), *self.slots.values()):
             part.reorder(index)
         self.next_position, self.document = self.next_position[index], self.document[index]
-        if self.memory is not None and self.memory_tokens is not None:
-            self.memory, self.memory_tokens = self.memory[index], self.memory_tokens.select(index)
+        memory = self.ledgers.get("memory")
+        if self.memory is not None and isinstance(memory, MemoryLedger) and memory.parents is not None:
+            self.memory = self.memory[memory.parents]
         self.batch = index.shape[0]
 
     def trim(self, length: int) -> None:
@@ -88,8 +89,10 @@ class Cache:
 
     def _ledger(self, path: str, retained: Retained) -> Ledger:
         windowed = retained.recent is not None
-        if self.kind == "sinks":
-            key: object = "sinks"
+        if retained.memory:
+            key: object = "memory"
+        elif self.kind == "sinks":
+            key = "sinks"
         elif self.kind == "fixed":
             key = "fixed"
         elif self.kind in ("auto", "ring") and windowed and retained.first == 0:
@@ -108,6 +111,8 @@ class Cache:
         if key == "fixed":
             assert self.capacity is not None
             return FixedLedger(self.batch, self.capacity, self.device)
+        if key == "memory":
+            return MemoryLedger(self.batch)
         if key == "growing":
             return GrowingLedger()
         assert retained.recent is not None

@@ -20,6 +20,7 @@ from lamina.cache import Cache, FixedLedger
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.generation.int8 import quantize_int8
 from lamina.generation.package import Step, build
+from lamina.generation.pages import settle_in_large_pages
 from lamina.model import Model
 from lamina.packaged import cache_directory, processor
 from lamina.specs import unknown
@@ -46,6 +47,7 @@ def prepare(model: Model, *, compile: bool = False, quantize: str | None = None)
             raise UnsupportedError("compile=True is for models that generate: a decoder with a language head")
         if model.embedding.weight.device.type != "cpu":
             raise UnsupportedError("compile=True is for the CPU in this version")
+        settle_in_large_pages(model)
         model.engine = Engine(model)
 
 

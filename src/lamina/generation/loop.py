@@ -14,10 +14,12 @@ from lamina.cache import Cache
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.generation.sample import Sampling
 from lamina.layers import LearnedPositionSpec
-from lamina.model import Model
+from lamina.model import Model, Output
 from lamina.specs import unknown
 
 Stop = int | Sequence[int]
+
+FORCED_END = "forced_eos_token_id"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class Limits:
     ends: tuple[int, ...] = ()
     pad: int = 0
     stops: tuple[tuple[int, ...], ...] = ()
+    first: int | None = None  # the first new token of an encoder-decoder is this one: BART's <s>
+    last: int | None = None  # and so is the last one, where `most` is reached: BART's </s>
 
 
 @dataclass
@@ -56,9 +60,13 @@ def generate(
     stop: Sequence[Stop] = (),
     seed: int | None = None,
     cache: str | None = "auto",
+    decoder_input_ids: Tensor | None = None,
     **wrong: Any,
 ) -> Tensor:
     """Continue each row of `input_ids` (B, T); returns (B, T + new) ids.
+
+    An encoder-decoder reads `input_ids` and writes from its start id on, or continues `decoder_input_ids` (B, T);
+    it returns the decoder's ids, those included.
 
     A row ends at the checkpoint's end ids (held back for the first `min_new_tokens`) or at one of `stop` (ids, or
     sequences of ids) and is filled with the pad id. Padding may be on either side. temperature 0 is greedy.
@@ -72,8 +80,37 @@ def generate(
         raise UnsupportedError(f"beams={beams}: beam search is not part of this version; beams=1 is")
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     limits = limits_of(model, max_new_tokens, min_new_tokens, stop)
-    steps = stream(model, input_ids, attention_mask, sampling=sampling, limits=limits, cache=cache)
-    return torch.cat([input_ids, *(step.ids[:, None] for step in steps)], dim=1)
+    if two_stacks(model):
+        decoder_input_ids = start_ids(model, input_ids.shape[0]) if decoder_input_ids is None else decoder_input_ids
+    elif decoder_input_ids is not None:
+        raise UnsupportedError("decoder_input_ids is for encoder-decoders; this model continues input_ids")
+    steps = stream(
+        model,
+        input_ids,
+        attention_mask,
+        sampling=sampling,
+        limits=limits,
+        cache=cache,
+        decoder_input_ids=decoder_input_ids,
+    )
+    begun = input_ids if decoder_input_ids is None else decoder_input_ids
+    return torch.cat([begun, *(step.ids[:, None] for step in steps)], dim=1)
+
+
+def two_stacks(model: Model) -> bool:
+    """Whether it is an encoder-decoder: what it writes does not continue what it reads."""
+    return model.encoder is not None and model.decoder is not None
+
+
+def start_ids(model: Model, batch: int) -> Tensor:
+    """(batch, 1): the id that an encoder-decoder begins with. Raises LaminaError where the checkpoint names none."""
+    said = {} if model.origin is None else model.origin.generation
+    special = model.spec.special
+    options = (said.get("decoder_start_token_id"), special.decoder_start, said.get("bos_token_id"), special.start)
+    start = next((one for one in options if one is not None), None)
+    if start is None:
+        raise LaminaError("this checkpoint names no decoder_start_token_id: give decoder_input_ids")
+    return torch.full((batch, 1), start, dtype=torch.int64, device=model.embedding.weight.device)
 
 
 def limits_of(model: Model, most: int, least: int = 0, stop: Sequence[Stop] = ()) -> Limits:
@@ -92,7 +129,9 @@ def limits_of(model: Model, most: int, least: int = 0, stop: Sequence[Stop] = ()
     ends = tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
     pad = said.get("pad_token_id", special.pad)
     pad = pad if pad is not None else ends[0] if ends else 0
-    return Limits(most=most, least=least, ends=ends, pad=pad, stops=stops)
+    first, last = (said.get(name) if two_stacks(model) else None for name in ("forced_bos_token_id", FORCED_END))
+    last = last[0] if isinstance(last, list) else last
+    return Limits(most=most, least=least, ends=ends, pad=pad, stops=stops, first=first, last=last)
 
 
 @torch.inference_mode()
@@ -104,13 +143,21 @@ def stream(
     sampling: Sampling,
     limits: Limits,
     cache: str | Cache | None = "auto",
+    decoder_input_ids: Tensor | None = None,
 ) -> Iterator[Step]:
     """`generate`, one column at a time. A `Cache` that already holds the text before `input_ids` is continued."""
-    ids, mask = _checked(model, input_ids, attention_mask)
+    source = None
+    if two_stacks(model):
+        if decoder_input_ids is None:
+            decoder_input_ids = start_ids(model, input_ids.shape[0])
+        source = Source.of(model, input_ids, attention_mask)
+        ids, mask = _checked(model, decoder_input_ids, None)
+    else:
+        ids, mask = _checked(model, input_ids, attention_mask)
     used = cache.length if isinstance(cache, Cache) else 0
     room = _room(model, ids, mask, limits, cache, used)
     generator = sampling.generator(ids.device)
-    reader = _Reader(model, cache, ids.shape, room)
+    reader = _Reader(model, cache, ids.shape, room, source)
     logits = reader.read(ids, mask)
     done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
     written: list[list[int]] = [[] for _ in range(ids.shape[0])]
@@ -121,7 +168,11 @@ def stream(
             )
         if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
             raise LaminaError(f"the logits of new token {count} are not finite; the weights or the dtype are at fault")
-        chosen = sampling.choose(logits, generator).masked_fill(done, limits.pad)
+        forced = limits.first if count == 0 else limits.last if count + 1 == limits.most else None
+        chosen = (
+            sampling.choose(logits, generator) if forced is None else torch.full_like(done, forced, dtype=ids.dtype)
+        )
+        chosen = chosen.masked_fill(done, limits.pad)
         done = done | _ended(chosen, done, written, limits)
         yield Step(chosen, logits, done)
         if bool(done.all()):
@@ -132,11 +183,31 @@ def stream(
         warnings.warn(f"stopped after {room} new tokens: the context of {model.spec.context} is full", stacklevel=3)
 
 
+@dataclass(frozen=True)
+class Source:
+    """What an encoder-decoder has read: (texts, S, width) and its padding mask. Beams of one text share its row."""
+
+    memory: Tensor
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, model: Model, input_ids: Tensor, mask: Tensor | None) -> Source:
+        """Read `input_ids` (texts, S), padded on either side."""
+        _checked(model, input_ids, mask)
+        return cls(model.encode(input_ids, mask), mask)
+
+    def arguments(self) -> dict[str, Any]:
+        """What a forward has to be told of it."""
+        return {"attention_mask": self.mask, "encoder_output": self.memory}
+
+
 class _Reader:
     """Feeds tokens to the model and hands back the logits of the last one, with whatever cache was asked for."""
 
-    def __init__(self, model: Model, cache: str | Cache | None, shape: torch.Size, room: int) -> None:
-        self.model = model
+    def __init__(
+        self, model: Model, cache: str | Cache | None, shape: torch.Size, room: int, source: Source | None = None
+    ) -> None:
+        self.model, self.source = model, source
         self.ids: Tensor | None = None
         self.mask: Tensor | None = None
         total = shape[1] + room
@@ -165,14 +236,22 @@ class _Reader:
             while ids.shape[1] > self.block:
                 now, ids = ids.split([self.block, ids.shape[1] - self.block], dim=1)
                 seen, mask = (None, None) if mask is None else mask.split([self.block, ids.shape[1]], dim=1)
-                self.model(now, seen, cache=self.cache, keep_logits=0)
-            out = self.model(ids, mask, cache=self.cache, keep_logits=1)
+                self._forward(now, seen, 0)
+            out = self._forward(ids, mask, 1)
         else:
             self.mask = _extend_mask(self.mask, mask, ids, self.ids)
             self.ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
-            out = self.model(self.ids, self.mask, keep_logits=1)
+            out = self._forward(self.ids, self.mask, 1)
         assert out.logits is not None
         return out.logits[:, -1]
+
+    def _forward(self, ids: Tensor, mask: Tensor | None, keep: int) -> Output:
+        if self.source is None:
+            return self.model(ids, mask, cache=self.cache, keep_logits=keep)
+        more = self.source.arguments()
+        return self.model(
+            **more, decoder_input_ids=ids, decoder_attention_mask=mask, cache=self.cache, keep_logits=keep
+        )
 
 
 def _checked(model: Model, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -6,6 +6,7 @@ from lamina.layers.attention import Attention, AttentionSpec
 from lamina.layers.bias import AlibiSpec, BucketBiasSpec
 from lamina.layers.block import BranchSpec, Layer, LayerSpec, StepSpec, SumSpec
 from lamina.layers.call import Call, Record
+from lamina.layers.cross import CrossAttention, CrossAttentionSpec
 from lamina.layers.embedding import Embedding, EmbeddingSpec, Segment, SegmentSpec
 from lamina.layers.feedforward import FeedForward, FeedForwardSpec
 from lamina.layers.head import (
@@ -38,6 +39,8 @@ __all__ = [
     "BranchSpec",
     "BucketBiasSpec",
     "Call",
+    "CrossAttention",
+    "CrossAttentionSpec",
     "DynamicNTKScaling",
     "Embedding",
     "EmbeddingSpec",

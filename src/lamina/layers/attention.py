@@ -34,7 +34,7 @@ class AttentionSpec(Spec):
     scale: float | None = None  # None: head_dim^-0.5; 1.0 in T5; 144^-0.5 in Gemma-2 27B
     softcap: float | None = None  # 50 in Gemma 2
     qk_norm: LayerNormSpec | RMSNormSpec | None = None  # on each head, before the rotary phases: Qwen 3, Gemma 3
-    bias: Literal["none", "qkv", "all"] = "none"  # "qkv" in Qwen 2; "all" in GPT-2, BERT
+    bias: Literal["none", "qkv", "all", "qvo"] = "none"  # "qkv" in Qwen 2; "all" in GPT-2, BERT; "qvo" in Whisper
     sink: bool = False  # a learned logit for each head that takes probability and gives no value: GPT-OSS
     dropout: float = 0.0  # on the probabilities: 0.1 in BERT and GPT-2
 
@@ -67,13 +67,13 @@ class Attention(nn.Module):
             prepare(spec.rotary, spec.head_dim)
         bias = spec.bias != "none"
         self.q = Linear(width, spec.heads * spec.head_dim, bias=bias)
-        self.k = Linear(width, spec.key_heads * spec.head_dim, bias=bias)
+        self.k = Linear(width, spec.key_heads * spec.head_dim, bias=spec.bias in ("qkv", "all"))
         self.v = Linear(width, spec.key_heads * spec.head_dim, bias=bias)
         self.q_norm = None if spec.qk_norm is None else spec.qk_norm.build(spec.head_dim)
         self.k_norm = None if spec.qk_norm is None else spec.qk_norm.build(spec.head_dim)
         self.relative = None if spec.relative is None else spec.relative.build(width, spec.heads, spec.head_dim)
         self.sink = nn.Parameter(torch.zeros(spec.heads)) if spec.sink else None
-        self.o = Linear(spec.heads * spec.head_dim, width, bias=spec.bias == "all")
+        self.o = Linear(spec.heads * spec.head_dim, width, bias=spec.bias in ("all", "qvo"))
 
     def retained(self) -> Retained:
         """What a cache has to keep for this layer. Raises UnsupportedError where tokens see later ones."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError
 from lamina.layers.call import Call
+from lamina.layers.cross import CrossAttention
 from lamina.layers.dropout import drop_branch, dropout
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.specs import Spec
@@ -15,7 +17,7 @@ from lamina.specs import Spec
 
 @dataclass(frozen=True, kw_only=True)
 class StepSpec(Spec):
-    """x -> after(residual * x + dropout(post(op(pre(x))))).
+    """x -> after(residual * x + dropout(tanh(gate) * post(op(pre(x))))).
 
     pre-norm: pre. post-norm: after. Sandwich: pre and post. Output-only: post. DeepNorm: after, and residual > 1.
     """
@@ -28,6 +30,7 @@ class StepSpec(Spec):
     residual: float = 1.0  # DeepNorm's alpha (arXiv:2203.00555)
     dropout: float = 0.0  # on the output of op: 0.1 in GPT-2 and BERT
     drop_branch: float = 0.0  # stochastic depth
+    gate: bool = False  # a learned scalar, 0 at the start, so that a new step changes nothing: Flamingo (2204.14198)
 
     def check(self) -> None:
         if not self.name.isidentifier():
@@ -90,14 +93,22 @@ class Step(nn.Module):
         self.op = spec.op.build(width)  # pyright: ignore[reportAttributeAccessIssue]
         self.post = None if spec.post is None else spec.post.build(width)
         self.after = None if spec.after is None else spec.after.build(width)
+        self.gate = nn.Parameter(torch.zeros(1)) if spec.gate else None
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         spec = self.spec
+        if call.memory is None and isinstance(self.op, CrossAttention):
+            return x  # a decoder without an encoder, given nothing to read: as if the step were not there
         h = self.op(x if self.pre is None else self.pre(x), call)
         h = h if self.post is None else self.post(h)
+        h = h if self.gate is None else h * self.gate.tanh()
         h = drop_branch(dropout(h, spec.dropout, self.training), spec.drop_branch, self.training)
         x = (x if spec.residual == 1.0 else x * spec.residual) + h
         return x if self.after is None else self.after(x)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        if self.gate is not None:
+            nn.init.zeros_(self.gate)
 
 
 class Branch(nn.Module):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError
+from lamina.layers.linear import Linear
 from lamina.layers.parameter import parameter
 from lamina.specs import Spec
 
@@ -22,6 +23,7 @@ class EmbeddingSpec(Spec):
     vocabulary: int
     scale: Literal["none", "root", "rounded_root"] = "none"  # sqrt(width): Vaswani 2017; rounded to the dtype in Gemma
     padding: int | None = None  # this row gets no gradient: BERT, RoBERTa
+    inner: int | None = None  # width of the table, where a matrix takes its rows to the model's: OPT-350m
 
     def check(self) -> None:
         if self.vocabulary < 1 or (self.padding is not None and not 0 <= self.padding < self.vocabulary):
@@ -40,10 +42,12 @@ class Embedding(nn.Module):
         super().__init__()
         self.spec = spec
         self.root = math.sqrt(width)
-        self.weight = parameter(spec.vocabulary, width)
+        self.weight = parameter(spec.vocabulary, width if spec.inner is None else spec.inner)
+        self.up = None if spec.inner is None else Linear(spec.inner, width, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.scaled(F.embedding(ids, self.weight, padding_idx=self.spec.padding))
+        x = self.scaled(F.embedding(ids, self.weight, padding_idx=self.spec.padding))
+        return x if self.up is None else self.up(x)
 
     def scaled(self, x: Tensor) -> Tensor:
         """Rows of the table, times what the model multiplies its input with."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lamina.errors import LaminaError
 from lamina.layers.dropout import dropout
 from lamina.layers.feedforward import ACTIVATIONS, Activation
-from lamina.layers.linear import linear
+from lamina.layers.linear import Linear, linear
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.layers.parameter import parameter
 from lamina.specs import Spec
@@ -21,8 +21,10 @@ from lamina.specs import Spec
 class TransformSpec(Spec):
     """norm(act(dense(x))) before the vocabulary: BERT's masked-LM head (arXiv:1810.04805, its code)."""
 
-    act: Activation
-    norm: LayerNormSpec | RMSNormSpec
+    act: Activation = "identity"
+    norm: LayerNormSpec | RMSNormSpec | None = None  # None in OPT-350m
+    width: int | None = None  # of what comes out, where the table is narrower than the model: ALBERT, OPT-350m
+    bias: bool = True  # False in OPT-350m
 
     def build(self, width: int) -> Transform:
         return Transform(self, width)
@@ -78,16 +80,18 @@ class LabelHeadSpec(Spec):
 
 
 class Transform(nn.Module):
-    """(B, T, width) -> (B, T, width)."""
+    """(B, T, width) -> (B, T, table's width)."""
 
     def __init__(self, spec: TransformSpec, width: int) -> None:
         super().__init__()
         self.act = ACTIVATIONS[spec.act]
-        self.dense = nn.Linear(width, width)
-        self.norm = spec.norm.build(width)
+        self.width = width if spec.width is None else spec.width
+        self.dense = Linear(width, self.width, bias=spec.bias)
+        self.norm = None if spec.norm is None else spec.norm.build(self.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.act(self.dense(x)))
+        x = self.act(self.dense(x))
+        return x if self.norm is None else self.norm(x)
 
 
 class LanguageHead(nn.Module):
@@ -99,6 +103,7 @@ class LanguageHead(nn.Module):
         super().__init__()
         self.spec = spec
         self.transform = None if spec.transform is None else spec.transform.build(width)
+        width = width if self.transform is None else self.transform.width
         self.weight = None if spec.tied else parameter(vocabulary, width)
         self.bias = nn.Parameter(torch.zeros(vocabulary)) if spec.bias else None
 

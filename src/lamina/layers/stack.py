@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from lamina.errors import LaminaError
 from lamina.layers.bias import AlibiSpec, BucketBiasSpec
 from lamina.layers.block import LayerSpec
 from lamina.layers.call import Call
 from lamina.layers.dropout import dropout
 from lamina.layers.embedding import SegmentSpec
+from lamina.layers.linear import Linear
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
 from lamina.specs import Spec
@@ -18,7 +20,7 @@ from lamina.specs import Spec
 
 @dataclass(frozen=True, kw_only=True)
 class StackSpec(Spec):
-    """dropout(norm(token + position + segment)), the layers, norm."""
+    """input(dropout(norm(token + position + segment))), the layers, norm."""
 
     layers: tuple[LayerSpec, ...]
     position: LearnedPositionSpec | SinusoidalPositionSpec | None = None  # GPT-2, BERT; None with rotary or biases
@@ -28,6 +30,12 @@ class StackSpec(Spec):
     norm: LayerNormSpec | RMSNormSpec | None = None  # after the last layer, wherever layers are pre-norm
     output_dropout: float = 0.0  # after that norm: T5
     score_bias: BucketBiasSpec | AlibiSpec | None = None  # T5; BLOOM, MPT
+    input_width: int | None = None  # of what comes in, before a linear layer takes it to the model's: ALBERT
+    repeat: int = 1  # each layer runs so many times in a row, with the same weights: ALBERT (arXiv:1909.11942)
+
+    def check(self) -> None:
+        if self.repeat < 1 or (self.input_width is not None and self.input_width < 1):
+            raise LaminaError(f"repeat={self.repeat} and input_width={self.input_width} must be at least 1")
 
     def build(self, width: int) -> Stack:
         return Stack(self, width)
@@ -40,9 +48,11 @@ class Stack(nn.Module):
         super().__init__()
         self.spec = spec
         self.path = ""
-        self.position = None if spec.position is None else spec.position.build(width)
-        self.segment = None if spec.segment is None else spec.segment.build(width)
-        self.input_norm = None if spec.input_norm is None else spec.input_norm.build(width)
+        inner = width if spec.input_width is None else spec.input_width
+        self.position = None if spec.position is None else spec.position.build(inner)
+        self.segment = None if spec.segment is None else spec.segment.build(inner)
+        self.input_norm = None if spec.input_norm is None else spec.input_norm.build(inner)
+        self.input = None if spec.input_width is None else Linear(inner, width)
         self.score_bias = None if spec.score_bias is None else spec.score_bias.build()
         self.layers = nn.ModuleList([layer.build(width) for layer in spec.layers])
         self.norm = None if spec.norm is None else spec.norm.build(width)
@@ -56,8 +66,9 @@ class Stack(nn.Module):
         if self.input_norm is not None:
             x = self.input_norm(x)
         x = dropout(x, self.spec.dropout, self.training)
+        x = x if self.input is None else self.input(x)
         call.record.keep(f"{self.path}.input", lambda: x)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(layer for layer in self.layers for _ in range(self.spec.repeat)):
             x = layer(x, call)
             call.record.keep(f"{self.path}.layers.{i}.output", lambda x=x: x)
         if self.norm is not None:

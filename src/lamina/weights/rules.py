@@ -42,16 +42,27 @@ class Turn:
 
 @dataclass(frozen=True)
 class Fused:
-    """Several of ours stored as one, one after the other along the output (GPT-2's q, k, v); `turned` as in Turn."""
+    """Several of ours stored as one, one after the other along the output (GPT-2's q, k, v); `turned` as in Turn.
+
+    `groups`: each of ours is cut into so many equal pieces, and the file has the first of each, the second of each, ...
+    With 2 groups and 4 query heads: q0 q1 k0 v0 q2 q3 k1 v1 (Falcon; with as many groups as heads BLOOM, GPT-NeoX).
+    """
 
     turned: bool = False
+    groups: int = 1
 
     def load(self, theirs: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
         whole = theirs[0].t() if self.turned and theirs[0].dim() == 2 else theirs[0]
-        return [part.contiguous() for part in whole.split([shape[0] for shape in shapes])]
+        if self.groups == 1:
+            return [part.contiguous() for part in whole.split([shape[0] for shape in shapes])]
+        parts = whole.unflatten(0, (self.groups, -1)).split([shape[0] // self.groups for shape in shapes], dim=1)
+        return [part.flatten(0, 1).contiguous() for part in parts]
 
     def save(self, ours: Sequence[Tensor]) -> list[Tensor]:
-        whole = torch.cat(list(ours))
+        if self.groups == 1:
+            whole = torch.cat(list(ours))
+        else:
+            whole = torch.cat([part.unflatten(0, (self.groups, -1)) for part in ours], dim=1).flatten(0, 1)
         return [whole.t().contiguous() if self.turned and whole.dim() == 2 else whole]
 
 
