@@ -63,7 +63,7 @@ def test_smollm2_is_read_as_transformers_reads_it(smollm2):
         warnings.simplefilter("ignore")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
     with torch.no_grad():
-        assert torch.allclose(model(ids).logits, theirs(ids).logits, atol=1e-4 * float(theirs(ids).logits.abs().max()))
+        assert (model(ids).logits - theirs(ids).logits).abs().max() <= 1e-4  # of logits up to 32
     ours = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert sum(torch.Size(s).numel() for s in ours.values()) == sum(p.numel() for p in theirs.parameters())
 

@@ -11,3 +11,7 @@ class CheckpointError(LaminaError):
 
 class UnsupportedError(LaminaError):
     """A request is well formed, but the part asked (a backend, a cache, a family) cannot serve it."""
+
+
+class StorageError(CheckpointError):
+    """The disk could not take what was asked of it: full, or read-only. The command line exits with status 1."""

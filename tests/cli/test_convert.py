@@ -6,9 +6,12 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lamina
 from lamina.cli import main
+from lamina.errors import CheckpointError
+from tests import tiny
 
 
 def test_there_and_back_gives_the_same_bytes(lam, mistral, tmp_path):
@@ -113,5 +116,31 @@ def test_a_hostile_tensor_name_stays_one_line(lam, mistral, tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
 def test_a_place_that_cannot_be_written(mistral, tmp_path, capsys):
     (tmp_path / "closed").mkdir(mode=0o500)
-    assert main(["convert", str(mistral), str(tmp_path / "closed/out"), "-q"]) in (1, 2)
+    assert main(["convert", str(mistral), str(tmp_path / "closed/out"), "-q"]) == 1
     assert capsys.readouterr().err.startswith("lamina: error: ")
+
+
+def test_a_full_disk_is_not_the_user_s_mistake(lam, mistral, tmp_path, monkeypatch):
+    """Status 1, both numbers, and nothing is left behind or changed."""
+    import shutil
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    done = lam("convert", mistral, tmp_path / "out", "-q")
+    assert done.status == 1 and done.out == "" and done.err.count("\n") == 1
+    assert "bytes are needed, and 10 are free; nothing was changed" in done.err
+    assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob("*.partial"))
+
+
+def test_weights_that_are_not_finite_are_warned_of_or_refused(lam, tmp_path):
+    source = tiny.checkpoint(tmp_path / "bad")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    (tmp_path / "text").write_text("the cat")
+    for command, argument in (("generate", "the"), ("evaluate", tmp_path / "text")):
+        lam(command, source, argument, "--strict").refused("not finite: decoder.norm.weight (1 of 32)")
+    with pytest.warns(UserWarning, match="not finite: decoder.norm.weight .1 of 32"):
+        lamina.load(source)
+    with pytest.raises(CheckpointError, match="not finite: decoder.norm.weight .1 of 32"):
+        lamina.load(source, strict=True)

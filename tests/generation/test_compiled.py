@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import lamina
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.generation import compiled
+from lamina.generation import Chat, compiled
 from lamina.generation.compiled import prepare
 from lamina.generation.int8 import Int8Linear, rounded
 from lamina.generation.package import _attention
@@ -29,6 +29,7 @@ from lamina.layers import (
 )
 from lamina.model import Model, ModelSpec
 from lamina.patterns import Causal, Window
+from tests import tiny
 
 
 def model_of(*, softcap: float | None = None, learned: bool = False, tied: bool = True) -> Model:
@@ -96,6 +97,54 @@ def test_step_writes_what_the_model_writes(kind: str, tmp_path: Path, capsys: py
     model.engine = None
     assert torch.equal(steps, lamina.generate(model, ids, max_new_tokens=12))
     assert sizes > 0
+
+
+@pytest.mark.timeout(400)
+def test_a_text_is_read_on_and_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt in pieces, steps between them, and another ending: as the model reads it at once."""
+    monkeypatch.setattr(compiled, "SMALLEST", 32)  # and the move to 64
+    model = model_of()
+    prepare(model, compile=True)
+    ids = torch.randint(0, 61, (1, 40), generator=torch.Generator().manual_seed(1))
+    reader, other = model.engine.start(60), ids.clone()
+    other[0, 12:] = (other[0, 12:] + 5) % 61
+    with torch.no_grad():
+        for text, parts in ((ids, [5, 1, 1, 6, 1, 4, 1]), (other, [1, 3, 1, 20])):  # the second from token 12 on
+            whole, at = model(text).logits, reader.length
+            for part in text[:, at:].split([*parts, 40 - at - sum(parts)], dim=1):
+                if part.shape[1]:
+                    found = reader.read(part)
+                    at += part.shape[1]
+                    assert reader.length == at
+                    assert torch.allclose(found, whole[:, at - 1], atol=1e-4 * float(whole.abs().max()))
+            reader.trim(12)
+    with pytest.raises(LaminaError, match="12 tokens were read and cannot be trimmed to 13"):
+        reader.trim(13)
+    rows = [row for row in lamina.verify(model).rows if row.property == "the compiled step = the model"]
+    assert [row.verdict for row in rows] == ["holds"] and rows[0].worst is not None
+    monkeypatch.setattr(compiled.Reader, "read", lambda self, part: torch.zeros(1, 61))
+    rows = [row for row in lamina.verify(model).rows if row.property == "the compiled step = the model"]
+    assert [row.verdict for row in rows] == ["fails"]
+
+
+@pytest.mark.timeout(400)
+def test_a_chat_keeps_what_the_step_has_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "SMALLEST", 256)  # one step to compile
+    model = tiny.model(tiny.LLAMA | {"max_position_embeddings": 256})
+
+    def talk() -> tuple[list[str], list[int], list[int]]:
+        chat = Chat(model, tiny.tokenizer(), max_new_tokens=6)
+        texts, reused, prompts = [], [], []
+        for message in ("the", "cat", "the hat"):
+            answer = chat.say(message)
+            texts.append("".join(answer))
+            reused.append(chat.reused)
+            prompts.append(len(answer.prompt_ids))
+        return texts, reused, prompts
+
+    expected = talk()
+    prepare(model, compile=True)
+    assert talk() == expected and expected[1][0] == 0 and expected[1][2] > expected[1][1] > 0
 
 
 @pytest.mark.timeout(400)

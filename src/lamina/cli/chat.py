@@ -11,7 +11,7 @@ import click
 from lamina.cli.errors import complain
 from lamina.cli.output import Output
 from lamina.cli.program import command
-from lamina.cli.prompts import choosing, figures, fits, loading, sampling_of, speak, standard_input, warn_of_lost
+from lamina.cli.prompts import choosing, figures, fits, load, loading, sampling_of, speak, standard_input, warn_of_lost
 from lamina.errors import LaminaError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def chat(out: Output, source: str, system: str | None, max_new_tokens: int, **gi
     sampling, stop = sampling_of(given), stop_texts(given["stop"])
     tokenizer = lamina.tokenizer(source)
     tokenizer.chat_template()  # refuses a model without one before anything large is read
-    model = lamina.load(source, given["dtype"], given["device"], given["compile"], quantize=given["quantize"])
+    model = load(source, given)
     fits(model, sampling)
     limits_of(model, max_new_tokens)
     talk = Chat(

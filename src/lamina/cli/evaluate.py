@@ -10,7 +10,7 @@ import click
 
 from lamina.cli.output import Output, table
 from lamina.cli.program import command
-from lamina.cli.prompts import loading
+from lamina.cli.prompts import load, loading
 from lamina.errors import LaminaError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def evaluate(
         if not path.is_file():
             raise LaminaError(f"{path}: no such file")
     tokenizer = lamina.tokenizer(source)
-    model = lamina.load(source, given["dtype"], given["device"], given["compile"], quantize=given["quantize"])
+    model = load(source, given)
     window, stride = window_of(model, window, stride)
     around = tokenizer.encode("")
     begin = around[0] if around and around[0] == tokenizer.bos else None

@@ -8,7 +8,18 @@ import click
 
 from lamina.cli.output import Output
 from lamina.cli.program import command
-from lamina.cli.prompts import choosing, figures, fits, loading, sampling_of, shown, speak, standard_input, warn_of_lost
+from lamina.cli.prompts import (
+    choosing,
+    figures,
+    fits,
+    load,
+    loading,
+    sampling_of,
+    shown,
+    speak,
+    standard_input,
+    warn_of_lost,
+)
 from lamina.errors import LaminaError
 
 if TYPE_CHECKING:
@@ -56,7 +67,7 @@ def generate(out: Output, source: str, prompt: str | None, **given: Any) -> None
         ids = tokenizer.chat_ids([{"role": "user", "content": prompt}])
     else:
         ids = tokenizer.encode(prompt, special=not raw, control=raw)
-    model = lamina.load(source, given["dtype"], given["device"], given["compile"], quantize=given["quantize"])
+    model = load(source, given)
     fits(model, sampling)
     limits_of(model, most, given["min_new_tokens"])
     ids = _opened(out, model, tokenizer, ids)

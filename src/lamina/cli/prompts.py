@@ -24,11 +24,26 @@ def loading(function: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--device", default="cpu", show_default=True, help="Where the model lies: cpu, cuda, cuda:1."),
         click.option("--quantize", metavar="int8", help="Keep the weights in 8 bits: smaller, faster, less exact."),
+        click.option("--strict", is_flag=True, help="Refuse weights that are not finite, instead of a warning."),
         click.option("--compile", "compile", is_flag=True, help="Compile the decoding step, once per machine."),
         click.option("--dtype", help="float32, bfloat16, float16 or float64. [default: as stored]"),
     ):
         function = option(function)
     return function
+
+
+def load(source: str, given: dict[str, Any]) -> Model:
+    """The model that SOURCE and the options of `loading` ask for."""
+    import lamina
+
+    return lamina.load(
+        source,
+        given["dtype"],
+        given["device"],
+        given["compile"],
+        quantize=given["quantize"],
+        strict=given["strict"],
+    )
 
 
 def choosing(function: Callable[..., None]) -> Callable[..., None]:

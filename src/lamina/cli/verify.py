@@ -24,8 +24,9 @@ SIGNS = {"holds": ("✓", "green"), "fails": ("✗", "red"), "not tried": ("·",
 @command(EXAMPLES)
 @click.argument("source")
 @click.option("--dtype", help="float32, bfloat16, float16 or float64. [default: as stored]")
+@click.option("--compile", "compile", is_flag=True, help="Compile the decoding step, and try it too.")
 @click.option("--device", default="cpu", show_default=True, help="Where the model lies: cpu, cuda, cuda:1.")
-def verify(out: Output, source: str, dtype: str | None, device: str) -> None:
+def verify(out: Output, source: str, dtype: str | None, device: str, compile: bool) -> None:
     """Which of the properties that always hold do hold for SOURCE: cached decoding equals the whole text, padding and
     packing change nothing, later tokens change no earlier bit, backends agree, what is saved is read again, and more.
 
@@ -33,7 +34,7 @@ def verify(out: Output, source: str, dtype: str | None, device: str) -> None:
     """
     import lamina
 
-    model = lamina.load(source, dtype, device)
+    model = lamina.load(source, dtype, device, compile)
 
     def show(row: Row) -> None:
         if out.progress and not out.as_json:

@@ -27,6 +27,7 @@ CHECKS: tuple[Callable[[Model], Iterator[Row]], ...] = (
     attention.reach,
     attention.blindness,
     whole.backends,
+    whole.compiled_step,
     whole.refusals,
     whole.repeated_generation,
     files.saving,

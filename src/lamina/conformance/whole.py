@@ -77,6 +77,23 @@ def backends(model: Model) -> Iterator[Row]:
         yield worst.row("backends agree", f"{backend or 'what is chosen by itself'} and dense")
 
 
+def compiled_step(model: Model) -> Iterator[Row]:
+    """The compiled step against the model as it is, token by token, and after a prompt that is read on."""
+    name = "the compiled step = the model"
+    if model.engine is None:
+        yield left_out(name, "there is none: load with compile=True")
+        return
+    length = min(20, model.spec.context or 20)
+    ids, worst, at = random_ids(model, 1, length), Difference(), length // 2
+    logits = read(model, ids)[1]
+    for parts in ([at, *[1] * (length - at)], [at - 2, 2, *[1] * (length - at)]):
+        reader, start = model.engine.start(length), 0
+        for part in ids.split(parts, dim=1):
+            start += part.shape[1]
+            worst.add(reader.read(part), logits[:, start - 1])
+    yield worst.row(name, f"{length} tokens, the last {length - at} one by one")
+
+
 def refusals(model: Model) -> Iterator[Row]:
     ids = random_ids(model, 1, 4)
     tries: tuple[tuple[str, str, Callable[[], Any]], ...] = (

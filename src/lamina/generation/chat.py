@@ -7,6 +7,7 @@ from typing import Any
 
 from lamina.cache import Cache
 from lamina.errors import UnsupportedError
+from lamina.generation.compiled import Reader
 from lamina.generation.sample import Sampling
 from lamina.generation.text import Writing
 from lamina.model import Model
@@ -33,7 +34,7 @@ class Chat:
     ) -> None:
         self.model, self.tokenizer, self.kind, self.system = model, tokenizer, cache, system
         self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop}
-        self.cache: Cache | None = None
+        self.cache: Cache | Reader | None = None
         self.answer: Writing | None = None
         self.reused = 0  # tokens of the last prompt that were in the cache
         self._turns: list[dict[str, str]] = []
@@ -57,7 +58,7 @@ class Chat:
         if self.answer is not None and self.cache is not None:
             self._read = (self._read + self.answer.ids)[: self.cache.length]
         cache = self._prepared(ids)
-        self.reused = cache.length if isinstance(cache, Cache) else 0
+        self.reused = cache.length if isinstance(cache, Cache | Reader) else 0
         # Until the answer begins, the cache may hold less than `_read` says, never something else.
         answer = Writing(self.model, self.tokenizer, ids[self.reused :], cache=cache, **self.options)
         self._turns = said if self.system is None else said[1:]
@@ -69,8 +70,8 @@ class Chat:
         self._turns, self.answer = self._turns[:-1], None
         self.cache, self._read = None, []
 
-    def _prepared(self, ids: list[int]) -> Cache | str | None:
-        if self.kind is None or self.kind == "none" or self.model.engine is not None:
+    def _prepared(self, ids: list[int]) -> Cache | Reader | str | None:
+        if self.kind is None or self.kind == "none":
             return self.kind
         same = 0
         if self.cache is not None:
@@ -83,5 +84,9 @@ class Chat:
                 except (TypeError, UnsupportedError):  # rings and sinks have forgotten the past
                     same = 0
         if same == 0 or self.cache is None:
-            self.cache = self.model.new_cache(self.kind, 1, self.model.spec.context)
+            engine, context = self.model.engine, self.model.spec.context
+            if self.kind == "auto" and engine is not None and engine.fits(context or 0):
+                self.cache = engine.start(2**31 if context is None else context)
+            else:
+                self.cache = self.model.new_cache(self.kind, 1, context)
         return self.cache

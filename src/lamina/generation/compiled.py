@@ -45,6 +45,8 @@ def prepare(model: Model, *, compile: bool = False, quantize: str | None = None)
     if compile:
         if model.decoder is None or model.head is None:
             raise UnsupportedError("compile=True is for models that generate: a decoder with a language head")
+        if model.encoder is not None:
+            raise UnsupportedError("compile=True is for decoders in this version; an encoder-decoder has two stacks")
         if model.embedding.weight.device.type != "cpu":
             raise UnsupportedError("compile=True is for the CPU in this version")
         settle_in_large_pages(model)
@@ -93,7 +95,10 @@ class Engine:
 
 
 class Reader:
-    """Reads one text: the prompt with the model as it is, then token by token with the compiled step."""
+    """Reads one text: what comes in several tokens with the model as it is, single tokens with the compiled step.
+
+    It is also the cache of that text: `length` tokens are in, and `trim` takes back the last ones.
+    """
 
     def __init__(self, engine: Engine, total: int) -> None:
         self.engine, self.total = engine, total
@@ -106,12 +111,28 @@ class Reader:
         """(1, T) new ids -> (1, vocabulary) logits after the last."""
         if self.length == 0:
             return self._prompt(ids)
-        assert ids.shape[1] == 1
-        if self.length == self.places:
-            self._move(self.places * 2)
+        length = self.length + ids.shape[1]
+        if length > self.places:
+            self._move(_places(length))
         assert self.step is not None
-        self.length += 1
-        return self.step(ids, *self.state)[0]
+        if ids.shape[1] == 1:
+            logits = self.step(ids, *self.state)[0]
+        else:
+            logits = self.step.module(ids, *self.state)
+        self.length = length
+        return logits
+
+    @torch.inference_mode()  # as the state was made
+    def trim(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise LaminaError(f"{self.length} tokens were read and cannot be trimmed to {length}")
+        if self.state:
+            cursor, following, position, *_ = self.state
+            position[:, length:] = HOLE
+            cursor.fill_(length)
+            following.fill_(length)
+        self.length = length
 
     def _prompt(self, ids: Tensor) -> Tensor:
         model = self.engine.model
@@ -146,7 +167,8 @@ class Reader:
 
 
 class Decode(nn.Module):
-    """What is exported: one token in, logits out; the cache comes as tensors, which are changed in place."""
+    """What is exported: one token in, logits out; the cache comes as tensors, which are changed in place. As it is, it
+    takes several tokens too."""
 
     def __init__(self, model: Model, places: int) -> None:
         super().__init__()
@@ -179,7 +201,7 @@ class Decode(nn.Module):
         for (key, value), slot in zip(_pairs(state), cache.slots.values(), strict=True):
             slot.key, slot.value = key, value
         out = self.model(ids, cache=cache, keep_logits=1)
-        following.add_(1)
+        following.add_(ids.shape[1])
         return out.logits[:, -1]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lamina.cache import Cache
 from lamina.errors import LaminaError, UnsupportedError
+from lamina.generation.compiled import Reader
 from lamina.generation.sample import Sampling
 from lamina.layers import LearnedPositionSpec
 from lamina.model import Model, Output
@@ -99,7 +100,7 @@ def generate(
 
 def two_stacks(model: Model) -> bool:
     """Whether it is an encoder-decoder: what it writes does not continue what it reads."""
-    return model.encoder is not None and model.decoder is not None
+    return model.spec.encoder is not None and model.spec.decoder is not None
 
 
 def start_ids(model: Model, batch: int) -> Tensor:
@@ -142,10 +143,11 @@ def stream(
     *,
     sampling: Sampling,
     limits: Limits,
-    cache: str | Cache | None = "auto",
+    cache: str | Cache | Reader | None = "auto",
     decoder_input_ids: Tensor | None = None,
 ) -> Iterator[Step]:
-    """`generate`, one column at a time. A `Cache` that already holds the text before `input_ids` is continued."""
+    """`generate`, one column at a time. A `Cache`, or the `Reader` of a compiled step, that already holds the text
+    before `input_ids` is continued."""
     source = None
     if two_stacks(model):
         if decoder_input_ids is None:
@@ -154,10 +156,10 @@ def stream(
         ids, mask = _checked(model, decoder_input_ids, None)
     else:
         ids, mask = _checked(model, input_ids, attention_mask)
-    used = cache.length if isinstance(cache, Cache) else 0
+    used = cache.length if isinstance(cache, Cache | Reader) else 0
     room = _room(model, ids, mask, limits, cache, used)
     generator = sampling.generator(ids.device)
-    reader = _Reader(model, cache, ids.shape, room, source)
+    reader = _Feeder(model, cache, ids.shape, room, source)
     logits = reader.read(ids, mask)
     done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
     written: list[list[int]] = [[] for _ in range(ids.shape[0])]
@@ -201,11 +203,16 @@ class Source:
         return {"attention_mask": self.mask, "encoder_output": self.memory}
 
 
-class _Reader:
+class _Feeder:
     """Feeds tokens to the model and hands back the logits of the last one, with whatever cache was asked for."""
 
     def __init__(
-        self, model: Model, cache: str | Cache | None, shape: torch.Size, room: int, source: Source | None = None
+        self,
+        model: Model,
+        cache: str | Cache | Reader | None,
+        shape: torch.Size,
+        room: int,
+        source: Source | None = None,
     ) -> None:
         self.model, self.source = model, source
         self.ids: Tensor | None = None
@@ -213,7 +220,7 @@ class _Reader:
         total = shape[1] + room
         if cache == "auto" and model.cache_limit is not None and total > model.cache_limit:
             cache = None
-        self.engine = None
+        self.engine = cache if isinstance(cache, Reader) else None
         if cache == "auto" and shape[0] == 1 and model.engine is not None and model.engine.fits(total):
             self.engine = model.engine.start(total)
         self.block = shape[1]  # tokens of the prompt that are read at once
@@ -226,7 +233,7 @@ class _Reader:
                 total = min(total, context - 1 if shape[1] < context else context - self.block)
             self.cache = None if self.engine or cache == "none" else model.new_cache(kind, shape[0], total)
         else:
-            self.cache = cache
+            self.cache = None if isinstance(cache, Reader) else cache
 
     def read(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """(B, T) new ids -> (B, vocabulary) logits after the last."""

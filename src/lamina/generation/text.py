@@ -11,6 +11,7 @@ import torch
 
 from lamina.cache import Cache
 from lamina.errors import LaminaError
+from lamina.generation.compiled import Reader
 from lamina.generation.loop import limits_of, stream
 from lamina.generation.sample import Sampling
 from lamina.model import Model
@@ -37,7 +38,7 @@ class Writing:
         min_new_tokens: int = 0,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
-        cache: str | Cache | None = "auto",
+        cache: str | Cache | Reader | None = "auto",
         skip_special: bool = True,
         probabilities: bool = False,
     ) -> None:

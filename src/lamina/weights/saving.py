@@ -17,7 +17,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from lamina.errors import CheckpointError
+from lamina.errors import CheckpointError, StorageError
 from lamina.weights.headers import Entry, header_bytes, in_file_order, shown
 
 FORMAT: Mapping[str, str] = MappingProxyType({"format": "pt"})  # what save_pretrained writes, and from_pretrained asks
@@ -210,7 +210,7 @@ def _reported(target: Path, needed: int) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(target.parent).free
             reason = f"{reason}: {needed:,} bytes are needed, and {free:,} are free"
-        raise CheckpointError(f"{target}: cannot be written: {reason}; nothing was changed") from error
+        raise StorageError(f"{target}: cannot be written: {reason}; nothing was changed") from error
 
 
 @contextmanager
