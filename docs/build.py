@@ -1,4 +1,5 @@
-"""Writes the parts of the documentation that come from the code: docs/command-line.md, and two tables of README.md.
+"""Writes the parts of the documentation that come from the code and from measurements: docs/command-line.md, and tables
+and figures of README.md.
 
     python docs/build.py            write them
     python docs/build.py --check    say which are not as the code is, and write nothing
@@ -9,9 +10,11 @@ They are generated so that they cannot say what the program does not do; tests/t
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -72,6 +75,54 @@ def families_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def results(name: str) -> dict[str, Any]:
+    """What a benchmark measured last."""
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+
+
+def decoding_figures() -> str:
+    """Tokens per second of benchmarks/decode.py, medians."""
+    found = results("decode")
+
+    def row(title: str, what: str, dtype: str) -> str:
+        names = ("transformers", "llama.cpp", "eager", "compiled")
+        cells = [found[what].get(f"{name} {dtype}") for name in names]
+        return f"| {title} | " + " | ".join("" if cell is None else f"{cell['median']:.1f}" for cell in cells) + " |"
+
+    rows = [
+        row("decoding, float32", "decode", "float32"),
+        row("decoding, bfloat16", "decode", "bfloat16"),
+        row("decoding, 8-bit weights (Q8_0)", "decode", "int8"),
+        row("reading 1,024 tokens, float32", "prefill", "float32"),
+        row("reading 1,024 tokens, bfloat16", "prefill", "bfloat16"),
+    ]
+    perplexity = found["perplexity"]
+    table = "\n".join(
+        ["| | transformers | llama.cpp | lamina | lamina, compiled step |", "|---|---|---|---|---|", *rows]
+    )
+    return f"""SmolLM2-135M, one text, {found["threads"]} threads of a two-core AVX-512 machine, every variant in the same run
+([benchmarks/decode.py](benchmarks/decode.py), [results](benchmarks/results/decode.json)); tokens per second, medians of
+{found["rounds"]} rounds:
+
+{table}
+
+8-bit weights take the perplexity of 20 kB of documentation from {perplexity["float32"]:.2f} to {perplexity["int8"]:.2f}.
+"""
+
+
+def startup_figures() -> str:
+    """Seconds of benchmarks/startup.py, medians."""
+    found = results("startup")
+    seconds = {name: f"{value:.2f} s" for name, value in found.items() if name.endswith("_s")}
+    return f"""`lamina --help` takes {seconds["help_s"]} and `import lamina` {seconds["import_lamina_s"]};
+`lamina account llama3.1/405b` takes {seconds["account_405b_beyond_torch_s"]} beyond `import torch`. Loading 540 MB of
+float32 takes {seconds["lamina_load_s"]} (transformers {seconds["transformers_load_s"]}), and every weight has then been read
+once, to warn of values that are not finite; until the first token it is {seconds["lamina_load_and_first_token_s"]}
+(transformers {seconds["transformers_load_and_first_token_s"]}). The peak is {found["peak_over_weights"]:.2f} times the size
+of the weights ([benchmarks/startup.py](benchmarks/startup.py), [results](benchmarks/results/startup.json)).
+"""
+
+
 def placed(text: str, name: str, content: str) -> str:
     """`text` with what stands between the two marks of `name` replaced."""
     begin, end = f"<!-- generated: {name} -->\n", f"<!-- end: {name} -->\n"
@@ -84,8 +135,16 @@ def placed(text: str, name: str, content: str) -> str:
 def pages() -> dict[Path, str]:
     """Every generated file, and what it must hold."""
     readme = ROOT / "README.md"
-    text = placed(readme.read_text(encoding="utf-8"), "layers", layers_table())
-    return {ROOT / "docs/command-line.md": command_line(), readme: placed(text, "families", families_table())}
+    text = readme.read_text(encoding="utf-8")
+    parts = {
+        "layers": layers_table,
+        "families": families_table,
+        "decoding": decoding_figures,
+        "startup": startup_figures,
+    }
+    for name, part in parts.items():
+        text = placed(text, name, part())
+    return {ROOT / "docs/command-line.md": command_line(), readme: text}
 
 
 def main() -> int:
