@@ -100,13 +100,14 @@ def decoding_figures() -> str:
     table = "\n".join(
         ["| | transformers | llama.cpp | lamina | lamina, compiled step |", "|---|---|---|---|---|", *rows]
     )
-    return f"""SmolLM2-135M, one text, {found["threads"]} threads of a two-core AVX-512 machine, every variant in the same run
-([benchmarks/decode.py](benchmarks/decode.py), [results](benchmarks/results/decode.json)); tokens per second, medians of
+    return f"""SmolLM2-135M, one text, {found["threads"]} threads of a two-core AVX-512 machine, every variant in
+the same run ([benchmarks/decode.py](benchmarks/decode.py), [results](benchmarks/results/decode.json)); tokens per second, medians of
 {found["rounds"]} rounds:
 
 {table}
 
-8-bit weights take the perplexity of 20 kB of documentation from {perplexity["float32"]:.2f} to {perplexity["int8"]:.2f}.
+8-bit weights take the perplexity of 20 kB of documentation from {perplexity["float32"]:.2f} to
+{perplexity["int8"]:.2f}.
 """
 
 
@@ -116,10 +117,11 @@ def startup_figures() -> str:
     seconds = {name: f"{value:.2f} s" for name, value in found.items() if name.endswith("_s")}
     return f"""`lamina --help` takes {seconds["help_s"]} and `import lamina` {seconds["import_lamina_s"]};
 `lamina account llama3.1/405b` takes {seconds["account_405b_beyond_torch_s"]} beyond `import torch`. Loading 540 MB of
-float32 takes {seconds["lamina_load_s"]} (transformers {seconds["transformers_load_s"]}), and every weight has then been read
-once, to warn of values that are not finite; until the first token it is {seconds["lamina_load_and_first_token_s"]}
-(transformers {seconds["transformers_load_and_first_token_s"]}). The peak is {found["peak_over_weights"]:.2f} times the size
-of the weights ([benchmarks/startup.py](benchmarks/startup.py), [results](benchmarks/results/startup.json)).
+float32 takes {seconds["lamina_load_s"]} (transformers {seconds["transformers_load_s"]}), and every weight has then been
+read once, to warn of values that are not finite; until the first token it is
+{seconds["lamina_load_and_first_token_s"]} (transformers {seconds["transformers_load_and_first_token_s"]}). The peak is
+{found["peak_over_weights"]:.2f} times the size of the weights ([benchmarks/startup.py](benchmarks/startup.py),
+[results](benchmarks/results/startup.json)).
 """
 
 
