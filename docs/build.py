@@ -101,8 +101,8 @@ def decoding_figures() -> str:
         ["| | transformers | llama.cpp | lamina | lamina, compiled step |", "|---|---|---|---|---|", *rows]
     )
     return f"""SmolLM2-135M, one text, {found["threads"]} threads of a two-core AVX-512 machine, every variant in
-the same run ([benchmarks/decode.py](benchmarks/decode.py), [results](benchmarks/results/decode.json)); tokens per second,
-medians of {found["rounds"]} rounds:
+the same run ([benchmarks/decode.py](benchmarks/decode.py), [results](benchmarks/results/decode.json)); tokens per
+second, medians of {found["rounds"]} rounds:
 
 {table}
 
