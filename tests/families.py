@@ -51,6 +51,21 @@ EARLY = {name: value for name, value in DECODER.items() if name != "head_dim"}
 GEMMA = DECODER | {"pad_token_id": 0, "rms_norm_eps": 1e-3}
 LABELS = {"id2label": {0: "north", 1: "east", 2: "south"}, "label2id": {"north": 0, "east": 1, "south": 2}}
 ROBERTA = ENCODER | {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
+BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 30, "n_layer": 3, "n_head": 6, "bos_token_id": 1, "eos_token_id": 96}
+FALCON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 36,
+    "ffn_hidden_size": 50,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 96,
+}
+FALCON_40B = FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}
+FALCON_RW = FALCON | {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False}
+MPT = {"vocab_size": VOCABULARY, "d_model": 30, "n_layers": 3, "n_heads": 6, "max_seq_len": 64}
+MPT |= {"bos_token_id": 1, "eos_token_id": 96}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
@@ -67,6 +82,7 @@ class Row:
     config: str  # class of its configuration
     fields: dict[str, Any] = field(hash=False)
     more: dict[str, Any] = field(default_factory=dict, hash=False)  # arguments of the model class
+    kernel: str = "eager"  # of transformers' attention; its "sdpa" shows no weights
 
     def __str__(self) -> str:
         return self.name
@@ -131,6 +147,30 @@ ROWS = [
                                "sliding_attention": {"rope_type": "default", "rope_theta": 10.0}}},
         "gemma3-capped": GEMMA | {"sliding_window": 4, "final_logit_softcapping": 1.5, "attention_bias": True},
     }),
+    *_rows("BloomForCausalLM", "BloomConfig", {
+        "bloom": BLOOM | {"layer_norm_epsilon": 1e-3},
+        "bloom-untied": BLOOM | {"hidden_size": 33, "n_head": 11, "tie_word_embeddings": False},
+    }),
+    *_rows("BloomModel", "BloomConfig", {"bloom-bare": BLOOM | {"hidden_size": 24, "n_head": 4}}),
+    *_rows("FalconForCausalLM", "FalconConfig", {
+        "falcon-7b": FALCON,
+        "falcon-40b": FALCON_40B | {"layer_norm_epsilon": 1e-3},
+        "falcon-11b": FALCON_40B | {"num_ln_in_parallel_attn": 1, "tie_word_embeddings": False, "activation": "relu"}
+                      | rope("linear", factor=3.0),
+        "falcon-heads": FALCON | {"multi_query": False, "parallel_attn": False, "bias": True},
+    }),
+    # Falcon's ALiBi is added twice by the eager attention of transformers; "sdpa", its default, adds it once.
+    *(Row(name, "FalconForCausalLM", "FalconConfig", fields, kernel="sdpa") for name, fields in {
+        "falcon-rw": FALCON_RW,
+        "falcon-40b-alibi": FALCON_40B | {"alibi": True, "hidden_size": 48, "num_attention_heads": 12,
+                                             "num_kv_heads": 4},
+    }.items()),
+    *_rows("FalconModel", "FalconConfig", {"falcon-bare": FALCON}),
+    *_rows("MptForCausalLM", "MptConfig", {
+        "mpt": MPT | {"layer_norm_epsilon": 1e-3},
+        "mpt-scaled": MPT | {"n_heads": 5, "tie_word_embeddings": False, "attn_config": {"softmax_scale": 0.7}},
+    }),
+    *_rows("MptModel", "MptConfig", {"mpt-bare": MPT}),
     *_rows("BertModel", "BertConfig", {"bert": ENCODER | {"layer_norm_eps": 1e-3}}),
     Row("bert-no-pooler", "BertModel", "BertConfig", ENCODER, {"add_pooling_layer": False}),
     *_rows("BertForMaskedLM", "BertConfig", {
@@ -204,7 +244,7 @@ def tokens(batch: int, length: int, seed: int) -> torch.Tensor:
 def reference(row: Row, **changes: Any) -> Any:
     """The model of transformers, with weights that make each feature bite."""
     config = getattr(transformers, row.config)(**{**row.fields, **changes})
-    model = getattr(transformers, row.model)._from_config(config, attn_implementation="eager", **row.more).eval()
+    model = getattr(transformers, row.model)._from_config(config, attn_implementation=row.kernel, **row.more).eval()
     generator = torch.Generator().manual_seed(7)
     centre = 0.0 if "Gemma" in row.model else 1.0
     with torch.no_grad():

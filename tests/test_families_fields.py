@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lamina.families import Fields, family
-from lamina.layers import LinearScaling, RMSNormSpec, YarnScaling
+from lamina.layers import AlibiSpec, LayerNormSpec, LearnedPositionSpec, LinearScaling, RMSNormSpec, YarnScaling
 from lamina.model import ModelSpec
 from lamina.patterns import Causal, Everything, Window
 
@@ -26,12 +26,16 @@ DECODER = {
 CONFIGS = {
     "gpt2": {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32},
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), DECODER),
+    "bloom": {"vocab_size": 50, "hidden_size": 16, "n_layer": 2, "n_head": 4},
+    "falcon": DECODER,
+    "mpt": {"vocab_size": 50, "d_model": 16, "n_layers": 2, "n_heads": 4},
     "bert": DECODER,
     "roberta": DECODER,
 }
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 ATTENTION, FEED = "layers.0.steps.0.op", "layers.0.steps.1.op"
+BRANCH = "layers.0.steps.0.op.branches.0.op"
 WINDOW = Causal() & Window(back=7)
 LINEAR = {"type": "linear", "factor": 4.0}  # as files before transformers 5 say it
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
@@ -98,6 +102,39 @@ ROWS: list[tuple[str | tuple[str, ...], dict[str, Any], str, Any]] = [
     ("gemma3_text", {}, f"{ATTENTION}.rotary.base", 1e4),
     ("gemma3_text", {"sliding_window_pattern": 2}, "layers.1.steps.0.op.rotary.base", 1e6),
     ("gemma3_text", {"rms_norm_eps": 1e-3}, f"{ATTENTION}.qk_norm.eps", 1e-3),
+    ("bloom", {"layer_norm_epsilon": 1e-3}, "norm.eps", 1e-3),
+    ("bloom", {"layer_norm_epsilon": 1e-3}, "input_norm.eps", 1e-3),
+    ("bloom", {"attention_dropout": 0.3}, f"{ATTENTION}.dropout", 0.3),
+    ("bloom", {"hidden_dropout": 0.3}, "layers.0.steps.0.dropout", 0.3),
+    ("bloom", {"hidden_dropout": 0.3}, "layers.0.steps.1.dropout", 0.3),
+    ("bloom", {"n_embed": 32}, f"{FEED}.hidden", 128),
+    ("bloom", {}, "score_bias", AlibiSpec(heads=4)),
+    ("falcon", {}, "layers.0.steps.0.op.branches.0.op.key_heads", 1),
+    ("falcon", {"multi_query": False}, "layers.0.steps.0.op.branches.0.op.key_heads", 4),
+    ("falcon", {"new_decoder_architecture": True}, "layers.0.steps.0.pre", None),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 4}, "layers.0.steps.0.pre", None),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": None}, BRANCH + ".key_heads", 4),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, BRANCH + ".key_heads", 2),
+    ("falcon", {"layer_norm_epsilon": 1e-3}, "norm.eps", 1e-3),
+    ("falcon", {"layer_norm_epsilon": 1e-3}, "layers.1.steps.0.pre.eps", 1e-3),
+    ("falcon", {"hidden_dropout": 0.3}, "layers.0.steps.0.dropout", 0.3),
+    ("falcon", {"hidden_dropout": 0.3, "parallel_attn": False}, "layers.0.steps.1.dropout", 0.3),
+    ("falcon", {"hidden_dropout": 0.3, "parallel_attn": False}, "layers.0.steps.0.dropout", 0.0),
+    ("falcon", {"attention_dropout": 0.3, "parallel_attn": False}, "layers.0.steps.0.dropout", 0.3),
+    ("falcon", {"attention_dropout": 0.3, "alibi": True}, BRANCH + ".dropout", 0.3),
+    ("falcon", {"ffn_hidden_size": 20}, "layers.0.steps.0.op.branches.1.op.hidden", 20),
+    ("falcon", {"activation": "relu"}, "layers.0.steps.0.op.branches.1.op.act", "relu"),
+    ("falcon", {"rope_theta": 77.0}, BRANCH + ".rotary.base", 77.0),
+    ("falcon", {"alibi": True}, BRANCH + ".rotary", None),
+    ("falcon", {"alibi": True}, "score_bias", AlibiSpec(heads=4, scale=8**-0.5, rounded=True)),
+    ("mpt", {"layer_norm_epsilon": 1e-3}, "norm", LayerNormSpec(eps=1e-3, bias=False)),
+    ("mpt", {"attn_config": {"attn_pdrop": 0.3}}, f"{ATTENTION}.dropout", 0.3),
+    ("mpt", {"attn_config": {"attn_pdrop": 0.3}}, "layers.0.steps.0.dropout", 0.3),
+    ("mpt", {"attn_config": {"attn_pdrop": 0.3}}, "layers.0.steps.1.dropout", 0.3),
+    ("mpt", {"attn_config": {"softmax_scale": 0.3}}, f"{ATTENTION}.scale", 0.3),
+    ("mpt", {"attn_config": {"alibi_bias_max": 16}}, "score_bias", AlibiSpec(heads=4, bias_max=16.0)),
+    ("mpt", {"attn_config": {"alibi": False}, "max_seq_len": 9}, "position", LearnedPositionSpec(size=9)),
+    ("mpt", {"attn_config": {"alibi": False}, "learned_pos_emb": False}, "position", None),
     (("bert", "roberta"), {"hidden_dropout_prob": 0.3}, "layers.0.steps.0.dropout", 0.3),
     (("bert", "roberta"), {"hidden_dropout_prob": 0.3}, "layers.0.steps.1.dropout", 0.3),
     (("bert", "roberta"), {"hidden_dropout_prob": 0.3}, "dropout", 0.3),

@@ -209,8 +209,14 @@ def _bucket_bias(spec: BucketBiasSpec) -> str:
     return f"T5 position bias, {spec.buckets} buckets to {spec.distance}"
 
 
+def _alibi(spec: AlibiSpec) -> str:
+    parts = ["ALiBi position bias", *([f"to 2^-{spec.bias_max:g}"] if spec.bias_max != 8 else [])]
+    parts += [f"times {spec.scale:.4g}"] if spec.scale != 1.0 else []
+    return ", ".join(parts + (["in bfloat16"] if spec.rounded else []))
+
+
 WORDS: dict[type, Callable[[Any], str]] = {
-    AlibiSpec: lambda spec: "ALiBi position bias",
+    AlibiSpec: _alibi,
     AttentionSpec: _attention,
     Both: _pattern,
     BucketBiasSpec: _bucket_bias,

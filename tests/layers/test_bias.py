@@ -90,8 +90,37 @@ def test_alibi_is_minus_the_slope_times_the_distance():
                     assert found[b, h, i, j].item() == pytest.approx(-slope * abs(query - key))
 
 
+def test_slopes_end_where_bias_max_says():
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+    for heads in (1, 2, 3, 5, 6, 7, 8, 12, 20, 32, 71, 112):
+        for most in (8, 3, 16):
+            theirs = -build_mpt_alibi_tensor(heads, 2, most)[:, 0, 0]  # one key back: the slope
+            torch.testing.assert_close(torch.tensor(slopes(heads, most)), theirs)
+    queries, keys = tokens()
+    found = AlibiSpec(heads=3, bias_max=3, scale=0.5).build()(queries, keys, {})
+    torch.testing.assert_close(found[0, :, 1, 0], -0.5 * 6 * torch.tensor(slopes(3, 3)))
+
+
+def test_a_rounded_alibi_counts_keys_in_bfloat16():
+    from transformers.models.falcon.modeling_falcon import build_alibi_tensor
+
+    spec = AlibiSpec(heads=6, bias_max=8, scale=0.25, rounded=True)
+    found = spec.build()(plain(2, 3, start=997), plain(2, 1000), {})
+    theirs = build_alibi_tensor(torch.ones(1, 1000, dtype=torch.int64), 6, torch.float32)
+    assert torch.equal(found, theirs[None] * 0.25) and found.shape == (1, 6, 1, 1000)
+    assert found[0, 4, 0, 996] == found[0, 4, 0, 997] == 0.5 * 996 * 0.25  # 8 bits: multiples of 4 only
+    rows = spec.build()(*tokens(), {})
+    assert rows.shape == (2, 6, 1, 5)
+    assert rows[0, 4, 0].tolist() == [0.125 * place for place in (0, 3, 6, 9, 2)]
+
+
 def test_a_bias_is_made_once_a_forward():
-    for module in (BucketBiasSpec(heads=2).build(), AlibiSpec(heads=2).build()):
+    for module in (
+        BucketBiasSpec(heads=2).build(),
+        AlibiSpec(heads=2).build(),
+        AlibiSpec(heads=2, rounded=True).build(),
+    ):
         memo: dict = {}
         queries, keys = plain(1, 3), plain(1, 5)
         first = module(queries, keys, memo)
@@ -110,4 +139,8 @@ def test_impossible_tables_are_refused():
             wrong()
     with pytest.raises(LaminaError, match="AlibiSpec"):
         AlibiSpec(heads=0)
+    with pytest.raises(LaminaError, match="bias_max=0"):
+        AlibiSpec(heads=1, bias_max=0)
+    with pytest.raises(LaminaError, match="scale=-1"):
+        AlibiSpec(heads=1, scale=-1)
     assert math.isfinite(BucketBiasSpec(heads=1, buckets=4, distance=2, bidirectional=True).distance)

@@ -10,6 +10,8 @@ from lamina.specs import unknown
 
 FAMILIES = {
     "bert": "bert:BERT",
+    "bloom": "bloom:BLOOM",
+    "falcon": "falcon:FALCON",
     "gemma": "gemma:GEMMA",
     "gemma2": "gemma:GEMMA2",
     "gemma3_text": "gemma:GEMMA3",
@@ -17,6 +19,7 @@ FAMILIES = {
     "gpt2": "gpt2:GPT2",
     "llama": "llama:LLAMA",
     "mistral": "llama:MISTRAL",
+    "mpt": "mpt:MPT",
     "qwen2": "llama:QWEN2",
     "qwen3": "llama:QWEN3",
     "roberta": "bert:ROBERTA",

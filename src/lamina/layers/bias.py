@@ -42,10 +42,16 @@ class AlibiSpec(Spec):
     """ALiBi: minus a slope for each head times the distance (arXiv:2108.12409, section 3)."""
 
     heads: int
+    bias_max: float = 8.0  # slopes fall to 2^-bias_max: 16 in MPT-7B-StoryWriter
+    scale: float = 1.0  # of the whole bias: head_dim^-0.5 in Falcon
+    rounded: bool = False  # slope times key position, in bfloat16 whatever the dtype of the model: Falcon
 
     def check(self) -> None:
-        if self.heads < 1:
-            raise LaminaError(f"AlibiSpec.heads is {self.heads}; it must be at least 1")
+        if self.heads < 1 or self.bias_max <= 0 or self.scale <= 0:
+            raise LaminaError(
+                f"AlibiSpec(heads={self.heads}, bias_max={self.bias_max}, scale={self.scale}): heads must be at least"
+                " 1, and the others above 0"
+            )
 
     def build(self) -> Alibi:
         return Alibi(self)
@@ -67,11 +73,11 @@ def bucket(relative: Tensor, buckets: int, distance: int, bidirectional: bool) -
     return base + torch.where(far < exact, far, large)
 
 
-def slopes(heads: int) -> list[float]:
-    """ALiBi's slopes: 2^(-8 i / n), n a power of two; else those of the power below, then every other of the next."""
+def slopes(heads: int, most: float = 8.0) -> list[float]:
+    """ALiBi's slopes: 2^(-most i / n), n a power of 2; else those of the power below, then every other of the next."""
     power = 2 ** math.floor(math.log2(heads))
-    first = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
-    return first + [2.0 ** (-4.0 * (i + 1) / power) for i in range(0, 2 * (heads - power), 2)]
+    first = [2.0 ** (-most * (i + 1) / power) for i in range(power)]
+    return first + [2.0 ** (-most * (i + 1) / (2 * power)) for i in range(0, 2 * (heads - power), 2)]
 
 
 class BucketBias(nn.Module):
@@ -97,18 +103,28 @@ class BucketBias(nn.Module):
 
 
 class Alibi(nn.Module):
-    """Queries (B, T), keys (B, S) -> (B, H, T, S). No parameters."""
+    """Queries (B, T), keys (B, S) -> (B, H, T, S), or (B, H, 1, S) where `rounded`. No parameters.
+
+    A softmax does not see what all keys of a query have in common, so slope * key does what -slope * (query - key) does
+    for keys before the query. Falcon was published with the former in bfloat16, which has 8 bits: from position 256 on
+    neighbours share a bias. That is part of the model, so it is done here too; elsewhere near keys stay exact.
+    """
 
     def __init__(self, spec: AlibiSpec) -> None:
         super().__init__()
-        self.slopes = slopes(spec.heads)
+        self.spec = spec
+        self.slopes = slopes(spec.heads, spec.bias_max)
 
     def forward(self, queries: Tokens, keys: Tokens, memo: dict[Any, Any]) -> Tensor:
         name = ("bias", id(self), id(queries), id(keys))
         if name not in memo:
-            far = distance(queries, keys).abs()[:, None].float()
-            slope = torch.tensor(self.slopes, dtype=torch.float32, device=far.device)[:, None, None]
-            memo[name] = (-slope * far, queries, keys)
+            slope = torch.tensor(self.slopes, dtype=torch.float32, device=keys.position.device)[:, None, None]
+            if self.spec.rounded:
+                position = keys.position[:1] if keys.span is not None else keys.position
+                bias = (slope.bfloat16() * position[:, None, None].bfloat16()).float()
+            else:
+                bias = -slope * distance(queries, keys).abs()[:, None].float()
+            memo[name] = (bias if self.spec.scale == 1.0 else bias * self.spec.scale, queries, keys)
         return memo[name][0]
 
 
