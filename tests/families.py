@@ -66,6 +66,13 @@ FALCON_40B = FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}
 FALCON_RW = FALCON | {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False}
 MPT = {"vocab_size": VOCABULARY, "d_model": 30, "n_layers": 3, "n_heads": 6, "max_seq_len": 64}
 MPT |= {"bos_token_id": 1, "eos_token_id": 96}
+ALBERT = ENCODER | {
+    "embedding_size": 14,
+    "num_hidden_layers": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
@@ -190,6 +197,22 @@ ROWS = [
     *_rows("RobertaForSequenceClassification", "RobertaConfig", {"roberta-sequence": ROBERTA | LABELS}),
     *_rows("RobertaForTokenClassification", "RobertaConfig", {"roberta-token": ROBERTA | {"num_labels": 1}}),
     *_rows("RobertaForQuestionAnswering", "RobertaConfig", {"roberta-span": ROBERTA}),
+    *_rows("AlbertModel", "AlbertConfig", {
+        "albert": ALBERT | {"layer_norm_eps": 1e-3},
+        "albert-groups": ALBERT | {"num_hidden_groups": 2, "hidden_act": "relu", "hidden_size": 24,
+                                   "type_vocab_size": 3},
+        "albert-unshared": ALBERT | {"num_hidden_groups": 3, "num_hidden_layers": 3, "embedding_size": 36},
+    }),
+    *_rows("AlbertForMaskedLM", "AlbertConfig", {
+        "albert-mlm": ALBERT | {"hidden_act": "gelu"},
+        "albert-mlm-untied": ALBERT | {"tie_word_embeddings": False, "num_hidden_groups": 2},
+    }),
+    *_rows("AlbertForPreTraining", "AlbertConfig", {"albert-pretraining": ALBERT | LABELS}),
+    *_rows("AlbertForSequenceClassification", "AlbertConfig", {
+        "albert-sequence": ALBERT | LABELS | {"classifier_dropout_prob": 0.25},
+    }),
+    *_rows("AlbertForTokenClassification", "AlbertConfig", {"albert-token": ALBERT | {"num_labels": 5}}),
+    *_rows("AlbertForQuestionAnswering", "AlbertConfig", {"albert-span": ALBERT}),
 ]  # fmt: skip
 
 

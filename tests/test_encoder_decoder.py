@@ -197,7 +197,10 @@ def test_layers_that_repeat_are_the_same_layer_several_times():
     state = few.state_dict()
     many.load_state_dict({n: state[n.replace(f".{i}.", f".{i // 3}.")] for n in many.state_dict() for i in [layer(n)]})
     ids = small.ids(2, 7)
-    torch.testing.assert_close(few(ids).hidden, many(ids).hidden, **CLOSE)
+    records = [lamina.Record("*.output", "*.weights") for _ in range(2)]  # whose names count the runs
+    torch.testing.assert_close(few(ids, record=records[0]).hidden, many(ids, record=records[1]).hidden, **CLOSE)
+    assert len(records[0].values) == 12
+    torch.testing.assert_close(records[0].values, records[1].values, **CLOSE)
     one, other = (lamina.account(each, context=7) for each in (shared, apart))
     assert one.flops_prefill == other.flops_prefill and one.parameters < other.parameters
     with pytest.raises(UnsupportedError, match="repeat has no cache"):

@@ -27,7 +27,7 @@ from lamina.patterns import Both, Window
 from lamina.tokens import plain
 from tests.families import LENGTH, ROWS, Case, Row, close, row, same_files, tokens
 
-DECODERS = [one for one in ROWS if not one.name.startswith(("bert", "roberta"))]
+DECODERS = [one for one in ROWS if not one.name.startswith(("albert", "bert", "roberta"))]
 WRITERS = [one for one in DECODERS if not one.name.endswith("-bare")]
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -68,6 +68,11 @@ def their_logits(out: Any) -> torch.Tensor | None:
     return (
         getattr(out, "prediction_logits", None) if hasattr(out, "prediction_logits") else getattr(out, "logits", None)
     )
+
+
+def their_pair_logits(out: Any) -> torch.Tensor | None:
+    """Whether the second sentence is the next one (BERT), or comes second (ALBERT), beside a language head."""
+    return getattr(out, "seq_relationship_logits", getattr(out, "sop_logits", None))
 
 
 def result(out: lamina.Output) -> torch.Tensor:
@@ -115,8 +120,9 @@ def test_logits_and_hidden_states_are_those_of_transformers(case: Case, length: 
         assert close(ours.logits, logits)
     if getattr(theirs, "pooler_output", None) is not None:
         assert ours.pooled is not None and close(ours.pooled, theirs.pooler_output)
-    if hasattr(theirs, "seq_relationship_logits"):
-        assert ours.label_logits is not None and close(ours.label_logits, theirs.seq_relationship_logits)
+    pair = their_pair_logits(theirs)
+    if pair is not None:
+        assert ours.label_logits is not None and close(ours.label_logits, pair)
 
 
 @every_row
@@ -183,7 +189,7 @@ def test_gradients_are_those_of_transformers(case: Case):
         their_logits(out),
         getattr(out, "last_hidden_state", None),
         getattr(out, "pooler_output", None),
-        getattr(out, "seq_relationship_logits", None),
+        their_pair_logits(out),
     ).backward()
     mine = ours(ids, **segments)
     beside = mine.label_logits if mine.logits is not mine.label_logits else None
@@ -586,6 +592,8 @@ def test_missing_unexpected_and_misshaped_tensors_are_refused(case: Case, tmp_pa
 
 
 COUNTS = {
+    "albert/base-v2": 11_683_584, "albert/large-v2": 17_683_968, "albert/xlarge-v2": 58_724_864,
+    "albert/xxlarge-v2": 222_595_584,
     "bert/base-uncased": 109_482_240, "bert/base-cased": 108_310_272, "bert/large-uncased": 335_141_888,
     "bert/large-cased": 333_579_264, "roberta/base": 124_645_632, "roberta/large": 355_359_744,
     **{f"{name}/{size}": count for name in ("bloom", "bloomz") for size, count in (
@@ -629,6 +637,10 @@ def test_published_sizes_have_their_published_parameters(name: str):
         ("bert/base-cased", 108_340_804, 108_932_934),
         ("bert/large-uncased", 335_174_458, 336_226_108),
         ("bert/large-cased", 333_610_308, 334_661_958),
+        ("albert/base-v2", 11_221_680, 11_813_810),
+        ("albert/large-v2", 16_795_824, 17_847_474),
+        ("albert/xlarge-v2", 54_821_040, 59_021_490),
+        ("albert/xxlarge-v2", 206_368_944, 223_158_450),
         ("roberta/base", 124_697_433, None),
         ("roberta/large", 355_412_057, None),
     ],
@@ -641,4 +653,4 @@ def test_heads_of_bert_have_their_published_parameters(name: str, masked: int, p
     kind = chosen.model_type.capitalize()
     assert count(chosen.spec(Fields(said | {"architectures": [f"{kind}ForMaskedLM"]}))) == masked
     if pretraining is not None:
-        assert count(chosen.spec(Fields(said | {"architectures": ["BertForPreTraining"]}))) == pretraining
+        assert count(chosen.spec(Fields(said | {"architectures": [f"{kind}ForPreTraining"]}))) == pretraining

@@ -1,4 +1,4 @@
-"""BERT and RoBERTa: what real files hold besides what they should, and what decides the head."""
+"""BERT, RoBERTa and ALBERT: what real files hold besides what they should, and what decides the head."""
 
 from __future__ import annotations
 
@@ -239,3 +239,42 @@ def test_heads_that_the_layout_has_no_word_for_are_refused(made: Callable[[str],
         lamina.save(model, tmp_path / "out")
     lamina.save(model, tmp_path / "out", format="native")
     assert lamina.load(tmp_path / "out").spec == spec
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"inner_group_num": 2}, "inner_group_num is 2; only 1 is supported"),
+        ({"num_hidden_layers": 12, "num_hidden_groups": 5}, "=12 is not a multiple of num_hidden_groups=5"),
+        ({"embedding_size": 0}, "embedding_size is 0"),
+        ({"architectures": ["AlbertForMultipleChoice"]}, "known here: Albert with Model"),
+    ],
+)
+def test_an_albert_that_cannot_be_read_is_refused_by_name(said: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        family("albert").spec(Fields(said))
+
+
+def test_an_albert_has_one_layer_a_group_and_its_own_defaults():
+    spec = family("albert").spec(
+        Fields({"architectures": ["AlbertForPreTraining"], "id2label": {0: "a", 1: "b", 2: "c"}})
+    )
+    stack, head, labels = spec.encoder, spec.head, spec.labels
+    assert stack is not None and head is not None and head.transform is not None and labels is not None
+    assert (len(stack.layers), stack.repeat, stack.input_width, head.transform.width) == (1, 12, 128, 128)
+    assert (labels.labels, labels.dropout, stack.dropout) == (3, 0.1, 0.0)
+    given = {"hidden_dropout_prob": 0.3, "classifier_dropout_prob": None, "num_hidden_groups": 4}
+    spec = family("albert").spec(Fields(given | {"architectures": ["AlbertForTokenClassification"]}))
+    assert spec.labels is not None and spec.labels.dropout == 0.3  # as the library that writes these files has it
+    assert spec.encoder is not None and (len(spec.encoder.layers), spec.encoder.repeat) == (4, 3)
+
+
+def test_what_albert_has_no_word_for_is_refused(made: Callable[[str], Case], tmp_path: Path):
+    spec = made("albert-mlm").ours.spec
+    assert spec.encoder is not None
+    wide = spec.replace(head=None, encoder=spec.encoder.replace(input_width=None))
+    with pytest.raises(UnsupportedError, match="not exportable"):
+        lamina.save(wide.build(), tmp_path / "out")
+    alone = spec.replace(head=None, pooler=PoolerSpec(), labels=LabelHeadSpec(labels=2, task="next_sentence"))
+    with pytest.raises(UnsupportedError, match="not exportable"):
+        lamina.save(alone.build(), tmp_path / "out")

@@ -20,6 +20,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "families/bloom.py": ("tests/test_families_alibi.py",),
     "families/falcon.py": ("tests/test_families_alibi.py",),
     "families/mpt.py": ("tests/test_families_alibi.py",),
+    "families/albert.py": ("tests/test_families_bert.py",),
 }
 """Files whose faults may also be noticed further up."""
 
@@ -620,7 +621,9 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "layers/stack.py": [
         ("narrow stack", "x if self.input is None else self.input(x)", "x"),
-        ("repeat", "for _ in range(self.spec.repeat)", "for _ in range(1)"),
+        ("repeat", "range(len(self.layers) * self.spec.repeat)", "range(len(self.layers))"),
+        ("which layer runs", "layer = i // self.spec.repeat", "layer = i % len(self.layers)"),
+        ("records name runs", 'f"{self.path}.layers.{i}.")', 'f"{self.path}.layers.{layer}.")'),
         ("segments", "x = x + (self.segment.weight[0] if segments is None else self.segment(segments))", "pass"),
         ("positions", "x = x + self.position(call.tokens).to(x.dtype)", "pass"),
         ("input norm", "x = self.input_norm(x)", "pass"),
@@ -820,6 +823,16 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("dropout", 'rate, alibi = part.number("attn_pdrop", 0.0)', "rate, alibi = 0.0"),
         ("tied head", 'tied=fields.flag("tie_word_embeddings", True)', "tied=True"),
         ("clip_qkv", 'part.must("clip_qkv", 0)', "pass"),
+    ],
+    "families/albert.py": [
+        ("one layer a group", "layers=stack.layers[:groups]", "layers=stack.layers[:1]"),
+        ("runs", "repeat=layers // groups", "repeat=layers // groups + 1"),
+        ("narrow table", ", input_width=width)", ")"),
+        ("narrow transform", "head.transform.replace(width=width)", "head.transform"),
+        ("dropout of the head", 'said["classifier_dropout"] = said["classifier_dropout_prob"]', "pass"),
+        ("labels of a pair", "replace(task=labels.task)", "replace(task=labels.task, labels=2)"),
+        ("groups are written", '"num_hidden_groups": len(stack.layers),', '"num_hidden_groups": 1,'),
+        ("layers are written", "len(stack.layers) * stack.repeat", "len(stack.layers)"),
     ],
     "cache/memory.py": [
         ("beams share a text", "if rest == 0 and each and", "if False and"),

@@ -9,6 +9,7 @@ from lamina.families.family import Family, Fields
 from lamina.specs import unknown
 
 FAMILIES = {
+    "albert": "albert:ALBERT",
     "bert": "bert:BERT",
     "bloom": "bloom:BLOOM",
     "falcon": "falcon:FALCON",

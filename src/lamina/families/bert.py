@@ -1,4 +1,5 @@
 """BERT (arXiv:1810.04805) and RoBERTa (arXiv:1907.11692): post-norm encoders with learned positions, and their heads.
+ALBERT (albert.py) is made of the same.
 
 The head is what the file holds: an encoder with or without pooler, masked LM, pre-training (masked LM and next
 sentence), next sentence alone, sequence or token classification, or question answering.
@@ -35,7 +36,7 @@ Task = Literal["sequence", "next_sentence", "token", "span"]
 
 @dataclass(frozen=True)
 class Flavour:
-    """Where RoBERTa differs from BERT."""
+    """Where RoBERTa and ALBERT differ from BERT."""
 
     model_type: str
     name: str  # of the classes
@@ -43,6 +44,8 @@ class Flavour:
     positions: int  # default of max_position_embeddings
     language: str  # prefix of the masked-LM head
     transform: tuple[str, str]  # its dense layer and its norm
+    pooler: str = "pooler.dense"
+    pair: str = "cls.seq_relationship"  # which sentence comes next
 
     @property
     def base(self) -> str:
@@ -116,7 +119,7 @@ def spec(fields: Fields, flavour: Flavour) -> ModelSpec:
         ),
         head=head if language else None,
         pooler=PoolerSpec(dropout=labels_rate if roberta and task == "sequence" else 0.0) if pooled else None,
-        labels=None if task is None else _labels(fields, task, labels_rate),
+        labels=None if task is None else labels(fields, task, labels_rate),
         context=rows - offset,
         special=special,
     )
@@ -134,7 +137,7 @@ def _parts(fields: Fields, flavour: Flavour) -> tuple[bool, bool, Task | None]:
         language = kind in ("ForMaskedLM", "ForPreTraining")
         return language, kind == "Model" or task in ("sequence", "next_sentence"), task
     language = any(name.startswith(flavour.language) for name in fields.names)
-    if any(name.startswith("cls.seq_relationship.") for name in fields.names):
+    if any(name.startswith(f"{flavour.pair}.") for name in fields.names):
         return language, True, "next_sentence"
     if language:
         return True, False, None
@@ -145,10 +148,11 @@ def _parts(fields: Fields, flavour: Flavour) -> tuple[bool, bool, Task | None]:
     if "classifier.weight" in fields.names:
         by_token = kind == "ForTokenClassification" or flavour.roberta
         return (False, False, "token") if by_token else (False, True, "sequence")
-    return False, f"{flavour.base}pooler.dense.weight" in fields.names, None
+    return False, f"{flavour.base}{flavour.pooler}.weight" in fields.names, None
 
 
-def _labels(fields: Fields, task: Task, rate: float) -> LabelHeadSpec:
+def labels(fields: Fields, task: Task, rate: float) -> LabelHeadSpec:
+    """As many labels as the configuration names."""
     if task in ("next_sentence", "span"):
         return LabelHeadSpec(labels=2, task=task)
     named = fields.config.get("id2label")
@@ -226,10 +230,10 @@ def heads(spec: ModelSpec, flavour: Flavour) -> tuple[Rule, ...]:
     """The names of a pooler, a language head and a label head, which depend on each other."""
     task = None if spec.labels is None else spec.labels.task
     inside = flavour.roberta and task == "sequence"  # RoBERTa's classifier has its own dense layer
-    labels = {"next_sentence": "cls.seq_relationship", "span": "qa_outputs"}.get(task or "", "classifier")
+    labels = {"next_sentence": flavour.pair, "span": "qa_outputs"}.get(task or "", "classifier")
     dense, norm = flavour.transform
     pairs = (
-        ("pooler.dense", "classifier.dense" if inside else f"{flavour.base}pooler.dense"),
+        ("pooler.dense", "classifier.dense" if inside else f"{flavour.base}{flavour.pooler}"),
         ("labels.dense", "classifier.out_proj" if inside else labels),
         ("head.transform.dense", flavour.language + dense),
         ("head.transform.norm", flavour.language + norm),
@@ -243,20 +247,21 @@ def heads(spec: ModelSpec, flavour: Flavour) -> tuple[Rule, ...]:
     )
 
 
-def _family(flavour: Flavour, sizes: dict[str, dict[str, Any]]) -> Family:
+def family_of(flavour: Flavour, weights: tuple[Rule, ...], sizes: dict[str, dict[str, Any]]) -> Family:
+    """The family of a flavour; `weights` are the names of what is not a head."""
     language, base = flavour.language, flavour.base
     return Family(
         model_type=flavour.model_type,
         spec=partial(spec, flavour=flavour),
         config=partial(config, flavour=flavour),
-        weights=_weights(base),
+        weights=weights,
         heads=partial(heads, flavour=flavour),
         base=base,
         aliases={
             f"{language}decoder.weight": f"{base}embeddings.word_embeddings.weight",
             f"{language}decoder.bias": f"{language}bias",
         },
-        ignored=(f"{base}embeddings.position_ids", f"{base}pooler.dense.*", f"{language}bias"),
+        ignored=(f"{base}embeddings.position_ids", f"{base}{flavour.pooler}.*", f"{language}bias"),
         renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
         sizes=sizes,
     )
@@ -275,8 +280,9 @@ def _size(layers: int, width: int, heads: int, vocabulary: int, **more: Any) -> 
 
 R = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 
-BERT = _family(
+BERT = family_of(
     BERT_FLAVOUR,
+    _weights("bert."),
     {
         "bert/base-uncased": _size(12, 768, 12, 30522),
         "bert/base-cased": _size(12, 768, 12, 28996),
@@ -284,8 +290,9 @@ BERT = _family(
         "bert/large-cased": _size(24, 1024, 16, 28996),
     },
 )
-ROBERTA = _family(
+ROBERTA = family_of(
     ROBERTA_FLAVOUR,
+    _weights("roberta."),
     {
         "roberta/base": _size(12, 768, 12, 50265, **R),
         "roberta/large": _size(24, 1024, 16, 50265, **R),

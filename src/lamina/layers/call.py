@@ -20,6 +20,8 @@ class Record:
 
     Names are the path of a layer and what it shows: `.weights` of an attention (B, H, T, S), `.output` of a layer
     (B, T, width). Asking changes no output bit. `values` holds what matched; `losses` the auxiliary losses by layer.
+    Where each layer of a stack runs several times (ALBERT), names count the runs: with 2 layers of 3 runs each,
+    encoder.layers.4 is the second run of the second layer.
     """
 
     def __init__(self, *names: str) -> None:
@@ -27,6 +29,12 @@ class Record:
         self.offered: set[str] = set()  # every name that came up, kept or not
         self.values: dict[str, Tensor] = {}
         self.losses: dict[str, Tensor] = {}
+        self.run: tuple[str, str] = ("", "")  # the path of the layer that runs, and what this run of it is called
+
+    def called(self, path: str) -> str:
+        """What a part of the model goes by in this run."""
+        layer, run = self.run
+        return run + path[len(layer) :] if layer and path.startswith(layer) else path
 
     def wants(self, name: str) -> bool:
         """Whether `name` was asked for."""
@@ -36,6 +44,7 @@ class Record:
         """Keep `value()` under `name` if it was asked for; it is not computed otherwise."""
         if not self.names:
             return
+        name = self.called(name)
         self.offered.add(name)
         if self.wants(name):
             self.values[name] = value()

@@ -68,9 +68,12 @@ class Stack(nn.Module):
         x = dropout(x, self.spec.dropout, self.training)
         x = x if self.input is None else self.input(x)
         call.record.keep(f"{self.path}.input", lambda: x)
-        for i, layer in enumerate(layer for layer in self.layers for _ in range(self.spec.repeat)):
-            x = layer(x, call)
-            call.record.keep(f"{self.path}.layers.{i}.output", lambda x=x: x)
+        for i in range(len(self.layers) * self.spec.repeat):
+            layer = i // self.spec.repeat
+            call.record.run = (f"{self.path}.layers.{layer}.", f"{self.path}.layers.{i}.")
+            x = self.layers[layer](x, call)
+            call.record.keep(f"{self.path}.layers.{layer}.output", lambda x=x: x)
+        call.record.run = ("", "")
         if self.norm is not None:
             x = self.norm(x)
         return dropout(x, self.spec.output_dropout, self.training)

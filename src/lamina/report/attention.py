@@ -41,7 +41,11 @@ def attention_of(model: Model, ids: Sequence[int], tokens: Sequence[str], *, lay
     """The weights of up to `layers` layers over `ids`, from the model's own record; None where no layer has any."""
     stack = model.decoder if model.decoder is not None else model.encoder
     assert stack is not None
-    names = [name for name, module in stack.named_modules() if hasattr(module, "retained")]
+    repeat = stack.spec.repeat
+    names = []  # as a record calls them: by run, where layers run several times
+    for i, layer in enumerate(stack.layers):
+        found = [name for name, module in layer.named_modules() if hasattr(module, "retained")]
+        names += [f"layers.{i * repeat + turn}.{name}" for turn in range(repeat) for name in found]
     side = "decoder" if model.decoder is not None else "encoder"
     count = min(layers, len(names))
     chosen = [names[round(i * (len(names) - 1) / max(count - 1, 1))] for i in range(count)]
