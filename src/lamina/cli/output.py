@@ -74,6 +74,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | Non
     return lines
 
 
+WIDEST = 100
+"""Columns of running text, however wide the terminal."""
+
+
+def wrapped(text: str, indent: int = 0, first: str | None = None, widest: int = WIDEST) -> list[str]:
+    """Running text in lines, indented; the first line begins with `first` instead, which may be styled."""
+    lines = textwrap.wrap(text, min(columns(), widest) - indent, break_long_words=False, break_on_hyphens=False)
+    return [(" " * indent if first is None or i else first) + line for i, line in enumerate(lines)]
+
+
+def bullets(texts: Iterable[str]) -> list[str]:
+    """A list, an entry a text."""
+    return [line for text in texts for line in wrapped(text, 4, first="  - ")]
+
+
 def columns() -> int:
     """The width of the terminal, at least 60; 80 where there is none, so that what is piped does not change."""
     return max(shutil.get_terminal_size((80, 24)).columns, 60)

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lamina.cli.output import Output, heading, share, short, size, table
+from lamina.cli.output import Output, bullets, heading, share, short, size, table, wrapped
 from lamina.cli.program import command
 
 if TYPE_CHECKING:
     from lamina.accounting import Account, Row
+    from lamina.families.undisclosed import Undisclosed
     from lamina.model import ModelSpec
 
 EXAMPLES = """
 lamina show smollm2-135m
 lamina show llama3.1/405b --names hf
 lamina show ./my-model --svg picture.svg
+lamina show gpt4
 """
 CONTEXT = 1024  # of a model that does not say its own
 
@@ -34,8 +36,15 @@ def show(out: Output, source: str, names: str | None, svg: str | None, html: str
     """A model opened up: its layers, their shapes and costs.
 
     Reads the configuration and the headers of the files, and no weights. Equal layers are shown once. The compute is
-    that of one more token at the end of a full context, the cache what one token adds to it.
+    that of one more token at the end of a full context, the cache what one token adds to it. Of GPT-4, whose
+    architecture is not public, it says what is known.
     """
+    from lamina.families.undisclosed import undisclosed
+
+    closed = undisclosed(source)
+    if closed is not None and not (names or svg or html or Path(source).exists()):
+        _closed(out, source, closed)
+        return
     from lamina.accounting import account
     from lamina.source import spec as spec_of
     from lamina.words import shape_of
@@ -54,6 +63,30 @@ def show(out: Output, source: str, names: str | None, svg: str | None, html: str
     else:
         lines = _lines(source, spec, found, account(spec, context=1))
     out.result(document, lines)
+
+
+def _closed(out: Output, source: str, closed: Undisclosed) -> None:
+    """What is public of a model whose architecture is not, and where to start instead."""
+    own = closed.own.format(template=closed.template)
+    document = {
+        "source": source,
+        "what": closed.called,
+        "public": list(closed.public),
+        "not_public": list(closed.not_public),
+        "reference": closed.source,
+        "template": closed.template,
+        "own_spec": own,
+    }
+    lines = [heading(f"{closed.called}: its architecture is not public"), "", f"Public ({closed.source}):"]
+    lines += [*bullets(closed.public), "", "Not public, and not guessed here:", *bullets(closed.not_public), ""]
+    lines += [
+        *wrapped(
+            f"So there is no spec to show and nothing to count. {closed.template} is a published decoder of its"
+            f" style: lamina show {closed.template}. A spec of one's own is a few lines of Python:"
+        ),
+        "",
+    ]
+    out.result(document, [*lines, *(f"    {line}".rstrip() for line in own.splitlines())])
 
 
 def _lines(source: str, spec: ModelSpec, found: Account, single: Account) -> list[str]:
