@@ -121,6 +121,7 @@ ROWS: list[tuple[str | tuple[str, ...], dict[str, Any], str, Any]] = [
     ("falcon", {"hidden_dropout": 0.3, "parallel_attn": False}, "layers.0.steps.1.dropout", 0.3),
     ("falcon", {"hidden_dropout": 0.3, "parallel_attn": False}, "layers.0.steps.0.dropout", 0.0),
     ("falcon", {"attention_dropout": 0.3, "parallel_attn": False}, "layers.0.steps.0.dropout", 0.3),
+    ("falcon", {"attention_dropout": 0.3}, BRANCH + ".dropout", 0.0),
     ("falcon", {"attention_dropout": 0.3, "alibi": True}, BRANCH + ".dropout", 0.3),
     ("falcon", {"ffn_hidden_size": 20}, "layers.0.steps.0.op.branches.1.op.hidden", 20),
     ("falcon", {"activation": "relu"}, "layers.0.steps.0.op.branches.1.op.act", "relu"),

@@ -488,7 +488,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("ALiBi: scale", "bias if self.spec.scale == 1.0 else bias * self.spec.scale", "bias"),
         ("ALiBi: rounded", "if self.spec.rounded:", "if False:"),
         ("ALiBi: rounded slope", "slope.bfloat16() *", "slope *"),
-        ("ALiBi: rounded position", "position[:, None, None].bfloat16()).float()", "position[:, None, None]).float()"),
+        (
+            "ALiBi: rounded product",
+            "slope.bfloat16() * position[:, None, None]).float()",
+            "slope.bfloat16().float() * position[:, None, None])",
+        ),
         (
             "distances come from positions",
             "return k[:, None, :] - q[:, :, None]",

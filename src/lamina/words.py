@@ -10,6 +10,7 @@ from typing import Any
 from lamina.layers import (
     AlibiSpec,
     AttentionSpec,
+    BranchSpec,
     BucketBiasSpec,
     CrossAttentionSpec,
     EmbeddingSpec,
@@ -209,6 +210,11 @@ def _bucket_bias(spec: BucketBiasSpec) -> str:
     return f"T5 position bias, {spec.buckets} buckets to {spec.distance}"
 
 
+def _sum(spec: SumSpec) -> str:
+    norms = ", each with its own norm" if all(branch.pre is not None for branch in spec.branches) else ""
+    return "in parallel: " + " + ".join(branch.name for branch in spec.branches) + norms
+
+
 def _alibi(spec: AlibiSpec) -> str:
     parts = ["ALiBi position bias", *([f"to 2^-{spec.bias_max:g}"] if spec.bias_max != 8 else [])]
     parts += [f"times {spec.scale:.4g}"] if spec.scale != 1.0 else []
@@ -219,6 +225,7 @@ WORDS: dict[type, Callable[[Any], str]] = {
     AlibiSpec: _alibi,
     AttentionSpec: _attention,
     Both: _pattern,
+    BranchSpec: lambda spec: "branch" if spec.pre is None else "branch, pre-norm",
     BucketBiasSpec: _bucket_bias,
     Causal: lambda spec: "causal",
     CrossAttentionSpec: _cross,
@@ -240,7 +247,7 @@ WORDS: dict[type, Callable[[Any], str]] = {
     Sinks: _pattern,
     SinusoidalPositionSpec: lambda spec: f"sinusoidal positions ({spec.order})",
     StepSpec: residual,
-    SumSpec: lambda spec: "in parallel: " + " + ".join(branch.name for branch in spec.branches),
+    SumSpec: _sum,
     TransformerXLSpec: lambda spec: "Transformer-XL positions",
     Window: _pattern,
 }

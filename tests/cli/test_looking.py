@@ -11,6 +11,7 @@ import lamina
 from lamina.catalogue import CATALOGUE
 from lamina.cli.diff import differences
 from lamina.families import sizes
+from lamina.layers import AlibiSpec
 from lamina.pictures import architecture, text_twin
 from lamina.words import say, span
 
@@ -102,6 +103,16 @@ def test_every_size_can_be_drawn_and_said(name: str):
     ET.fromstring(architecture(spec))
     for _, part in spec.walk():
         assert say(part)
+
+
+def test_branches_and_position_biases_in_words():
+    said = {name: [say(part) for _, part in lamina.spec(name).walk()] for name in ("falcon/7b", "falcon/40b")}
+    assert "in parallel: attention + feedforward" in said["falcon/7b"] and "branch" in said["falcon/7b"]
+    assert "in parallel: attention + feedforward, each with its own norm" in said["falcon/40b"]
+    assert "branch, pre-norm" in said["falcon/40b"] and "branch" not in said["falcon/40b"]
+    assert say(AlibiSpec(heads=2)) == "ALiBi position bias"
+    falcon = AlibiSpec(heads=2, bias_max=16, scale=0.125, rounded=True)
+    assert say(falcon) == "ALiBi position bias, to 2^-16, times 0.125, in bfloat16"
 
 
 def test_numbers_of_layers_in_short():

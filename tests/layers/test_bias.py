@@ -105,14 +105,14 @@ def test_slopes_end_where_bias_max_says():
 def test_a_rounded_alibi_counts_keys_in_bfloat16():
     from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
-    spec = AlibiSpec(heads=6, bias_max=8, scale=0.25, rounded=True)
+    spec = AlibiSpec(heads=12, scale=0.25, rounded=True)
     found = spec.build()(plain(2, 3, start=997), plain(2, 1000), {})
-    theirs = build_alibi_tensor(torch.ones(1, 1000, dtype=torch.int64), 6, torch.float32)
-    assert torch.equal(found, theirs[None] * 0.25) and found.shape == (1, 6, 1, 1000)
-    assert found[0, 4, 0, 996] == found[0, 4, 0, 997] == 0.5 * 996 * 0.25  # 8 bits: multiples of 4 only
+    theirs = build_alibi_tensor(torch.ones(1, 1000, dtype=torch.int64), 12, torch.float32)
+    assert torch.equal(found, theirs[None] * 0.25) and found.shape == (1, 12, 1, 1000)
+    assert found[0, 0, 0, 996] == found[0, 0, 0, 997] == 0.5 * 996 * 0.25  # 8 bits: multiples of 4 only
     rows = spec.build()(*tokens(), {})
-    assert rows.shape == (2, 6, 1, 5)
-    assert rows[0, 4, 0].tolist() == [0.125 * place for place in (0, 3, 6, 9, 2)]
+    assert rows.shape == (2, 12, 1, 5)
+    assert rows[0, 0, 0].tolist() == [0.125 * place for place in (0, 3, 6, 9, 2)]
 
 
 def test_a_bias_is_made_once_a_forward():

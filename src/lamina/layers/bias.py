@@ -121,7 +121,7 @@ class Alibi(nn.Module):
             slope = torch.tensor(self.slopes, dtype=torch.float32, device=keys.position.device)[:, None, None]
             if self.spec.rounded:
                 position = keys.position[:1] if keys.span is not None else keys.position
-                bias = (slope.bfloat16() * position[:, None, None].bfloat16()).float()
+                bias = (slope.bfloat16() * position[:, None, None]).float()
             else:
                 bias = -slope * distance(queries, keys).abs()[:, None].float()
             memo[name] = (bias if self.spec.scale == 1.0 else bias * self.spec.scale, queries, keys)
