@@ -73,6 +73,21 @@ ALBERT = ENCODER | {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 36,
+    "d_kv": 10,
+    "d_ff": 50,
+    "num_layers": 3,
+    "num_decoder_layers": 2,  # with more than num_layers, transformers' own cache is too short
+    "num_heads": 3,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 10,
+    "layer_norm_epsilon": 1e-3,
+    "eos_token_id": 96,
+    "decoder_start_token_id": 3,
+}
+GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
@@ -213,7 +228,24 @@ ROWS = [
     }),
     *_rows("AlbertForTokenClassification", "AlbertConfig", {"albert-token": ALBERT | {"num_labels": 5}}),
     *_rows("AlbertForQuestionAnswering", "AlbertConfig", {"albert-span": ALBERT}),
+    *_rows("T5ForConditionalGeneration", "T5Config", {
+        "t5": T5,
+        "t5-v1.1": T5 | GATED,  # as published: the head is its own
+        "t5-tied-unscaled": T5 | {"feed_forward_proj": "gated-silu", "scale_decoder_outputs": False,
+                                  "num_decoder_layers": None},
+    }),
+    *_rows("T5Model", "T5Config", {"t5-bare": T5 | {"feed_forward_proj": "gelu_new"}}),
+    *_rows("T5EncoderModel", "T5Config", {"t5-encoder": T5}),
+    *_rows("MT5ForConditionalGeneration", "MT5Config", {"mt5": T5 | GATED}),
 ]  # fmt: skip
+
+
+ENCODERS = ("albert", "bert", "roberta", "t5-encoder")
+"""How the names of rows that only read begin."""
+PAIRS = ("t5", "mt5")
+"""How the names of rows begin that read one text and write another; those that only read aside."""
+COUNTING = ("T5", "MT5")
+"""How the names of those classes of transformers begin that count positions themselves and take none."""
 
 
 class Case:
@@ -242,6 +274,44 @@ class Case:
         return self.ours.decoder is not None
 
     @property
+    def two_stacks(self) -> bool:
+        return self.ours.encoder is not None and self.ours.decoder is not None
+
+    @cached_property
+    def sources(self) -> torch.Tensor:
+        """(4, 11): what row i of a batch reads, where there is an encoder for it."""
+        return tokens(4, 11, seed=21)
+
+    def run(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        *,
+        rows: list[int] | None = None,
+        source: dict[str, Any] | None = None,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        model: lamina.Model | None = None,
+        **more: Any,
+    ) -> lamina.Output:
+        """Our model on `ids`. With two stacks they are the decoder's, and row i reads `sources[rows[i]]`, or `source`,
+        which holds arguments of the encoder's side."""
+        model = self.ours if model is None else model
+        told = {"attention_mask": mask, "position_ids": position_ids, "document_ids": document_ids}
+        if not self.two_stacks:
+            return model(ids, **told, **more)
+        told = {f"decoder_{name}": value for name, value in told.items()}
+        reads = {"input_ids": self.sources[rows or list(range(len(ids)))], **(source or {})}
+        return model(**reads, decoder_input_ids=ids, **told, **more)
+
+    def theirs_on(self, ids: torch.Tensor, model: Any = None, **more: Any) -> Any:
+        """The model of transformers, or a copy of it, on the same."""
+        model = self.theirs if model is None else model
+        if not self.two_stacks:
+            return model(ids, **more)
+        return model(input_ids=self.sources[: len(ids)], decoder_input_ids=ids, **more)
+
+    @property
     def offset(self) -> int:
         """What transformers' position ids start from: RoBERTa counts from the id of padding."""
         return getattr(self.ours.spec.encoder and self.ours.spec.encoder.position, "offset", 0)
@@ -251,7 +321,7 @@ class Case:
         """(2, LENGTH) ids that are neither padding nor an end."""
         return tokens(2, LENGTH, seed=1)
 
-    def segments(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def segments(self, ids: torch.Tensor) -> dict[str, Any]:
         """Random token_type_ids for a model that has them."""
         stack = self.ours.spec.encoder
         if stack is None or stack.segment is None:
@@ -277,8 +347,23 @@ def reference(row: Row, **changes: Any) -> Any:
             if norm and name.endswith("weight"):
                 parameter.copy_(centre + 0.3 * noise)
             else:
-                parameter.copy_(noise * (0.3 if parameter.dim() > 1 else 0.2))
+                # T5 does not divide scores by a root: queries as large as the rest would leave nothing of a softmax
+                large = 0.05 if "Attention.q." in name else 0.3
+                parameter.copy_(noise * (large if parameter.dim() > 1 else 0.2))
+        if "T5" in row.model and config.tie_word_embeddings and row.fields.get("tie_word_embeddings") is False:
+            # transformers ties them whatever the field says, and unties them when a file holds both
+            model.lm_head.weight = torch.nn.Parameter(
+                0.3 * torch.randn(model.lm_head.weight.shape, generator=generator)
+            )
     return model
+
+
+def shown(out: Any, stack: str) -> tuple[Any, Any, Any]:
+    """Hidden states, attention and cross-attention of a stack in an answer of transformers; None where it has none."""
+    if not hasattr(out, "decoder_hidden_states"):
+        return out.hidden_states, out.attentions, None
+    cross = out.cross_attentions if stack == "decoder" else None
+    return getattr(out, f"{stack}_hidden_states"), getattr(out, f"{stack}_attentions"), cross
 
 
 def row(name: str) -> Row:

@@ -25,9 +25,10 @@ from lamina.layers import AlibiSpec, AttentionSpec, RotarySpec
 from lamina.layers.rotary import phases
 from lamina.patterns import Both, Window
 from lamina.tokens import plain
-from tests.families import LENGTH, ROWS, Case, Row, close, row, same_files, tokens
+from tests.families import COUNTING, ENCODERS, LENGTH, PAIRS, ROWS, Case, Row, close, row, same_files, shown, tokens
 
-DECODERS = [one for one in ROWS if not one.name.startswith(("albert", "bert", "roberta"))]
+DECODERS = [one for one in ROWS if not one.name.startswith(ENCODERS)]
+PAIRED = [one for one in DECODERS if one.name.startswith(PAIRS)]
 WRITERS = [one for one in DECODERS if not one.name.endswith("-bare")]
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -75,8 +76,11 @@ def their_pair_logits(out: Any) -> torch.Tensor | None:
     return getattr(out, "seq_relationship_logits", getattr(out, "sop_logits", None))
 
 
-def result(out: lamina.Output) -> torch.Tensor:
+def result(out: Any) -> torch.Tensor:
     """What a user of the model looks at: its logits, one result a token where there is one."""
+    if not isinstance(out, lamina.Output):
+        logits = their_logits(out)
+        return out.last_hidden_state if logits is None else logits
     return out.hidden if out.logits is None or out.logits.dim() == 2 else out.logits
 
 
@@ -101,19 +105,25 @@ def test_logits_and_hidden_states_are_those_of_transformers(case: Case, length: 
     ids = case.ids[:, :length]
     model = copy.deepcopy(case.theirs) if "dynamic" in case.row.name else case.theirs  # its phases remember lengths
     shows = case.row.kernel == "eager"
-    theirs = model(ids, output_hidden_states=True, output_attentions=shows, **case.segments(ids))
+    theirs = case.theirs_on(ids, model, output_hidden_states=True, output_attentions=shows, **case.segments(ids))
     record = lamina.Record("*.input", "*.output", "*.weights")
-    ours = case.ours(ids, record=record, **case.segments(ids))
-    stack = "decoder" if case.decoder else "encoder"
-    layers = len(theirs.hidden_states) - 1
-    shown = [record.values[f"{stack}.input"]]
-    shown += [record.values[f"{stack}.layers.{i}.output"] for i in range(layers - 1)]
-    for mine, other in zip([*shown, ours.hidden], theirs.hidden_states, strict=True):
-        assert close(mine, other)
-    weights = [value for name, value in record.values.items() if name.endswith(".weights")]
-    assert len(weights) == layers
-    for mine, other in zip(weights, theirs.attentions if shows else (), strict=shows):
-        assert close(mine, other)
+    ours = case.run(ids, record=record, **case.segments(ids))
+    for stack in ("encoder", "decoder"):
+        if getattr(case.ours, stack) is None:
+            continue
+        hidden, attention, cross = shown(theirs, stack)
+        layers = len(hidden) - 1
+        last = ours.hidden if stack == "decoder" or ours.encoder_output is None else ours.encoder_output
+        places = ["input", *(f"layers.{i}.output" for i in range(layers - 1))]
+        for mine, other in zip([*(record.values[f"{stack}.{place}"] for place in places), last], hidden, strict=True):
+            assert close(mine, other)
+        kept = {name: value for name, value in record.values.items() if re.match(rf"{stack}[.].*weights$", name)}
+        weights = [value for name, value in kept.items() if ".cross." not in name]
+        assert len(weights) == layers and len(kept) == layers + len(cross or ())
+        for mine, other in zip(weights, attention if shows else (), strict=shows):
+            assert close(mine, other)
+        for mine, other in zip([kept[name] for name in kept if ".cross." in name], cross or (), strict=True):
+            assert close(mine, other)
     logits = their_logits(theirs)
     assert (ours.logits is None) == (logits is None)
     if logits is not None and ours.logits is not None:
@@ -134,13 +144,13 @@ def test_every_backend_gives_the_same_numbers_or_says_what_it_cannot_do(case: Ca
     mask[0, :4] = 0
     for given in (None, mask):
         try:
-            out = case.ours(case.ids, given, backend=backend, **more)
+            out = case.run(case.ids, given, backend=backend, **more)
         except UnsupportedError as refusal:
             if backend == "dense" or f"attention backend {backend!r} cannot do" not in str(refusal):
                 raise
             continue
         seen = torch.ones_like(mask, dtype=torch.bool) if given is None else given.bool()
-        assert close(result(out)[seen], result(case.ours(case.ids, given, **more))[seen])
+        assert close(result(out)[seen], result(case.run(case.ids, given, **more))[seen])
 
 
 @every_row
@@ -148,29 +158,48 @@ def test_every_backend_gives_the_same_numbers_or_says_what_it_cannot_do(case: Ca
 def test_looking_changes_no_bit(case: Case):
     """Reading the attention of one layer leaves all outputs as they are, and does not come back empty."""
     more, record = case.segments(case.ids), lamina.Record("*.layers.1.*attention.op.weights")
-    out = case.ours(case.ids, record=record, **more)
-    assert torch.equal(result(out), result(case.ours(case.ids, **more)))
-    (weights,) = record.values.values()
-    assert close(weights.sum(dim=-1), torch.ones(weights.shape[:-1]))
+    out = case.run(case.ids, record=record, **more)
+    assert torch.equal(result(out), result(case.run(case.ids, **more)))
+    assert len(record.values) == 1 + case.two_stacks
+    for weights in record.values.values():
+        assert close(weights.sum(dim=-1), torch.ones(weights.shape[:-1]))
 
 
 @every_row
 @torch.no_grad()
 def test_position_ids_are_heeded(case: Case):
-    """Transformers ignores them in some families without a word. Where positions have gaps, its windows count columns
-    and ours count positions, so a model with windows gets none."""
-    position = torch.tensor([[0, 1, 2, 5, 6, 7, 8, 9, 20, 21, 22, 23, 24]])
+    """Transformers ignores them in some families without a word. There the tokens are put where their positions are,
+    with padding between them. Where positions have gaps, its windows count columns and ours count positions, so a model
+    with windows gets none."""
+    position = torch.tensor([0, 1, 2, 5, 6, 7, 8, 9, 20, 21, 22, 23, 24])
     if windows(case):
-        position = torch.arange(LENGTH)[None] + 3
-    model = copy.deepcopy(case.theirs) if "dynamic" in case.row.name else case.theirs
-    more = case.segments(case.ids)
-    ours = case.ours(case.ids, position_ids=position, **more)
+        position = torch.arange(LENGTH) + 3
+    more, given = case.segments(case.ids), position.expand(2, -1)
+    source = {"input_ids": case.sources[:2], "position_ids": position[None, :11] + 1} if case.two_stacks else None
+    ours = case.run(case.ids, position_ids=given, source=source, **more)
     stack = case.ours.decoder or case.ours.encoder
-    if stack is not None and not isinstance(stack.spec.score_bias, AlibiSpec):  # those: tests/test_families_alibi.py
-        theirs = model(case.ids, position_ids=position.expand(2, -1) + case.offset, output_hidden_states=True, **more)
+    if case.row.model.startswith(COUNTING):
+        ids, mask = spread(case.ids, position)
+        if source is None:
+            theirs = case.theirs(ids, attention_mask=mask)
+        else:
+            read, real = spread(source["input_ids"], source["position_ids"][0])
+            theirs = case.theirs(read, real, decoder_input_ids=ids, decoder_attention_mask=mask)
+        assert close(result(ours), result(theirs)[:, position])
+    elif stack is not None and not isinstance(stack.spec.score_bias, AlibiSpec):  # those: tests/test_families_alibi.py
+        model = copy.deepcopy(case.theirs) if "dynamic" in case.row.name else case.theirs
+        theirs = model(case.ids, position_ids=given + case.offset, output_hidden_states=True, **more)
         assert close(ours.hidden, theirs.hidden_states[-1])
     if not windows(case):  # rotary phases are relative: what all tokens have in common is not seen
-        assert not close(ours.hidden, case.ours(case.ids, **more).hidden, 1e-3)
+        assert not close(ours.hidden, case.run(case.ids, **more).hidden, 1e-3)
+
+
+def spread(ids: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids each in the column of its position, and the mask of what is between them."""
+    wide = torch.full((ids.shape[0], int(position[-1]) + 1), 5)
+    mask = torch.zeros_like(wide)
+    wide[:, position], mask[:, position] = ids, 1
+    return wide, mask
 
 
 @every_row
@@ -184,14 +213,14 @@ def test_gradients_are_those_of_transformers(case: Case):
         present = [tensor for tensor in tensors if tensor is not None]
         return sum((t * torch.randn(t.shape, generator=generator)).mean() for t in present) * (1 + weight)  # pyright: ignore
 
-    out = theirs(ids, **segments)
+    out = case.theirs_on(ids, theirs, **segments)
     loss(
         their_logits(out),
         getattr(out, "last_hidden_state", None),
         getattr(out, "pooler_output", None),
         their_pair_logits(out),
     ).backward()
-    mine = ours(ids, **segments)
+    mine = case.run(ids, model=ours, **segments)
     beside = mine.label_logits if mine.logits is not mine.label_logits else None
     bare = mine.logits is None
     loss(mine.logits, mine.hidden if bare else None, mine.pooled if bare else None, beside).backward()
@@ -238,10 +267,10 @@ def test_padding_changes_nothing(case: Case, side: str):
         starts.append({"left": total - length, "right": 0, "both": 2}[side])
         mask[i, starts[i] : starts[i] + length] = 1
     segments = case.segments(ids)
-    padded = case.ours(ids, mask, **segments)
+    padded = case.run(ids, mask, **segments)
     for i, (start, length) in enumerate(zip(starts, LENGTHS, strict=True)):
         real = slice(start, start + length)
-        alone = case.ours(ids[i : i + 1, real], **{n: t[i : i + 1, real] for n, t in segments.items()})
+        alone = case.run(ids[i : i + 1, real], rows=[i], **{n: t[i : i + 1, real] for n, t in segments.items()})
         assert close(result(padded)[i : i + 1, real], result(alone))
         for one, other in ((padded.pooled, alone.pooled), (padded.label_logits, alone.label_logits)):
             assert (one is None) == (other is None)
@@ -250,46 +279,74 @@ def test_padding_changes_nothing(case: Case, side: str):
                 assert close(one, other)
 
 
+@pytest.mark.parametrize("case", PAIRED, ids=str, indirect=True)
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("read", ["left", "right", "both"])
+def test_padding_of_the_source_changes_nothing(case: Case, side: str, read: str):
+    """R15 for pairs: each text is padded on a side of its own, and each row is as alone."""
+    texts, sources = [tokens(1, n, seed=n)[0] for n in LENGTHS], [tokens(1, n, seed=30 + n)[0] for n in (4, 11, 1)]
+    (ids, mask), (source, seen) = pad(texts, side), pad(sources, read)
+    whole = case.run(ids, mask, source={"input_ids": source, "attention_mask": seen})
+    for i, (text, one) in enumerate(zip(texts, sources, strict=True)):
+        alone = case.run(text[None], source={"input_ids": one[None]})
+        assert close(result(whole)[i][mask[i].bool()], result(alone)[0])
+        assert whole.encoder_output is not None and alone.encoder_output is not None
+        assert close(whole.encoder_output[i][seen[i].bool()], alone.encoder_output[0])
+
+
+def pad(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of several lengths in one tensor, three wider than the longest, and the mask of it."""
+    total = max(map(len, rows)) + 3
+    ids = torch.full((len(rows), total), 5)
+    mask = torch.zeros_like(ids)
+    for i, one in enumerate(rows):
+        start = {"left": total - len(one), "right": 0, "both": 2}[side]
+        ids[i, start : start + len(one)], mask[i, start : start + len(one)] = one, 1
+    return ids, mask
+
+
 @every_row
 @torch.no_grad()
 @pytest.mark.parametrize("told", ["documents", "positions", "both"])
 @pytest.mark.parametrize("mask", ["none", "ones", "padded"])
 def test_packed_documents_are_as_alone(case: Case, told: str, mask: str):
     ids = case.ids
-    cuts = [(0, 6, LENGTH), (0, 3, 7, LENGTH)]
-    documents, positions = torch.zeros_like(ids), torch.zeros_like(ids)
-    for i, edges in enumerate(cuts):
-        for number, (start, stop) in enumerate(pairwise(edges)):
-            documents[i, start:stop] = number
-            positions[i, start:stop] = torch.arange(stop - start)
-    more: dict[str, Any] = {}
-    if told in ("documents", "both"):
-        more["document_ids"] = documents
-    if told in ("positions", "both"):
-        more["position_ids"] = positions
+    cuts, sources = [(0, 6, LENGTH), (0, 3, 7, LENGTH)], [(0, 4, 11), (0, 5, 6, 11)]
+    more = packing(cuts, told)
+    source = {"input_ids": case.sources[:2], **packing(sources, told)} if case.two_stacks else None
     attention_mask = None if mask == "none" else torch.ones_like(ids)
     last = LENGTH
     if mask == "padded":
         attention_mask, last = torch.ones_like(ids), LENGTH - 2
         attention_mask[:, last:] = 0
     segments = case.segments(ids)
-    runs = [result(case.ours(ids, attention_mask, **more, **segments))]
+    runs = [result(case.run(ids, attention_mask, source=source, **more, **segments))]
     if case.decoder and case.ours.cache_limit is None and mask != "padded":
         cache = case.ours.new_cache(batch=2)
-        runs.append(result(case.ours(ids, attention_mask, cache=cache, **more)))
+        runs.append(result(case.run(ids, attention_mask, source=source, cache=cache, **more)))
         cache, parts = case.ours.new_cache(batch=2), []
         for part in (slice(0, 4), slice(4, 5), slice(5, 10), slice(10, LENGTH)):  # a chunk may hold a border
             so_far = None if attention_mask is None else attention_mask[:, : part.stop]
             chunk = {name: tensor[:, part] for name, tensor in more.items()}
-            parts.append(result(case.ours(ids[:, part], so_far, cache=cache, **chunk)))
+            parts.append(result(case.run(ids[:, part], so_far, source=source, cache=cache, **chunk)))
         runs.append(torch.cat(parts, dim=1))
     for run in runs:
         for i, edges in enumerate(cuts):
-            for start, stop in pairwise(edges):
+            for (start, stop), (begin, end) in zip(pairwise(edges), pairwise(sources[i]), strict=True):
                 stop = min(stop, last)
                 inner = {name: tensor[i : i + 1, start:stop] for name, tensor in segments.items()}
-                alone = result(case.ours(ids[i : i + 1, start:stop], **inner))
+                read = {"input_ids": case.sources[i : i + 1, begin:end]}
+                alone = result(case.run(ids[i : i + 1, start:stop], source=read, **inner))
                 assert close(run[i : i + 1, start:stop], alone)
+
+
+def packing(cuts: list[tuple[int, ...]], told: str) -> dict[str, Any]:
+    """What says that each row holds a document between every two of its cuts: numbers, positions or both."""
+    documents = torch.tensor([[n for n, (a, b) in enumerate(pairwise(edges)) for _ in range(a, b)] for edges in cuts])
+    positions = torch.tensor([[i for a, b in pairwise(edges) for i in range(b - a)] for edges in cuts])
+    both = {"document_ids": documents, "position_ids": positions}
+    return {name: tensor for name, tensor in both.items() if told in ("both", f"{name.removesuffix('_ids')}s")}
 
 
 @every_row
@@ -297,9 +354,9 @@ def test_packed_documents_are_as_alone(case: Case, told: str, mask: str):
 def test_a_row_of_a_batch_is_as_alone_in_any_order(case: Case):
     ids = tokens(4, 9, seed=6)
     segments = case.segments(ids)
-    whole, order = result(case.ours(ids, **segments)), torch.tensor([2, 0, 3, 1])
-    assert close(result(case.ours(ids[order], **{n: t[order] for n, t in segments.items()})), whole[order])
-    assert close(result(case.ours(ids[2:3], **{n: t[2:3] for n, t in segments.items()})), whole[2:3])
+    whole, order = result(case.run(ids, **segments)), [2, 0, 3, 1]
+    assert close(result(case.run(ids[order], rows=order, **{n: t[order] for n, t in segments.items()})), whole[order])
+    assert close(result(case.run(ids[2:3], rows=[2], **{n: t[2:3] for n, t in segments.items()})), whole[2:3])
 
 
 @every_row
@@ -307,8 +364,11 @@ def test_a_row_of_a_batch_is_as_alone_in_any_order(case: Case):
 def test_a_row_of_nothing_but_padding_is_finite(case: Case):
     mask = torch.ones_like(case.ids)
     mask[1] = 0
-    out = case.ours(case.ids, mask, **case.segments(case.ids))
-    assert bool(torch.isfinite(result(out)).all())
+    assert bool(torch.isfinite(result(case.run(case.ids, mask, **case.segments(case.ids)))).all())
+    if case.two_stacks:
+        seen = torch.zeros_like(case.sources[:2])
+        unread = case.run(case.ids, source={"input_ids": case.sources[:2], "attention_mask": seen})
+        assert bool(torch.isfinite(result(unread)).all())
 
 
 # Decoding
@@ -322,7 +382,7 @@ def decode(case: Case, kind: str, splits: list[int], mask: torch.Tensor | None) 
     cache = case.ours.new_cache(kind, batch=2, capacity=2 * LENGTH)
     for size in splits:
         part = None if mask is None else mask[:, : start + size]
-        parts.append(result(case.ours(ids[:, start : start + size], part, cache=cache)))
+        parts.append(result(case.run(ids[:, start : start + size], part, cache=cache)))
         start += size
     assert cache.length == start
     return torch.cat(parts, dim=1)
@@ -346,7 +406,7 @@ def test_decoding_with_a_cache_is_the_whole_sequence(case: Case, kind: str, padd
         with pytest.raises(UnsupportedError, match="beyond 9 the rotary phases depend on the length"):
             decode(case, kind, [13], mask)
         return
-    whole = result(case.ours(case.ids, mask))
+    whole = result(case.run(case.ids, mask))
     for splits in SPLITS.values():
         got = decode(case, kind, splits, mask)
         if mask is None:
@@ -370,11 +430,11 @@ def test_up_to_its_limit_a_length_dependent_rotary_model_has_a_cache(cases: Case
 @every_decoder
 @torch.no_grad()
 def test_what_comes_later_changes_no_bit_of_what_came_before(case: Case):
-    before = result(case.ours(case.ids))
+    before = result(case.run(case.ids))
     for place in (1, 6, LENGTH - 1):
         changed = case.ids.clone()
         changed[:, place] = (changed[:, place] - 3) % 90 + 4
-        after = result(case.ours(changed))
+        after = result(case.run(changed))
         assert torch.equal(after[:, :place], before[:, :place])
         assert not torch.equal(after[:, place:], before[:, place:])
 
@@ -397,13 +457,13 @@ def test_a_window_of_w_spreads_a_change_to_w_positions(cases: Cases, tmp_path: P
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "left-padded"])
 def test_greedy_generation_gives_the_tokens_of_transformers(case: Case, padded: bool):
     new = 12
-    ids = case.ids[:, :8]
+    ids, begun = case.ids[:, :8], 1 if case.two_stacks else 8  # the columns of what generation continues
     mask = torch.ones_like(ids)
     if padded:
         mask[0, :3] = 0
     context = case.ours.spec.context or 64
-    if 8 + new > context:
-        new = context - 8
+    if begun + new > context:
+        new = context - begun
     limited = case.ours.cache_limit is not None
     model = copy.deepcopy(case.theirs)
 
@@ -417,18 +477,18 @@ def test_greedy_generation_gives_the_tokens_of_transformers(case: Case, padded: 
         return  # transformers takes the length with its padding
     got = lamina.generate(case.ours, ids, mask, max_new_tokens=new, min_new_tokens=new)
     model.generation_config.eos_token_id = None
-    assert torch.equal(got, forbidding(case, ids, mask, new) if 96 in plain_ids[:, 8:] else plain_ids)
-    stop = int(plain_ids[0, 8 + new // 2])
+    assert torch.equal(got, forbidding(case, ids, mask, new) if 96 in plain_ids[:, begun:] else plain_ids)
+    stop = int(plain_ids[0, begun + new // 2])
     ended = theirs(eos_token_id=stop)
     ours = lamina.generate(case.ours, ids, mask, max_new_tokens=new, stop=[stop])
     pad = case.ours.spec.special.pad
     filler = pad if pad is not None else 96
     expected = ended.clone()
     for one in expected:
-        after = (one[8:] == stop).nonzero().flatten()
+        after = (one[begun:] == stop).nonzero().flatten()
         if len(after):
-            one[8 + int(after[0]) + 1 :] = filler
-    if 96 not in ended[:, 8:]:
+            one[begun + int(after[0]) + 1 :] = filler
+    if 96 not in ended[:, begun:]:
         assert torch.equal(ours, expected)
 
 
@@ -487,9 +547,10 @@ def test_what_we_write_anew_opens_in_transformers(case: Case, tmp_path: Path):
         tmp_path / "out", output_loading_info=True, attn_implementation=case.row.kernel, **case.row.more
     )
     assert not any(info.values()), info
-    more = case.segments(case.ids)
-    one, other = (copy.deepcopy(model)(case.ids, output_hidden_states=True, **more) for model in (theirs, case.theirs))
-    assert close(one.hidden_states[-1], other.hidden_states[-1])
+    more = case.segments(case.ids) | {"output_hidden_states": True}
+    one, other = (case.theirs_on(case.ids, copy.deepcopy(model), **more) for model in (theirs, case.theirs))
+    for stack in ("encoder", "decoder"):
+        assert close(shown(one, stack)[0][-1], shown(other, stack)[0][-1])
     logits = their_logits(other)
     if logits is not None:
         assert close(their_logits(one), logits)  # pyright: ignore
@@ -591,6 +652,9 @@ def test_missing_unexpected_and_misshaped_tensors_are_refused(case: Case, tmp_pa
 # Published sizes: FACTS of the checkpoints' own shapes; each integer from the formula and from an independent model
 
 
+T5_NEWER = {
+    "small": 76_961_152, "base": 247_577_856, "large": 783_150_080, "xl": 2_849_757_184, "xxl": 11_135_332_352
+}  # fmt: skip
 COUNTS = {
     "albert/base-v2": 11_683_584, "albert/large-v2": 17_683_968, "albert/xlarge-v2": 58_724_864,
     "albert/xxlarge-v2": 222_595_584,
@@ -616,6 +680,11 @@ COUNTS = {
     "qwen2.5/7b": 7_615_616_512, "qwen2.5/14b": 14_770_033_664, "qwen2.5/32b": 32_763_876_352,
     "qwen2.5/72b": 72_706_203_648, "qwen3/0.6b": 596_049_920, "qwen3/1.7b": 1_720_574_976, "qwen3/4b": 4_022_468_096,
     "qwen3/8b": 8_190_735_360, "qwen3/14b": 14_768_307_200, "qwen3/32b": 32_762_123_264,
+    "t5/small": 60_506_624, "t5/base": 222_903_552, "t5/large": 737_668_096, "t5/3b": 2_851_598_336,
+    "t5/11b": 11_307_321_344,
+    **{f"{name}/{size}": count for name in ("t5-v1.1", "flan-t5") for size, count in T5_NEWER.items()},
+    # the same with 250,112 rows instead of 32,128 in each of two tables
+    **{f"mt5/{s}": T5_NEWER[s] + 2 * (250_112 - 32_128) * w for s, w in zip(T5_NEWER, (512, 768, 1024, 2048, 4096))},
 }  # fmt: skip
 
 

@@ -21,6 +21,9 @@ ALSO: dict[str, tuple[str, ...]] = {
     "families/falcon.py": ("tests/test_families_alibi.py",),
     "families/mpt.py": ("tests/test_families_alibi.py",),
     "families/albert.py": ("tests/test_families_bert.py",),
+    "families/t5.py": ("tests/test_families_t5.py",),
+    "opening.py": ("tests/test_families_t5.py",),
+    "exporting.py": ("tests/test_families_t5.py",),
 }
 """Files whose faults may also be noticed further up."""
 
@@ -837,6 +840,21 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("labels of a pair", "replace(task=labels.task)", "replace(task=labels.task, labels=2)"),
         ("groups are written", '"num_hidden_groups": len(stack.layers),', '"num_hidden_groups": 1,'),
         ("layers are written", "len(stack.layers) * stack.repeat", "len(stack.layers)"),
+    "families/t5.py": [
+        ("unscaled scores", '"scale": 1.0, ', ""),
+        ("width of a head", 'fields.count("d_kv", 64)', "width // heads"),
+        ("both ways", "Causal() if decoder else Everything()", "Causal()"),
+        ("buckets on both sides", "bidirectional=not decoder", "bidirectional=False"),
+        ("tanh under a gate", 'PROJECTIONS["gated-gelu"] = ("gelu_tanh", True)', "pass"),
+        ("scale of a tied head", "scale=width**-0.5 if scaled else 1.0", "scale=1.0"),
+        ("tied and unscaled", 'fields.flag("scale_decoder_outputs", tied)', "tied"),
+        ("a head of its own", "not in fields.names or (tied and scaled)", "not in fields.names or tied"),
+        ("last norm", "norm=norm, dropout=rate, output_dropout", "dropout=rate, output_dropout"),
+        ("last dropout", "output_dropout=rate, ", ""),
+        ("dropout in the feed-forward", "gated=gated, dropout=rate)", "gated=gated)"),
+        ("layers of the decoder", 'fields.layers("num_decoder_layers", layers)', "layers"),
+        ("gate and up", "'wi_1' if gated", "'wi_0' if gated"),
+        ("embedding under the name of a stack", "copies={f", "copies={} or {f"),
     ],
     "cache/memory.py": [
         ("beams share a text", "if rest == 0 and each and", "if False and"),

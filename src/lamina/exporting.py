@@ -115,8 +115,9 @@ def _with_extras(
         extra = {one: read(twin) for twin, one in chosen.aliases.items() if twin in plan and one not in plan}
     else:
         extra = {called(name): tensor for name, tensor in origin.extras.items()}
-        if spec.head is not None and spec.head.tied:
-            extra |= {called(twin): read(called(chosen.aliases[twin])) for twin in origin.twins}
+        tied = spec.head is not None and spec.head.tied
+        same = {**chosen.copies, **(chosen.aliases if tied else {})}
+        extra |= {called(twin): read(called(same[twin])) for twin in origin.twins if twin in same}
     for name, tensor in extra.items():
         plan[name] = Entry(name, tensor.dtype, tuple(tensor.shape))
     return lambda name: extra[name] if name in extra else read(name)

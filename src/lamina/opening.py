@@ -98,10 +98,10 @@ def _understand(located: Located, checkpoint: Any, config: dict[str, Any], text:
         raise
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}" if where not in str(error) else str(error)) from None
-    if spec.head is not None and spec.head.tied:
-        for twin, original in chosen.aliases.items():
-            if twin in names and original not in names:  # its writer kept the other one of the two
-                names[original] = names.pop(twin)
+    tied = spec.head is not None and spec.head.tied
+    for twin, original in {**chosen.copies, **(chosen.aliases if tied else {})}.items():
+        if twin in names and original not in names:  # its writer kept the other one of the two
+            names[original] = names.pop(twin)
     origin = Origin(located, chosen, config, text, bare)
     if isinstance(checkpoint, Checkpoint):
         origin.stored = {name: checkpoint.entries[stored] for name, stored in names.items()}
@@ -128,22 +128,30 @@ class _Renamed:
 
 def _settle_twins(spec: ModelSpec, chosen: Family, view: _Renamed, origin: Origin) -> ModelSpec:
     """Tensors that the file stores twice: equal ones are noted. A head that the configuration calls tied, and that
-    differs from the embedding, is untied."""
+    differs from the embedding, is untied; embeddings that differ are refused."""
+    where = origin.located.path
+    for twin, original in chosen.copies.items():
+        if twin in view.entries and original in view.entries:
+            if not _same(view, twin, original):
+                raise CheckpointError(f"{where}: {twin} differs from {original}; both stacks share one embedding here")
+            origin.twins += (twin,)
     for twin, original in chosen.aliases.items():
         if twin not in view.entries or original not in view.entries or spec.head is None or not spec.head.tied:
             continue
-        if view.entries[twin].shape == view.entries[original].shape and torch.equal(
-            view.read(twin), view.read(original)
-        ):
+        if _same(view, twin, original):
             origin.twins += (twin,)
         else:
             warnings.warn(
-                f"{origin.located.path}: the configuration ties {twin} to {original}, but the file holds different"
+                f"{where}: the configuration ties {twin} to {original}, but the file holds different"
                 " values; they are kept apart (tied=False)",
                 stacklevel=4,
             )
             return spec.replace(head=spec.head.replace(tied=False))
     return spec
+
+
+def _same(view: _Renamed, one: str, other: str) -> bool:
+    return view.entries[one].shape == view.entries[other].shape and torch.equal(view.read(one), view.read(other))
 
 
 def _renamed(entries: Iterable[str], chosen: Family, where: str) -> dict[str, str]:

@@ -24,6 +24,8 @@ FAMILIES = {
     "qwen2": "llama:QWEN2",
     "qwen3": "llama:QWEN3",
     "roberta": "bert:ROBERTA",
+    "t5": "t5:T5",
+    "mt5": "t5:MT5",  # after T5, which is what a new model is written as
 }
 """model_type -> module:name. A family is imported when it is asked for."""
 

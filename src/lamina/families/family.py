@@ -24,7 +24,10 @@ class Family:
     weights: tuple[Rule, ...]
     heads: Callable[[ModelSpec], tuple[Rule, ...]] = lambda spec: ()  # rules that differ from head to head: BERT's
     base: str = ""  # the prefix that checkpoints with a head have and bare ones lack: "model.", "bert."
-    aliases: Mapping[str, str] = field(default_factory=dict)  # twins that some files store too: theirs -> theirs
+    aliases: Mapping[str, str] = field(
+        default_factory=dict
+    )  # what a tied head is called, if stored too: theirs -> theirs
+    copies: Mapping[str, str] = field(default_factory=dict)  # the embedding under the names of stacks: T5, BART
     ignored: tuple[str, ...] = ()  # name patterns of what is kept but not used: buffers, Gemma 3's vision tower
     renamed: tuple[tuple[str, str], ...] = ()  # names of old files: (regular expression, what stands there now)
     sizes: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # published sizes, as configurations
@@ -86,9 +89,9 @@ class Fields:
             allowed = " or ".join(repr(v) for v in values)
             raise CheckpointError(f"{self.where}: {name} is {value!r}; only {allowed} is supported for this family")
 
-    def layers(self, name: str = "num_hidden_layers") -> int:
+    def layers(self, name: str = "num_hidden_layers", default: int | None = None) -> int:
         """The number of layers, bounded so that nothing is built from a lie."""
-        layers = self.count(name)
+        layers = self.count(name, default)
         if layers > 2048:
             raise CheckpointError(
                 f"{self.where}: {name} is {layers}; more than 2048 layers is taken for a damaged file"
@@ -99,15 +102,19 @@ class Fields:
         """bos, eos and pad ids; the arguments are the defaults of the family."""
         ends = self.config.get("eos_token_id", end)
         ends = () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
-        ids = {
-            "bos_token_id": self.config.get("bos_token_id", start),
-            "pad_token_id": self.config.get("pad_token_id", pad),
-        }
-        for name, value in (*ids.items(), *(("eos_token_id", one) for one in ends)):
-            if value is not None and (type(value) is not int or not -1 <= value <= 2**31):
-                raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be a token id")
-        none_below_zero = {name: None if value == -1 else value for name, value in ids.items()}
-        return SpecialTokens(start=none_below_zero["bos_token_id"], end=ends, pad=none_below_zero["pad_token_id"])
+        for one in ends:
+            self._id("eos_token_id", one)
+        return SpecialTokens(start=self.token("bos_token_id", start), end=ends, pad=self.token("pad_token_id", pad))
+
+    def token(self, name: str, default: int | None = None) -> int | None:
+        """A token id; null and -1 mean that there is none."""
+        value = self.config.get(name, default)
+        return None if self._id(name, value) == -1 else value
+
+    def _id(self, name: str, value: Any) -> Any:
+        if value is not None and (type(value) is not int or not -1 <= value <= 2**31):
+            raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be a token id")
+        return value
 
     def headless(self) -> bool:
         """Whether the checkpoint is a bare model: `LlamaModel`, `GPT2Model`, `BertModel`."""
