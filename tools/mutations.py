@@ -840,6 +840,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("labels of a pair", "replace(task=labels.task)", "replace(task=labels.task, labels=2)"),
         ("groups are written", '"num_hidden_groups": len(stack.layers),', '"num_hidden_groups": 1,'),
         ("layers are written", "len(stack.layers) * stack.repeat", "len(stack.layers)"),
+    ],
     "families/t5.py": [
         ("unscaled scores", '"scale": 1.0, ', ""),
         ("width of a head", 'fields.count("d_kv", 64)', "width // heads"),
@@ -854,7 +855,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("dropout in the feed-forward", "gated=gated, dropout=rate)", "gated=gated)"),
         ("layers of the decoder", 'fields.layers("num_decoder_layers", layers)', "layers"),
         ("gate and up", "'wi_1' if gated", "'wi_0' if gated"),
-        ("embedding under the name of a stack", "copies={f", "copies={} or {f"),
     ],
     "cache/memory.py": [
         ("beams share a text", "if rest == 0 and each and", "if False and"),
