@@ -96,6 +96,33 @@ def test_minilm_equals_transformers():
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+REACTION = (  # of the README of the package: a thiol takes the place of a fluorine
+    "C C ( C ) S . C N ( C ) C = O . F c 1 c c c n c 1 F . O = C ( [O-] ) [O-] . [K+] . [K+] >>"
+    " C C ( C ) S c 1 n c c c c 1 F"
+).split()
+
+
+def test_rxnmapper_fills_a_reaction():
+    """53 of 54 tokens, each masked in turn: a chlorine would do in place of one of the two fluorines."""
+    transformers = pytest.importorskip("transformers")
+    directory = fetched("rxnmapper-albert")
+    model, tokenizer = lamina.load("rxnmapper-albert"), lamina.tokenizer("rxnmapper-albert")
+    ids = torch.tensor([tokenizer.encode("".join(REACTION))])
+    assert tokenizer.decode(ids[0].tolist()) == "".join(REACTION) and ids.shape == (1, 56)
+    assert ids[0, 1:-1].tolist() == [tokenizer.tokens[token] for token in REACTION]
+    places = torch.arange(54)
+    masked = ids.repeat(54, 1)
+    masked[places, places + 1] = tokenizer.mask
+    theirs = transformers.AlbertForMaskedLM.from_pretrained(directory).eval()
+    with torch.no_grad():
+        logits, expected = model(masked).logits, theirs(masked).logits
+    assert torch.allclose(logits, expected, atol=1e-5 * float(expected.abs().max()))
+    filled, real = logits[places, places + 1].argmax(dim=1), ids[0, 1:-1]
+    assert torch.equal(filled, expected[places, places + 1].argmax(dim=1))
+    assert (filled != real).nonzero().flatten().tolist() == [25]  # of 54
+    assert (REACTION[25], int(filled[25])) == ("F", tokenizer.tokens["Cl"])
+
+
 def test_the_demo(tmp_path, capsys, monkeypatch):
     for name in ("smollm2-135m", "minilm-l6"):
         fetched(name)

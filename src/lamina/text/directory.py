@@ -38,6 +38,7 @@ CLASSES: dict[str, tuple[dict[str, str], Callable[[Path, dict[str, Any], dict[st
     "bert": (BERT, legacy.bert),
     "distilbert": (BERT, legacy.bert),
     "electra": (BERT, legacy.bert),
+    "smiles": (BERT, legacy.smiles),
     "mpnet": (ROBERTA | {"unk": "[UNK]"}, None),
     "llama": (LLAMA, sentencepiece.llama),
     "codellama": (LLAMA, None),

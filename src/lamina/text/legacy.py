@@ -1,4 +1,5 @@
-"""Tokenizers from before tokenizer.json: vocab.json with merges.txt (GPT-2, RoBERTa, Qwen 2) and vocab.txt (BERT)."""
+"""Tokenizers from before tokenizer.json: vocab.json with merges.txt (GPT-2, RoBERTa, Qwen 2) and vocab.txt (BERT,
+and SMILES, the notation of molecules)."""
 
 from __future__ import annotations
 
@@ -65,6 +66,22 @@ def bert(path: Path, config: dict[str, Any], special: dict[str, str]) -> Documen
         pre_tokenizer={"type": "BertPreTokenizer"},
         post_processor=template([cls], [sep]),
         decoder={"type": "WordPiece", "prefix": "##", "cleanup": True},
+    )
+
+
+SMILES = r"\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|\/|:|~|@|\?|>>?|\*|\$|\%[0-9]{2}|[0-9]"
+"""Atoms, bonds, rings and arrows of a reaction (Schwaller et al., arXiv:1811.02633)."""
+
+
+def smiles(path: Path, config: dict[str, Any], special: dict[str, str]) -> Document:
+    """[CLS] text [SEP]; each match of SMILES is a token by itself, and what lies between them is unknown."""
+    vocabulary = {line: i for i, line in enumerate(read_text(path).splitlines())}
+    cls, sep = ((special[role], number(vocabulary, special[role], path)) for role in ("cls", "sep"))
+    return document(
+        {"type": "WordLevel", "vocab": vocabulary, "unk_token": special["unk"]},
+        pre_tokenizer=split(SMILES),
+        post_processor=template([cls], [sep]),
+        decoder={"type": "Fuse"},
     )
 
 
