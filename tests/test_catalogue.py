@@ -188,6 +188,6 @@ def test_sentences_have_no_number_that_is_not_counted():
 
     (one,) = page(kind("self-attention"))["cost"]["counted"]
     assert in_words(one) == (
-        "attention in all layers: 28,348,416 parameters (22.8 % of the model), 2,362,368 in each of 12; 94.4 MFLOP for"
-        " a token at the end of 1024 (33.1 %); a cache of 36.0 MiB there in bfloat16."
+        "attention in all layers: 28,348,416 parameters (22.8 % of the model), 2,362,368 in each of 12; 94.4 MFLOP"
+        " (33.1 %) for a token at the end of 1,024; 36.0 MiB of cache for 1,024 tokens in bfloat16."
     )

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lamina.catalogue.kind import Correction, Counted, Example, Kind, Question, Source, Variant, by_class, has
+from lamina.catalogue.kind import (
+    ATTENTIONS,
+    Correction,
+    Counted,
+    Example,
+    Kind,
+    Question,
+    Source,
+    Variant,
+    by_class,
+    has,
+    named,
+)
 from lamina.layers import AttentionSpec, CrossAttentionSpec, StepSpec
 from lamina.patterns import Causal, Everything, Prefix, Sinks, Window
 
@@ -44,7 +56,7 @@ SELF_ATTENTION = Kind(
         ("softmax", "over the keys: the weights of each query sum to 1"),
     ),
     files=("layers/attention.py", "attend/dense.py", "patterns.py"),
-    used=has(AttentionSpec),
+    used=named(*ATTENTIONS),
     variants=(
         Variant("causal", "key <= query", has(Causal)),
         Variant("bidirectional", "every token of the document", has(Everything)),
@@ -53,6 +65,7 @@ SELF_ATTENTION = Kind(
         Variant("soft-cap", "z <- c tanh(z / c) before the mask", _heads(lambda part: part.softcap is not None)),
         Variant("QK-norm", "norms on the heads of q and k", _heads(lambda part: part.qk_norm is not None)),
         Variant("sink", "a learned logit that takes probability", _heads(lambda part: part.sink)),
+        by_class("differential", "softmax(q1 k1) - lambda softmax(q2 k2), then a norm", "DifferentialSpec"),
     ),
     cost="4 d H D parameters where keys have as many heads (biases apart). Scores and means take 4 T H D FLOP a"
     " token at length T, which grows with the length; the four matrices take 8 d H D, which does not.",
@@ -66,8 +79,7 @@ SELF_ATTENTION = Kind(
     corrections=(
         Correction(
             "Causal attention looks at the previous tokens only.",
-            "At the previous tokens and at the token itself: key <= query. Otherwise the first token would see"
-            " nothing.",
+            "It looks at those and at the token itself: key <= query. Otherwise the first token would see nothing.",
             "arXiv:1706.03762, section 3.2.3",
         ),
         Correction(
@@ -131,7 +143,7 @@ MULTI_HEAD = Kind(
         Variant("MHA", "key_heads = heads", _heads(lambda part: part.key_heads == part.heads)),
         Variant("GQA", "1 < key_heads < heads", _heads(lambda part: 1 < part.key_heads < part.heads)),
         Variant("MQA", "key_heads = 1", _heads(lambda part: part.key_heads == 1 < part.heads)),
-        by_class("MLA", "keys and values from one latent vector", "LatentAttentionSpec", "LatentSpec"),
+        by_class("latent (MLA)", "keys and values of all heads from one cached vector", "LatentAttentionSpec"),
     ),
     cost="2 d H D + 2 d G D parameters. The cache has 2 G D numbers a token and layer: G = 1 makes it H times smaller.",
     counted=(
@@ -140,8 +152,8 @@ MULTI_HEAD = Kind(
     ),
     pitfalls=(
         (
-            "Query head i reads key head floor(i / (H / G)): heads are repeated one by one (0, 0, 1, 1), not as a block"
-            " (0, 1, 0, 1)."
+            "Query head i reads key head floor(i / (H / G)): heads are repeated one by one (0, 0, 1, 1), not as a"
+            " block (0, 1, 0, 1)."
         ),
         "Heads split the features that the projections give, not the tokens.",
         "D is not always d / H: T5-11B has 128 heads of 128 on a width of 1024, Gemma-7B 16 of 256 on 3072.",
@@ -207,10 +219,11 @@ CROSS_ATTENTION = Kind(
     ),
     cost="As self-attention's: 2 d H D + 2 d_y G D parameters. Keys and values of the source are computed once and"
     " kept: 2 G D S numbers a layer, however long the text becomes.",
+    counted=(Counted("t5/base", ("decoder.layers.*.cross.op",), "the decoder's cross-attention"),),
     pitfalls=(
         (
-            "What is read is the encoder's output after its last norm where the encoder is pre-norm (T5), and as it is"
-            " where it is post-norm (BART)."
+            "What is read is the encoder's output after its last norm where the encoder is pre-norm (T5), and as it"
+            " is where it is post-norm (BART)."
         ),
         "T5 has a position bias in self-attention and none here.",
         "With a cache the source's keys are filled at the first step; a new source needs a new cache.",
@@ -219,8 +232,8 @@ CROSS_ATTENTION = Kind(
     corrections=(
         Correction(
             "T5 uses bidirectional attention and cross-attention.",
-            "In its encoder. The self-attention of its decoder is causal. T5 also has position biases by distance,"
-            " RMSNorm, scores without a scale, and no biases in its matrices.",
+            "Bidirectional is its encoder alone; the self-attention of its decoder is causal. T5 also has position"
+            " biases by distance, RMSNorm, scores without a scale, and no biases in its matrices.",
             "arXiv:1910.10683, section 2.1",
         ),
     ),
@@ -281,15 +294,15 @@ SPARSE = Kind(
     " keeps W tokens and no more. Here patterns are masks: the memory is saved, the arithmetic on long prompts is"
     " not yet.",
     counted=(
-        Counted("mistral/7b", ("decoder.layers.*.attention.op",), "windows of 4096"),
-        Counted("mistral/7b-v0.3", ("decoder.layers.*.attention.op",), "the same without windows"),
+        Counted("mistral/7b", ("decoder.layers.*.attention.op",), "windows of 4096", ("flops", "cache")),
+        Counted("mistral/7b-v0.3", ("decoder.layers.*.attention.op",), "the same without", ("flops", "cache")),
     ),
     pitfalls=(
         "W counts the token itself in Mistral; Longformer's w does not, and Hugging Face's attention_window is 2 w.",
-        "L layers of windows reach L (W - 1) + 1 tokens back, not W.",
+        "L layers of windows see L (W - 1) + 1 tokens, not W.",
         (
-            "A window forgets the first tokens, which models use to put unused probability on; without sinks the output"
-            " of a model that was not trained so falls apart as soon as they leave."
+            "A window forgets the first tokens, on which models put probability they have no use for: without"
+            " sinks, text of a model that was not trained so falls apart as soon as they leave."
         ),
         "GPT-3 alternates dense and banded layers; the width of its band was never published.",
     ),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from lamina.catalogue.kind import Correction, Counted, Example, Kind, Source, Variant, by_class, has
+from lamina.catalogue.kind import ATTENTIONS, Correction, Counted, Example, Kind, Source, Variant, by_class, has
 from lamina.layers import (
     AlibiSpec,
-    AttentionSpec,
     BucketBiasSpec,
     LearnedPositionSpec,
     RotarySpec,
@@ -102,7 +101,7 @@ def _nope(spec: ModelSpec) -> bool:
     """Whether some layer of a stack gets no position at all: neither at the input nor in its scores."""
     stacks = [part for _, part in spec.walk() if isinstance(part, StackSpec)]
     return any(
-        isinstance(part, AttentionSpec) and part.rotary is None and part.relative is None
+        type(part).__name__ in ATTENTIONS and not getattr(part, "rotary", None) and not getattr(part, "relative", None)
         for stack in stacks
         if stack.position is None and stack.score_bias is None
         for _, part in stack.walk()
@@ -215,7 +214,7 @@ ROTARY = Kind(
         ("base", "10,000 at first; larger for longer contexts"),
     ),
     files=("layers/rotary.py",),
-    used=has(AttentionSpec, lambda part: part.rotary is not None),
+    used=has(RotarySpec),
     variants=(
         Variant("whole heads", "all features turn", has(RotarySpec, lambda part: part.width is None)),
         Variant("partial", "only the first features turn", has(RotarySpec, lambda part: part.width is not None)),

@@ -30,6 +30,7 @@ MEMORY = Kind(
     symbols=(
         ("q = [q_1, q_2]", "(B, T, heads, 2, D/2), the query in two halves"),
         ("c, d", "(n, D/2) each, the sub-keys"),
+        ("k", "rows that a head reads: 32 in the paper"),
         ("V", "(n^2, d), the values"),
     ),
     files=("layers/memory.py",),
@@ -47,8 +48,8 @@ MEMORY = Kind(
         "The k best of each half hold the k best of all n^2 sums: the search is exact, not an approximation.",
         "Values are touched rarely; they want a larger learning rate of their own.",
         (
-            "In the memorising Transformer local and memory attention are two softmaxes mixed by a gate, not one joint"
-            " one."
+            "In the memorising Transformer local and memory attention are two softmaxes mixed by a gate, not one"
+            " joint one."
         ),
     ),
     corrections=(
@@ -105,8 +106,8 @@ RETRIEVAL = Kind(
     " no part of the model.",
     pitfalls=(
         (
-            "Neighbours of a chunk may be read from its last token on and not before: they were found with all of it,"
-            " so earlier tokens would see what comes after them."
+            "Neighbours of a chunk may be read from its last token on and not before: they were found with all of"
+            " it, so earlier tokens would see what comes after them."
         ),
         "Chunks of the document itself must not be found in training, or the answer is copied.",
         "Without neighbours the model must equal the one without retrieval.",
@@ -114,8 +115,8 @@ RETRIEVAL = Kind(
     corrections=(
         Correction(
             "RETRO attends to retrieved documents.",
-            "To chunks: the neighbours that were found for the chunk before and their continuations, encoded, by"
-            " chunked cross-attention that is shifted by one token so that it stays causal.",
+            "It attends to chunks: the neighbours that were found for the chunk before and their continuations,"
+            " encoded, by chunked cross-attention that is shifted by one token so that it stays causal.",
             "arXiv:2112.04426, section 2",
         ),
     ),
@@ -181,8 +182,8 @@ CACHE = Kind(
     ),
     cost="No parameters. A step reads all of it, which is what limits the speed of decoding long texts.",
     counted=(
-        Counted("gpt2/small", ("decoder.layers.*.attention.op",), "attention in all layers"),
-        Counted("llama3.1/8b", ("decoder.layers.*.attention.op",), "attention in all layers"),
+        Counted("gpt2/small", ("decoder.layers.*.attention.op",), "12 heads, all layers", ("cache",)),
+        Counted("llama3.1/8b", ("decoder.layers.*.attention.op",), "8 heads of keys, all layers", ("cache",)),
     ),
     pitfalls=(
         "Reading in pieces needs a mask that is aligned to the end of the keys, not to their beginning.",

@@ -23,6 +23,10 @@ def has(kind: type | tuple[type, ...], test: Callable[[Any], bool] = lambda part
     return lambda spec: any(isinstance(part, kind) and test(part) for _, part in spec.walk())
 
 
+ATTENTIONS = ("AttentionSpec", "DifferentialSpec", "LatentAttentionSpec")
+"""The classes of self-attention, by name: some may not be built yet."""
+
+
 def named(*names: str) -> Question:
     """Whether a spec has a part of a class with one of these names: for layers that may not be built yet."""
     return lambda spec: any(type(part).__name__ in names for _, part in spec.walk())
@@ -80,6 +84,7 @@ class Counted:
     model: str  # family/size
     parts: tuple[str, ...]  # "decoder.layers.*.attention.op"
     called: str  # these parts, in words
+    shows: tuple[str, ...] = ("parameters", "flops", "cache")  # what of them is to the point
 
 
 @dataclass(frozen=True)

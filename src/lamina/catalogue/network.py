@@ -32,8 +32,8 @@ FEED_FORWARD = Kind(
     name="feed-forward",
     title="Feed-forward network",
     what="Two matrices with a non-linearity between, on each token.",
-    why="Attention mixes tokens, and its output is linear in the values. What is to be computed from a mix, and"
-    " most of what a model knows by heart, takes a non-linear function of each token by itself, with a wide middle.",
+    why="Attention mixes tokens, and its output is linear in the values. What is to be computed from a mix takes"
+    " a non-linear function, here of each token by itself and with a wide middle.",
     equation="y = W_2 f(W_1 x + b_1) + b_2",
     symbols=(
         ("x, y", "(B, T, d)"),

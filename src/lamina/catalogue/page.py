@@ -11,6 +11,7 @@ from typing import Any
 from lamina.accounting import Account, Row, account
 from lamina.catalogue import users
 from lamina.catalogue.kind import Counted, Kind
+from lamina.families import sizes
 
 counting = cache(account)
 """An account for each model, however many pages ask."""
@@ -38,7 +39,7 @@ def page(kind: Kind) -> dict[str, Any]:
             }
             for variant in kind.variants
         ],
-        "cost": {"rule": kind.cost, "counted": [counted(one) for one in kind.counted]},
+        "cost": {"rule": kind.cost, "counted": [counted(one) for one in kind.counted if one.model in sizes()]},
         "pitfalls": list(kind.pitfalls),
         "corrections": [asdict(one) for one in kind.corrections],
         "sources": [asdict(one) for one in kind.sources],
@@ -60,6 +61,7 @@ def counted(what: Counted) -> dict[str, Any]:
         "flops_per_token_of_model": found.flops_per_token,
         "cache_bytes": sum(row.cache_bytes for row in rows),
         "context": found.context,
+        "shows": list(what.shows),
         "dtype": found.dtype,
     }
 

@@ -37,7 +37,7 @@ NORMALISATION = Kind(
     " Where norms stand decides how gradients flow: see `lamina layers residual`.",
     equation="LayerNorm: w (x - m) / sqrt(v + eps) + b\nRMSNorm: w x / sqrt(mean(x^2) + eps)",
     symbols=(
-        ("x", "(..., d); m and v are its mean and its variance, over d, by d and not d - 1"),
+        ("x", "(..., d); m and v, its mean and its biased variance over d"),
         ("w, b", "(d,), trained: the scale and the shift of each feature"),
         ("eps", "1e-12 to 1e-5, by model"),
     ),
@@ -146,7 +146,7 @@ RESIDUAL = Kind(
             "arXiv:2204.02311, sections 2 and 5",
         ),
         Correction(
-            "Norm and residual come with each layer (and no word of where).",
+            "Each layer has a LayerNorm and a residual connection (and no word of where).",
             "The place is part of the architecture: pre, post, sandwich and parallel train differently, and weights"
             " of one give nonsense in another.",
             "arXiv:2002.04745, section 3",
@@ -216,7 +216,7 @@ DROPOUT = Kind(
         ),
         Correction(
             "BERT has dropout on its attention and feed-forward layers.",
-            "With p = 0.1 after the LayerNorm of the embedding, on the probabilities of attention, and on the"
+            "It has, with p = 0.1, after the LayerNorm of the embedding, on the probabilities of attention, and on the"
             " output of each step before the sum; not inside the feed-forward network.",
             "google-research/bert, modeling.py",
         ),

@@ -91,9 +91,8 @@ def _page(one: dict[str, Any]) -> list[str]:
     lines += _title("Variants")
     wide = max(len(variant["name"]) for variant in one["variants"])
     for variant in one["variants"]:
-        lines += wrapped(
-            f"{variant['rule']} [{used_by(variant)}]", 4 + wide, first=f"  {heading(variant['name'].ljust(wide))}  "
-        )
+        used = f" [{used_by(variant)}]" if one["built"] else ""
+        lines += wrapped(f"{variant['rule']}{used}", 4 + wide, first=f"  {heading(variant['name'].ljust(wide))}  ")
     lines += [*_title("Parameters and cost"), *wrapped(one["cost"]["rule"], 2)]
     for counted in one["cost"]["counted"]:
         lines += wrapped(f"{counted['model']}, {in_words(counted)}", 4, first="  - ")
@@ -125,19 +124,22 @@ def cited(source: dict[str, Any]) -> str:
 
 def in_words(counted: dict[str, Any]) -> str:
     """What was counted of a model, as a sentence."""
-    parts, of = counted["parts"], counted["parameters_of_model"]
-    text = f"{counted['what']}: {counted['parameters']:,} parameters ({share(counted['parameters'], of)} of the model)"
-    text += f", {counted['parameters'] // parts:,} in each of {parts}" if parts > 1 and _even(counted) else ""
-    if counted["flops_per_token"]:
-        text += f"; {short(counted['flops_per_token'])}FLOP for a token at the end of {counted['context']}"
-        text += f" ({share(counted['flops_per_token'], counted['flops_per_token_of_model'])})"
-    if counted["cache_bytes"]:
-        text += f"; a cache of {size(counted['cache_bytes'])} there in {counted['dtype']}"
-    return f"{text}."
+    parts, shows, said = counted["parts"], counted["shows"], []
+    if "parameters" in shows:
+        each = f", {counted['parameters'] // parts:,} in each of {parts}" if parts > 1 else ""
+        of = _share(counted["parameters"], counted["parameters_of_model"])
+        said.append(f"{counted['parameters']:,} parameters ({of} of the model){each}")
+    if "flops" in shows and counted["flops_per_token"]:
+        of = _share(counted["flops_per_token"], counted["flops_per_token_of_model"])
+        said.append(f"{short(counted['flops_per_token'])}FLOP ({of}) for a token at the end of {counted['context']:,}")
+    if "cache" in shows and counted["cache_bytes"]:
+        said.append(f"{size(counted['cache_bytes'])} of cache for {counted['context']:,} tokens in {counted['dtype']}")
+    return f"{counted['what']}: {'; '.join(said)}."
 
 
-def _even(counted: dict[str, Any]) -> bool:
-    return counted["parameters"] % counted["parts"] == 0
+def _share(part: int, whole: int) -> str:
+    """In per cent, with the digits that a small one needs."""
+    return f"{100 * part / whole:.1g} %" if part < whole / 1000 else share(part, whole)
 
 
 def _run(out: Output, one: Kind) -> None:

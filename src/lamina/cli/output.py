@@ -80,7 +80,9 @@ WIDEST = 100
 
 def wrapped(text: str, indent: int = 0, first: str | None = None, widest: int = WIDEST) -> list[str]:
     """Running text in lines, indented; the first line begins with `first` instead, which may be styled."""
-    lines = textwrap.wrap(text, min(columns(), widest) - indent, break_long_words=False, break_on_hyphens=False)
+    joined = text.replace(" %", "\0%")  # a number keeps its sign
+    lines = textwrap.wrap(joined, min(columns(), widest) - indent, break_long_words=False, break_on_hyphens=False)
+    lines = [line.replace("\0", " ") for line in lines]
     return [(" " * indent if first is None or i else first) + line for i, line in enumerate(lines)]
 
 
