@@ -12,6 +12,7 @@ import pytest
 
 import lamina
 from lamina.catalogue import CATALOGUE, Kind, families, kind, published, users
+from lamina.catalogue.kind import Example, Variant, by_class, planned
 from lamina.catalogue.page import page
 from lamina.layers import AttentionSpec, FeedForwardSpec, RMSNormSpec
 
@@ -82,6 +83,15 @@ def test_what_is_shown_is_what_is_run():
     for one in CATALOGUE:
         exec(one.example.code, {"print": lambda *words: printed.append(" ".join(map(str, words)))})
     assert printed == "".join(one.example.prints for one in CATALOGUE).splitlines()
+
+
+def test_an_example_is_run_and_not_recited():
+    assert Example("says another thing than it does", lambda: print(1 + 1), "3\n").run() == "2\n"
+
+
+def test_variants_say_whether_they_are_built():
+    assert Variant("causal", "").built and by_class("window", "", "Window").built
+    assert not planned("product keys", "").built and not by_class("dream", "", "DreamSpec").built
 
 
 def test_every_correction_is_placed_once():

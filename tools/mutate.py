@@ -59,6 +59,8 @@ def tests_of(file: str) -> tuple[str, ...]:
     folder = Path(file).parent.name
     if folder == "layers":
         return (f"tests/layers/test_{ {'stack': 'block', 'call': 'attention'}.get(name, name) }.py",)
+    if folder == "catalogue":
+        return ("tests/test_catalogue.py",)
     if folder == "families":
         return ("tests/test_families_fields.py", "tests/test_families.py")
     name = {"attend": "attend", "cache": "cache"}.get(folder, name)
