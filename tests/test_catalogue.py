@@ -189,6 +189,8 @@ def test_costs_are_those_of_the_model():
     assert found["position"][0]["parameters"] == 1024 * 768
     many, few = found["multi-head"]
     assert many["parameters"] == 32 * 4 * 4096**2 and few["parameters"] == 32 * (2 * 4096**2 + 2 * 4096 * 1024)
+    (cross,) = found["cross-attention"]
+    assert cross["parameters"] == 12 * 4 * 768 * 768 and cross["cache_bytes"] == 12 * 2 * 768 * 512 * 2
     narrow, wide = found["sparse"]
     assert wide["cache_bytes"] == 8 * narrow["cache_bytes"]  # 32768 tokens, windows of 4096
 

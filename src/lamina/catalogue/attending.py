@@ -219,7 +219,7 @@ CROSS_ATTENTION = Kind(
     ),
     cost="As self-attention's: 2 d H D + 2 d_y G D parameters. Keys and values of the source are computed once and"
     " kept: 2 G D S numbers a layer, however long the text becomes.",
-    counted=(Counted("t5/base", ("decoder.layers.*.cross.op",), "the decoder's cross-attention"),),
+    counted=(Counted("t5/base", ("decoder.layers.*.cross.op",), "the decoder's cross-attention", context=512),),
     pitfalls=(
         (
             "What is read is the encoder's output after its last norm where the encoder is pre-norm (T5), and as it"

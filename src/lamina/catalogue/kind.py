@@ -85,6 +85,7 @@ class Counted:
     parts: tuple[str, ...]  # "decoder.layers.*.attention.op"
     called: str  # these parts, in words
     shows: tuple[str, ...] = ("parameters", "flops", "cache")  # what of them is to the point
+    context: int | None = None  # tokens, where the spec does not say
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def page(kind: Kind) -> dict[str, Any]:
 
 def counted(what: Counted) -> dict[str, Any]:
     """The parts of a published model that fit, counted together."""
-    found: Account = counting(what.model)
+    found: Account = counting(what.model, context=what.context)
     rows = [row for path, row in _flat(found.rows) if any(fnmatchcase(path, part) for part in what.parts)]
     return {
         "model": what.model,
