@@ -155,3 +155,13 @@ def test_an_exact_gelu_under_a_gate_has_no_name_in_this_layout(made: Made, tmp_p
     assert any(isinstance(part, FeedForwardSpec) and part.act == "gelu" for _, part in exact.walk())
     with pytest.raises(UnsupportedError, match=r"feedforward|act"):
         lamina.save(exact.build(), tmp_path / "out")
+
+
+def test_published_sizes_say_the_length_they_were_trained_at_and_files_without_it_do_not():
+    assert lamina.spec("t5/small").context == 512 and lamina.account("t5/small").context == 512
+    chosen = family("t5")
+    said = {"model_type": "t5", "d_model": 32, "d_kv": 8, "num_heads": 4, "num_layers": 1, "d_ff": 40}
+    for more in ({}, {"n_positions": 77}):
+        spec = chosen.spec(Fields(said | more))
+        assert spec.context == more.get("n_positions")
+        assert chosen.spec(Fields(chosen.config(spec))) == spec

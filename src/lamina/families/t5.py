@@ -79,6 +79,7 @@ def spec(fields: Fields, flavour: Flavour) -> ModelSpec:
         encoder=stack(layers, decoder=False),
         decoder=stack(fields.layers("num_decoder_layers", layers), decoder=True) if decodes else None,
         head=_head(fields, flavour, width) if headed else None,
+        context=fields.count("n_positions") if "n_positions" in fields else None,  # trained at; it can read more
         special=fields.special(None, 1, 0).replace(decoder_start=fields.token("decoder_start_token_id", 0)),
     )
 
@@ -133,6 +134,7 @@ def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
         "num_layers": len(stack.layers),
         "num_decoder_layers": len(stack.layers if spec.decoder is None else spec.decoder.layers),
         "num_heads": attention.heads,
+        **({} if spec.context is None else {"n_positions": spec.context}),
         "relative_attention_num_buckets": bias.buckets,
         "relative_attention_max_distance": bias.distance,
         "feed_forward_proj": f"gated-{act}" if feedforward.gated else act,
@@ -197,7 +199,8 @@ def _family(flavour: Flavour, sizes: dict[str, dict[str, Any]]) -> Family:
 
 
 def _size(layers: int, width: int, head_dim: int, heads: int, hidden: int, **more: Any) -> dict[str, Any]:
-    return {"num_layers": layers, "d_model": width, "d_kv": head_dim, "num_heads": heads, "d_ff": hidden, **more}
+    shape = {"num_layers": layers, "d_model": width, "d_kv": head_dim, "num_heads": heads, "d_ff": hidden}
+    return {**shape, "n_positions": 512, **more}
 
 
 NEWER = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
