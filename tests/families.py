@@ -87,6 +87,19 @@ T5 = {
     "eos_token_id": 96,
     "decoder_start_token_id": 3,
 }
+BART = {
+    "vocab_size": VOCABULARY,
+    "d_model": 36,
+    "encoder_layers": 3,
+    "decoder_layers": 2,  # with more than encoder_layers, transformers' own cache is too short
+    "encoder_attention_heads": 3,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 50,
+    "decoder_ffn_dim": 42,
+    "max_position_embeddings": 40,
+    "eos_token_id": 96,
+    "decoder_start_token_id": 3,
+}
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
@@ -236,15 +249,23 @@ ROWS = [
     }),
     *_rows("T5Model", "T5Config", {"t5-bare": T5 | {"feed_forward_proj": "gelu_new"}}),
     *_rows("T5EncoderModel", "T5Config", {"t5-encoder": T5}),
+    *_rows("BartForConditionalGeneration", "BartConfig", {
+        "bart": BART,  # the last token is forced, as in every published file
+        "bart-biased": BART | {"scale_embedding": True, "activation_function": "relu",
+                               "forced_eos_token_id": None},
+    }),
+    *_rows("BartModel", "BartConfig", {"bart-bare": BART}),
+    *_rows("BartForQuestionAnswering", "BartConfig", {"bart-span-bare": BART}),
+    *_rows("BartForCausalLM", "BartConfig", {"bart-decoder": BART | {"encoder_layers": 2}}),
     *_rows("MT5ForConditionalGeneration", "MT5Config", {"mt5": T5 | GATED}),
 ]  # fmt: skip
 
 
 ENCODERS = ("albert", "bert", "roberta", "t5-encoder")
 """How the names of rows that only read begin."""
-PAIRS = ("t5", "mt5")
+PAIRS = ("t5", "mt5", "bart")
 """How the names of rows begin that read one text and write another; those that only read aside."""
-COUNTING = ("T5", "MT5")
+COUNTING = ("T5", "MT5", "Bart")
 """How the names of those classes of transformers begin that count positions themselves and take none."""
 
 
@@ -355,6 +376,8 @@ def reference(row: Row, **changes: Any) -> Any:
             model.lm_head.weight = torch.nn.Parameter(
                 0.3 * torch.randn(model.lm_head.weight.shape, generator=generator)
             )
+        if row.name.endswith("-biased"):  # zero in what transformers makes, and in most files
+            model.final_logits_bias.normal_(generator=generator)
     return model
 
 

@@ -28,7 +28,7 @@ from lamina.tokens import plain
 from tests.families import COUNTING, ENCODERS, LENGTH, PAIRS, ROWS, Case, Row, close, row, same_files, shown, tokens
 
 DECODERS = [one for one in ROWS if not one.name.startswith(ENCODERS)]
-PAIRED = [one for one in DECODERS if one.name.startswith(PAIRS)]
+PAIRED = [one for one in DECODERS if one.name.startswith(PAIRS) and one.name != "bart-decoder"]
 WRITERS = [one for one in DECODERS if not one.name.endswith("-bare")]
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -459,7 +459,11 @@ def test_greedy_generation_gives_the_tokens_of_transformers(case: Case, padded: 
     new = 12
     ids, begun = case.ids[:, :8], 1 if case.two_stacks else 8  # the columns of what generation continues
     mask = torch.ones_like(ids)
-    if padded:
+    if padded and case.row.model.startswith("Bart"):
+        if not case.two_stacks:
+            return  # transformers numbers columns, so what is padded on the left is not what it is alone
+        mask[0, -3:] = 0
+    elif padded:
         mask[0, :3] = 0
     context = case.ours.spec.context or 64
     if begun + new > context:
@@ -658,6 +662,7 @@ T5_NEWER = {
 COUNTS = {
     "albert/base-v2": 11_683_584, "albert/large-v2": 17_683_968, "albert/xlarge-v2": 58_724_864,
     "albert/xxlarge-v2": 222_595_584,
+    "bart/base": 139_420_416, "bart/large": 406_291_456,
     "bert/base-uncased": 109_482_240, "bert/base-cased": 108_310_272, "bert/large-uncased": 335_141_888,
     "bert/large-cased": 333_579_264, "roberta/base": 124_645_632, "roberta/large": 355_359_744,
     **{f"{name}/{size}": count for name in ("bloom", "bloomz") for size, count in (

@@ -22,6 +22,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "families/mpt.py": ("tests/test_families_alibi.py",),
     "families/albert.py": ("tests/test_families_bert.py",),
     "families/t5.py": ("tests/test_families_t5.py",),
+    "families/bart.py": ("tests/test_families_bart.py",),
     "opening.py": ("tests/test_families_t5.py",),
     "exporting.py": ("tests/test_families_t5.py",),
 }
@@ -857,6 +858,30 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("labels of a pair", "replace(task=labels.task)", "replace(task=labels.task, labels=2)"),
         ("groups are written", '"num_hidden_groups": len(stack.layers),', '"num_hidden_groups": 1,'),
         ("layers are written", "len(stack.layers) * stack.repeat", "len(stack.layers)"),
+    ],
+    "families/bart.py": [
+        ("both ways", "Causal() if decoder else Everything()", "Causal()"),
+        ("biases of the attention", ', "bias": "all"}', "}"),
+        (
+            "positions after two rows",
+            "LearnedPositionSpec(size=positions, offset=OFFSET)",
+            "LearnedPositionSpec(size=positions + 2)",
+        ),
+        ("norm of the input", "            input_norm=norm,\n", ""),
+        ("post-norm", "op=op, after=norm, dropout=rate", "op=op, post=norm, dropout=rate"),
+        ("dropout of a step", "op=op, after=norm, dropout=rate", "op=op, after=norm"),
+        ("scale of the embedding", '"root" if fields.flag("scale_embedding", False) else "none"', '"none"'),
+        ("padding row", "            padding=special.pad,\n", ""),
+        (
+            "heads of each stack",
+            'fields.count(f"{side}_attention_heads", 16)',
+            'fields.count("encoder_attention_heads", 16)',
+        ),
+        ("widths of each stack", 'fields.count(f"{side}_ffn_dim", 4096)', 'fields.count("encoder_ffn_dim", 4096)'),
+        ("layers of each stack", 'fields.layers(f"{side}_layers", 12)', 'fields.layers("encoder_layers", 12)'),
+        ("bias of the logits", "bias=fields.filled(BIAS)", "bias=False"),
+        ("old fields are refused", "fields.must(name, value)", "pass"),
+        ("the unused buffer is written", "return {BIAS: (1, spec.embedding.vocabulary)} if bare else {}", "return {}"),
     ],
     "families/t5.py": [
         ("unscaled scores", '"scale": 1.0, ', ""),

@@ -65,6 +65,8 @@ def save(
     if format == "hf":
         read = _with_extras(model.spec, chosen, origin, called, plan, read)
     more: dict[str, Any] = {} if origin is None or origin.metadata is None else {"metadata": origin.metadata}
+    if format == "hf" and origin is not None and plan == {entry.name: entry for entry in origin.stored.values()}:
+        more["index"] = origin.index
     save_checkpoint(directory, plan, read, shard_size=shard_size, shards=shards, extra_files=files, force=force, **more)
 
 
@@ -113,6 +115,10 @@ def _with_extras(
     extra: dict[str, Tensor] = {}
     if origin is None:  # transformers asks for both of two names, also where one is not used
         extra = {one: read(twin) for twin, one in chosen.aliases.items() if twin in plan and one not in plan}
+        if spec.head is not None and not spec.head.tied:  # transformers then keeps the tables of the stacks apart too
+            extra |= {one: read(first) for one, first in chosen.copies.items() if first in plan and one not in plan}
+        dtype = next(iter(plan.values())).dtype
+        extra |= {called(name): torch.zeros(shape, dtype=dtype) for name, shape in chosen.zeros(spec).items()}
     else:
         extra = {called(name): tensor for name, tensor in origin.extras.items()}
         tied = spec.head is not None and spec.head.tied

@@ -39,6 +39,7 @@ class Origin:
     extras: dict[str, Tensor] = field(default_factory=dict)  # what is not used, kept to be written back
     shards: dict[str, list[str]] | None = None  # which tensors shared a file
     metadata: dict[str, str] | None = None  # of the safetensors files
+    index: dict[str, Any] | None = None  # and of the index of shards
     generation: dict[str, Any] = field(default_factory=dict)  # generation_config.json
     initialised: list[str] = field(default_factory=list)  # parameters the file lacked, with allow_missing
 
@@ -75,7 +76,7 @@ def open_source(located: Located) -> Opened:
         )
     config = read_json(directory / "config.json")
     opened = _understand(located, Checkpoint(located.path), config, (directory / "config.json").read_bytes())
-    opened.origin.generation = _generation(directory)
+    opened.origin.generation = _generation(directory, config)
     return opened
 
 
@@ -93,20 +94,21 @@ def _understand(located: Located, checkpoint: Any, config: dict[str, Any], text:
         heads = {rule.theirs for rule in chosen.weights if isinstance(rule.theirs, str)}
         names = {name if name in heads else chosen.base + name: stored for name, stored in names.items()}
     try:
-        spec = chosen.spec(Fields(config, frozenset(names), where))
+        spec = chosen.spec(Fields(config, frozenset(names), where, lambda name: checkpoint.read(names[name])))
     except CheckpointError:
         raise
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}" if where not in str(error) else str(error)) from None
     tied = spec.head is not None and spec.head.tied
+    own = {rule.theirs for rule in chosen.heads(spec)}  # a decoder alone may call the embedding what others call a copy
     for twin, original in {**chosen.copies, **(chosen.aliases if tied else {})}.items():
-        if twin in names and original not in names:  # its writer kept the other one of the two
+        if twin in names and original not in names and twin not in own:  # its writer kept the other one of the two
             names[original] = names.pop(twin)
     origin = Origin(located, chosen, config, text, bare)
     if isinstance(checkpoint, Checkpoint):
         origin.stored = {name: checkpoint.entries[stored] for name, stored in names.items()}
         origin.shards = {file: list(shard.entries) for file, shard in checkpoint.shards.items()}
-        origin.metadata = checkpoint.metadata
+        origin.metadata, origin.index = checkpoint.metadata, checkpoint.index
     view = _Renamed(checkpoint, names)
     origin.extras = {
         name: view.read(name) for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in chosen.ignored)
@@ -167,9 +169,11 @@ def _renamed(entries: Iterable[str], chosen: Family, where: str) -> dict[str, st
     return names
 
 
-def _generation(directory: Path) -> dict[str, Any]:
+def _generation(directory: Path, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """generation_config.json; of older files what config.json forces, the rest is in the spec."""
     path = directory / "generation_config.json"
-    return read_json(path) if path.is_file() else {}
+    forced = ("forced_bos_token_id", "forced_eos_token_id")
+    return read_json(path) if path.is_file() else {n: v for n, v in (config or {}).items() if n in forced}
 
 
 def gguf_tokenizer(path: Path) -> Any:

@@ -10,6 +10,7 @@ from lamina.specs import unknown
 
 FAMILIES = {
     "albert": "albert:ALBERT",
+    "bart": "bart:BART",
     "bert": "bert:BERT",
     "bloom": "bloom:BLOOM",
     "falcon": "falcon:FALCON",

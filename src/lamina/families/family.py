@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from lamina.errors import CheckpointError
 from lamina.model import ModelSpec, SpecialTokens
-from lamina.weights.rules import Rule
+from lamina.weights.rules import Rule, Shape
 
 LARGEST = 2**24
 """No dimension or count of a published model comes near this; a file that says more is damaged or hostile."""
@@ -29,6 +31,7 @@ class Family:
     )  # what a tied head is called, if stored too: theirs -> theirs
     copies: Mapping[str, str] = field(default_factory=dict)  # the embedding under the names of stacks: T5, BART
     ignored: tuple[str, ...] = ()  # name patterns of what is kept but not used: buffers, Gemma 3's vision tower
+    zeros: Callable[[ModelSpec], Mapping[str, Shape]] = lambda spec: {}  # what a new file holds unused: BART's buffer
     renamed: tuple[tuple[str, str], ...] = ()  # names of old files: (regular expression, what stands there now)
     sizes: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # published sizes, as configurations
 
@@ -38,16 +41,21 @@ class Family:
 
 
 class Fields:
-    """A config.json, read field by field with bounds; `names` are the tensors of the checkpoint, where there is one."""
+    """A config.json, read field by field with bounds; `names` are the tensors of the checkpoint, where there is one,
+    and `read` gives them."""
 
     def __init__(
-        self, config: Mapping[str, Any], names: frozenset[str] | None = None, where: str = "config.json"
+        self,
+        config: Mapping[str, Any],
+        names: frozenset[str] | None = None,
+        where: str = "config.json",
+        read: Callable[[str], Tensor] | None = None,
     ) -> None:
-        self.config, self.names, self.where = config, names, where
+        self.config, self.names, self.where, self.read = config, names, where, read
 
     def over(self, defaults: Mapping[str, Any]) -> Fields:
         """The same, where the configuration leaves out what equals the family's defaults; null stays null."""
-        return Fields({**defaults, **self.config}, self.names, self.where)
+        return Fields({**defaults, **self.config}, self.names, self.where, self.read)
 
     def __contains__(self, name: str) -> bool:
         return self.config.get(name) is not None
@@ -115,6 +123,10 @@ class Fields:
         if value is not None and (type(value) is not int or not -1 <= value <= 2**31):
             raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be a token id")
         return value
+
+    def filled(self, name: str) -> bool:
+        """Whether the checkpoint has this tensor and it is not zero; without a file to look at, whether it has it."""
+        return name in (self.names or ()) and (self.read is None or bool(self.read(name).any()))
 
     def headless(self) -> bool:
         """Whether the checkpoint is a bare model: `LlamaModel`, `GPT2Model`, `BertModel`."""

@@ -32,7 +32,7 @@ class Limits:
     ends: tuple[int, ...] = ()
     pad: int = 0
     stops: tuple[tuple[int, ...], ...] = ()
-    first: int | None = None  # the first new token of an encoder-decoder is this one: BART's <s>
+    first: int | None = None  # the first new token of an encoder-decoder, after its start id alone: BART's <s>
     last: int | None = None  # and so is the last one, where `most` is reached: BART's </s>
 
 
@@ -130,7 +130,7 @@ def limits_of(model: Model, most: int, least: int = 0, stop: Sequence[Stop] = ()
     ends = tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
     pad = said.get("pad_token_id", special.pad)
     pad = pad if pad is not None else ends[0] if ends else 0
-    first, last = (said.get(name) if two_stacks(model) else None for name in ("forced_bos_token_id", FORCED_END))
+    first, last = said.get("forced_bos_token_id") if two_stacks(model) else None, said.get(FORCED_END)
     last = last[0] if isinstance(last, list) else last
     return Limits(most=most, least=least, ends=ends, pad=pad, stops=stops, first=first, last=last)
 
@@ -170,7 +170,8 @@ def stream(
             )
         if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
             raise LaminaError(f"the logits of new token {count} are not finite; the weights or the dtype are at fault")
-        forced = limits.first if count == 0 else limits.last if count + 1 == limits.most else None
+        begins = count == 0 and ids.shape[1] == 1
+        forced = limits.first if begins else limits.last if count + 1 == limits.most else None
         chosen = (
             sampling.choose(logits, generator) if forced is None else torch.full_like(done, forced, dtype=ids.dtype)
         )

@@ -26,6 +26,7 @@ __all__ = ["Checkpoint", "Entry", "SafetensorsFile", "read_json", "save_checkpoi
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LONG = 100_000_000  # bytes that an index may have
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PICKLE_REMEDY = (
@@ -118,6 +119,9 @@ class Checkpoint:
             self.ignored = ()
         self.files = tuple(shard.path for shard in self.shards.values())
         self.entries = {name: entry for shard in self.shards.values() for name, entry in shard.entries.items()}
+        sharded = self.path.is_dir() and SINGLE not in self.shards
+        said = read_json(self.path / INDEX, limit=LONG).get("metadata") if sharded else None
+        self.index: dict[str, Any] | None = said if isinstance(said, dict) else None  # what it says beside the places
         self.metadata: dict[str, str] = {}
         for shard in self.shards.values():  # shards agree, as a rule; if not, the first one that says a thing counts
             self.metadata = shard.metadata | self.metadata
@@ -157,7 +161,7 @@ def _open_directory(directory: Path) -> dict[str, SafetensorsFile]:
 def _open_shards(directory: Path) -> dict[str, SafetensorsFile]:
     """Every shard that the index names, after checking that index and shards tell the same story."""
     index = directory / INDEX
-    homes = read_json(index, limit=100_000_000).get("weight_map")
+    homes = read_json(index, limit=LONG).get("weight_map")
     if not isinstance(homes, dict) or not homes or not all(isinstance(home, str) for home in homes.values()):
         raise CheckpointError(f"{index}: `weight_map` must map names of tensors to names of files")
     names = sorted(set(homes.values()))

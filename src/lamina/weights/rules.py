@@ -41,6 +41,17 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class OneRow:
+    """A vector stored as a matrix of one row (BART's bias of the logits)."""
+
+    def load(self, theirs: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        return [tensor.flatten() for tensor in theirs]
+
+    def save(self, ours: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor[None] for tensor in ours]
+
+
+@dataclass(frozen=True)
 class Fused:
     """Several of ours stored as one, one after the other along the output (GPT-2's q, k, v); `turned` as in Turn.
 
@@ -72,7 +83,7 @@ class Rule:
 
     ours: str | tuple[str, ...]
     theirs: str | tuple[str, ...]
-    op: Same | Turn | Fused = field(default_factory=Same)
+    op: Same | Turn | OneRow | Fused = field(default_factory=Same)
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ class Move:
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
-    op: Same | Turn | Fused
+    op: Same | Turn | OneRow | Fused
 
 
 def bind(rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> list[Move]:

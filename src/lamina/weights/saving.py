@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -52,15 +52,15 @@ def save_checkpoint(
     shards: Mapping[str, Iterable[str]] | None = None,
     extra_files: Mapping[str, bytes] = MappingProxyType({}),
     metadata: Mapping[str, str] | None = FORMAT,
-    parameters: int | None = None,
+    index: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> None:
     """Writes a directory as transformers' `save_pretrained` would: one file, or shards of `shard_size` and an index.
 
     Tensors go to shards in the order of `plan`, or as `shards` (names by file) says where that lists exactly the plan
-    and keeps to `shard_size`. `extra_files` (config.json, 1_Pooling/config.json, ...) go beside them. `parameters` is
-    what the index says of their number, by default the items of all tensors. The directory appears whole or not at
-    all. One that is there and not empty is refused, or, with `force`, replaced if it is a checkpoint.
+    and keeps to `shard_size`. `extra_files` (config.json, 1_Pooling/config.json, ...) go beside them. `index` is
+    what the index says beside the places: by default, bytes and items of all tensors. The directory appears whole or
+    not at all. One that is there and not empty is refused, or, with `force`, replaced if it is a checkpoint.
     """
     target = Path(os.path.realpath(directory))
     files_of = _told(plan, shards or {}, shard_size) or _split(plan, shard_size)
@@ -68,7 +68,7 @@ def save_checkpoint(
     _check_target(target, force)
     files = dict(extra_files)
     if len(files_of) > 1:
-        files["model.safetensors.index.json"] = _index(plan, files_of, parameters)
+        files["model.safetensors.index.json"] = _index(plan, files_of, index)
     needed = sum(_bytes(shard, metadata) for shard in files_of.values()) + sum(map(len, files.values()))
     with _reported(target, needed), _locked(_partial(target), directory=True) as (partial, _):
         for name, shard in files_of.items():
@@ -125,12 +125,12 @@ def _split(plan: Plan, shard_size: int) -> dict[str, Plan]:
     return {f"model-{place:05d}-of-{len(shards):05d}.safetensors": shard for place, shard in enumerate(shards, 1)}
 
 
-def _index(plan: Plan, shards: Mapping[str, Plan], parameters: int | None) -> bytes:
-    if parameters is None:
+def _index(plan: Plan, shards: Mapping[str, Plan], said: Mapping[str, Any] | None) -> bytes:
+    if said is None:
         parameters = sum(entry.nbytes // entry.dtype.itemsize for entry in plan.values())
-    size = sum(entry.nbytes for entry in plan.values())
+        said = {"total_parameters": parameters, "total_size": sum(entry.nbytes for entry in plan.values())}
     homes = {name: file for file, shard in shards.items() for name in shard}
-    index = {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": homes}
+    index = {"metadata": said, "weight_map": homes}
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode("utf-8")
 
 
