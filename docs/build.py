@@ -127,7 +127,8 @@ def families_table() -> str:
             name, _, number = size.partition("/")
             groups.setdefault(name, []).append(number)
         said = "; ".join(f"{name}: {', '.join(numbers)}" for name, numbers in groups.items())
-        rows.append(f"| `{model_type}` | {said or '-'} |")
+        name = f"`{model_type}`" if family(model_type).config is not None else f"no files: {model_type}"
+        rows.append(f"| {name} | {said or '-'} |")
     return "\n".join(rows) + "\n"
 
 

@@ -49,6 +49,34 @@ ENCODER = {
 }
 EARLY = {name: value for name, value in DECODER.items() if name != "head_dim"}
 GEMMA = DECODER | {"pad_token_id": 0, "rms_norm_eps": 1e-3}
+GPTJ = {
+    "vocab_size": VOCABULARY,
+    "n_positions": 40,
+    "n_embd": 36,
+    "n_layer": 3,
+    "n_head": 3,
+    "rotary_dim": 6,
+    "bos_token_id": 1,
+    "eos_token_id": 96,
+}
+NEOX = ENCODER | {
+    "rotary_pct": 0.5,
+    "rotary_emb_base": 300.0,
+    "bos_token_id": 1,
+    "eos_token_id": 96,
+}
+OPT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 36,
+    "ffn_dim": 50,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 40,
+    "attention_dropout": 0.2,
+    "bos_token_id": 2,
+    "eos_token_id": 96,
+    "pad_token_id": None,
+}
 LABELS = {"id2label": {0: "north", 1: "east", 2: "south"}, "label2id": {"north": 0, "east": 1, "south": 2}}
 ROBERTA = ENCODER | {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
 BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 30, "n_layer": 3, "n_head": 6, "bos_token_id": 1, "eos_token_id": 96}
@@ -135,6 +163,29 @@ ROWS = [
                           "scale_attn_weights": False, "activation_function": "relu", "bos_token_id": 1,
                           "eos_token_id": 96},
     }),
+    *_rows("GPTJForCausalLM", "GPTJConfig", {
+        "gptj": GPTJ | {"n_inner": 50, "layer_norm_epsilon": 1e-3},
+        "gptj-tied": GPTJ | {"tie_word_embeddings": True, "rotary_dim": 12, "activation_function": "relu"},
+    }),
+    *_rows("GPTJModel", "GPTJConfig", {"gptj-bare": GPTJ}),
+    *_rows("GPTNeoXForCausalLM", "GPTNeoXConfig", {
+        "gpt_neox": NEOX | {"layer_norm_eps": 1e-3},
+        "gpt_neox-sequential": NEOX | {"use_parallel_residual": False, "attention_bias": False,
+                                       "tie_word_embeddings": True, "hidden_act": "gelu_new"},
+        "gpt_neox-linear": NEOX | {"hidden_dropout": 0.1,  # Falcon can say it without
+                                   "rope_parameters": {"rope_type": "linear", "rope_theta": 300.0, "factor": 4.0,
+                                                       "partial_rotary_factor": 1.0}},
+    }),
+    *_rows("GPTNeoXModel", "GPTNeoXConfig", {"gpt_neox-bare": NEOX}),
+    *_rows("OPTForCausalLM", "OPTConfig", {
+        "opt": OPT,
+        "opt-padding": OPT | {"pad_token_id": 1, "tie_word_embeddings": False, "activation_function": "gelu"},
+        "opt-narrow": OPT | {"word_embed_proj_dim": 20, "do_layer_norm_before": False},
+        "opt-wide-untied": OPT | {"word_embed_proj_dim": 44, "tie_word_embeddings": False},
+        "opt-plain": OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False},
+        "opt-no-last-norm": OPT | {"_remove_final_layer_norm": True},
+    }),
+    *_rows("OPTModel", "OPTConfig", {"opt-bare": OPT}),
     *_rows("LlamaForCausalLM", "LlamaConfig", {
         "llama": DECODER | {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3},
         "llama-tied": DECODER | {"tie_word_embeddings": True, "num_key_value_heads": 6, "head_dim": 6},

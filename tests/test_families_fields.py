@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from lamina.families import Fields, family
-from lamina.layers import AlibiSpec, LayerNormSpec, LearnedPositionSpec, LinearScaling, RMSNormSpec, YarnScaling
+from lamina.layers import (
+    AlibiSpec,
+    LayerNormSpec,
+    LearnedPositionSpec,
+    LinearScaling,
+    RMSNormSpec,
+    TransformSpec,
+    YarnScaling,
+)
 from lamina.model import ModelSpec
 from lamina.patterns import Causal, Everything, Window
 
@@ -31,11 +39,15 @@ CONFIGS = {
     "mpt": {"vocab_size": 50, "d_model": 16, "n_layers": 2, "n_heads": 4},
     "bert": DECODER,
     "roberta": DECODER,
+    "gptj": {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "rotary_dim": 4},
+    "gpt_neox": DECODER,
+    "opt": DECODER | {"ffn_dim": 24},
 }
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 ATTENTION, FEED = "layers.0.steps.0.op", "layers.0.steps.1.op"
 BRANCH = "layers.0.steps.0.op.branches.0.op"
+PARALLEL, BESIDE = "layers.0.steps.0.op.branches.0", "layers.0.steps.0.op.branches.1"
 WINDOW = Causal() & Window(back=7)
 LINEAR = {"type": "linear", "factor": 4.0}  # as files before transformers 5 say it
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
@@ -148,6 +160,53 @@ ROWS: list[tuple[str | tuple[str, ...], dict[str, Any], str, Any]] = [
     ("roberta", {"pad_token_id": 3}, "position.size", 60),
     ("bert", {"pad_token_id": 3}, "embedding.padding", 3),
     ("bert", {"type_vocab_size": 5}, "segment.count", 5),
+    ("gptj", {"layer_norm_epsilon": 1e-3}, "norm.eps", 1e-3),
+    ("gptj", {"layer_norm_epsilon": 1e-3}, "layers.1.steps.0.pre.eps", 1e-3),
+    ("gptj", {"attn_pdrop": 0.3}, f"{PARALLEL}.op.dropout", 0.3),
+    ("gptj", {"resid_pdrop": 0.3}, f"{PARALLEL}.dropout", 0.3),
+    ("gptj", {"resid_pdrop": 0.3}, f"{BESIDE}.dropout", 0.3),
+    ("gptj", {"resid_pdrop": 0.3}, "layers.0.steps.0.dropout", 0.0),
+    ("gptj", {"embd_pdrop": 0.3}, "dropout", 0.3),
+    ("gptj", {"rotary_dim": 8}, f"{PARALLEL}.op.rotary.width", None),
+    ("gptj", {}, f"{PARALLEL}.op.rotary.width", 4),
+    ("gptj", {"n_inner": 20}, f"{BESIDE}.op.hidden", 20),
+    ("gptj", {}, f"{BESIDE}.op.hidden", 64),
+    ("gptj", {}, f"{BESIDE}.op.act", "gelu_tanh"),
+    ("gptj", {}, "head.tied", False),
+    ("gpt_neox", {"layer_norm_eps": 1e-3}, f"{BESIDE}.pre.eps", 1e-3),
+    ("gpt_neox", {"layer_norm_eps": 1e-3}, "norm.eps", 1e-3),
+    ("gpt_neox", {"attention_dropout": 0.3}, f"{PARALLEL}.op.dropout", 0.3),
+    ("gpt_neox", {"hidden_dropout": 0.3}, f"{PARALLEL}.dropout", 0.3),
+    ("gpt_neox", {"hidden_dropout": 0.3}, f"{BESIDE}.dropout", 0.3),
+    ("gpt_neox", {"hidden_dropout": 0.3}, "dropout", 0.3),
+    ("gpt_neox", {"hidden_dropout": 0.3, "use_parallel_residual": False}, "layers.0.steps.1.dropout", 0.3),
+    ("gpt_neox", {"use_parallel_residual": False}, f"{ATTENTION}.bias", "all"),
+    ("gpt_neox", {"attention_bias": False}, f"{PARALLEL}.op.bias", "none"),
+    ("gpt_neox", {"rotary_pct": 0.5}, f"{PARALLEL}.op.rotary.width", 4),
+    ("gpt_neox", {}, f"{PARALLEL}.op.rotary.width", 2),
+    ("gpt_neox", {"rotary_emb_base": 77}, f"{PARALLEL}.op.rotary.base", 77.0),
+    ("gpt_neox", {"rotary_emb_base": 7, "rope_parameters": {"rope_theta": 77}}, f"{PARALLEL}.op.rotary.base", 77.0),
+    ("gpt_neox", {"rope_scaling": LINEAR}, f"{PARALLEL}.op.rotary.scaling", LinearScaling(factor=4.0)),
+    ("gpt_neox", {"tie_word_embeddings": True}, "head.tied", True),
+    ("gpt_neox", {}, f"{BESIDE}.op.act", "gelu"),
+    ("opt", {"dropout": 0.3}, "layers.0.steps.0.dropout", 0.3),
+    ("opt", {"dropout": 0.3}, "layers.0.steps.1.dropout", 0.3),
+    ("opt", {"dropout": 0.3}, "dropout", 0.0),  # of the embedding there is none
+    ("opt", {"attention_dropout": 0.3}, f"{ATTENTION}.dropout", 0.3),
+    ("opt", {"enable_bias": False}, f"{ATTENTION}.bias", "none"),
+    ("opt", {"enable_bias": False}, f"{FEED}.bias", False),
+    ("opt", {}, f"{FEED}.act", "relu"),
+    ("opt", {"do_layer_norm_before": False}, "layers.0.steps.0.pre", None),
+    ("opt", {"do_layer_norm_before": False}, "layers.0.steps.1.after", LayerNormSpec()),
+    ("opt", {"do_layer_norm_before": False}, "norm", None),
+    ("opt", {"_remove_final_layer_norm": True}, "norm", None),
+    ("opt", {"layer_norm_elementwise_affine": False}, "norm", LayerNormSpec(bias=False, weight=False)),
+    ("opt", {"word_embed_proj_dim": 20}, "embedding.inner", 20),
+    ("opt", {"word_embed_proj_dim": 20}, "head.transform", TransformSpec(width=20, bias=False)),
+    ("opt", {"word_embed_proj_dim": 32}, "embedding.inner", None),
+    ("opt", {}, "embedding.padding", 1),
+    ("opt", {}, "position.offset", 2),
+    ("opt", {"tie_word_embeddings": False}, "head.tied", False),
 ]  # fmt: skip
 CASES = [(one, *rest) for kinds, *rest in ROWS for one in ([kinds] if isinstance(kinds, str) else kinds)]
 

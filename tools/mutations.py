@@ -25,6 +25,8 @@ ALSO: dict[str, tuple[str, ...]] = {
     "families/bart.py": ("tests/test_families_bart.py",),
     "opening.py": ("tests/test_families_t5.py",),
     "exporting.py": ("tests/test_families_t5.py",),
+    "families/gpt_neox.py": ("tests/test_families_parallel.py",),
+    "families/palm.py": ("tests/test_families_unpublished.py",),
 }
 """Files whose faults may also be noticed further up."""
 
@@ -377,11 +379,12 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "layers/norm.py": [
         (
             "LayerNorm: eps",
-            "self.weight.shape, self.weight, self.bias, self.eps)",
-            "self.weight.shape, self.weight, self.bias)",
+            "self.width, self.weight, self.bias, self.eps)",
+            "self.width, self.weight, self.bias)",
         ),
         ("LayerNorm: bias", "self.weight, self.bias, self.eps", "self.weight, None, self.eps"),
         ("LayerNorm: no bias", "if spec.bias else None", "if True else None"),
+        ("LayerNorm: no weight", "torch.ones(width)) if spec.weight else None", "torch.ones(width))"),
         (
             "RMSNorm: eps",
             "return F.rms_norm(x, self.weight.shape, self.weight, spec.eps)",
@@ -639,9 +642,10 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
         (
             "norms of branches",
-            "return self.op(x if self.pre is None else self.pre(x), call)",
-            "return self.op(x, call)",
+            "return dropout(self.op(x if self.pre is None else self.pre(x), call)",
+            "return dropout(self.op(x, call)",
         ),
+        ("dropout of branches", "call), self.spec.dropout, self.training)", "call), 0.0, self.training)"),
         ("sum of branches", "first = first + other", "pass"),
     ],
     "layers/stack.py": [
@@ -726,10 +730,46 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("scale", 'None if fields.flag("scale_attn_weights", True) else 1.0', "None"),
         ("activation", 'act=fields.choice("activation_function", ACTIVATIONS, "gelu_new")', 'act="gelu_tanh"'),
         ("attention dropout", 'dropout=fields.number("attn_pdrop", 0.1)', "dropout=0.1"),
-        ("residual dropout", 'residual_dropout = fields.number("resid_pdrop", 0.1)', "residual_dropout = 0.1"),
+        ("residual dropout", 'dropout=fields.number("resid_pdrop", 0.1)', "dropout=0.1"),
         ("embedding dropout", 'dropout=fields.number("embd_pdrop", 0.1)', "dropout=0.1"),
         ("untied head", 'tied=fields.flag("tie_word_embeddings", True)', "tied=True"),
         ("inner width", 'hidden=fields.count("n_inner", 4 * width)', "hidden=4 * width"),
+    ],
+    "families/gptj.py": [
+        ("pairs of the phases", "interleaved=True", "interleaved=False"),
+        ("partial width", "width=None if turned == size else turned", "width=None"),
+        ("bias of the head", "LanguageHeadSpec(tied=tied, bias=True)", "LanguageHeadSpec(tied=tied)"),
+        ("one norm for both", "shared=norm", "own=norm"),
+        ("eps", 'LayerNormSpec(eps=fields.number("layer_norm_epsilon", 1e-5))', "LayerNormSpec()"),
+        ("dropout of branches", 'dropout=fields.number("resid_pdrop", 0.0)', "dropout=0.0"),
+    ],
+    "families/gpt_neox.py": [
+        ("heads side by side in one matrix", "Fused(groups=attention.heads)", "Fused()"),
+        ("sequential", 'fields.flag("use_parallel_residual", True)', "True"),
+        ("two norms", "own=norm", "shared=norm"),
+        ("partial width", '"partial_rotary_factor": part', '"partial_rotary_factor": 1.0'),
+        ("base", '"rope_theta": base', '"rope_theta": 10_000.0'),
+        ("biases of attention", 'bias="all" if fields.flag("attention_bias", True) else "none"', 'bias="all"'),
+        ("full width is said", '{"partial_rotary_factor": 1.0, **', "{**"),
+        ("the other name of the head", 'renamed=((r"^lm_head\\.", "embed_out."),)', "renamed=()"),
+    ],
+    "families/opt.py": [
+        ("rows before the first", "offset=2", "offset=0"),
+        ("post-norm", "(norm, None) if before else (None, norm)", "(norm, None)"),
+        ("last norm", 'if before and not fields.flag("_remove_final_layer_norm", False)', "if before"),
+        ("biases", '"all" if bias else "none"', '"all"'),
+        ("norms without weights", "LayerNormSpec(bias=affine, weight=affine)", "LayerNormSpec()"),
+        ("narrow table", "None if inner == width else TransformSpec(width=inner, bias=False)", "None"),
+        ("padding", "padding=special.pad,", "padding=None,"),
+    ],
+    "families/palm.py": [
+        ("one key head", "key_heads=1", "key_heads=3"),
+        ("scale of the logits", "LanguageHeadSpec(scale=width**-0.5)", "LanguageHeadSpec()"),
+        ("no bias in the norms", "LayerNormSpec(bias=False)", "LayerNormSpec()"),
+        ("one norm for both", "shared=norm", "own=norm"),
+        ("SwiGLU", 'act="silu"', 'act="gelu"'),
+        ("pairs of the phases", "interleaved=True", "interleaved=False"),
+        ("width of the feed-forward", "hidden=4 * width", "hidden=3 * width"),
     ],
     "families/llama.py": [
         ("eps", 'RMSNormSpec(eps=fields.number("rms_norm_eps", 1e-6))', "RMSNormSpec(eps=1e-6)"),
@@ -773,8 +813,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("activation", 'act = fields.choice("hidden_act", ACTIVATIONS, "gelu")', 'act = "gelu"'),
         (
             "post-norm",
-            'StepSpec(name="attention", op=attention, after=norm,',
-            'StepSpec(name="attention", op=attention, post=norm,',
+            "in_turn(attention, feedforward, after=norm,",
+            "in_turn(attention, feedforward, post=norm,",
         ),
         ("dropout", 'rate = fields.number("hidden_dropout_prob", 0.1)', "rate = 0.1"),
         ("positions after padding", "offset = special.pad + 1 if roberta", "offset = special.pad if roberta"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamina.errors import LaminaError, UnsupportedError
+from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.families import FAMILIES, Family, Fields, family
 from lamina.locate import Located
 from lamina.model import Model, ModelSpec
@@ -77,15 +77,25 @@ def exportable(spec: ModelSpec, preferred: Family | None = None) -> tuple[Family
     candidates = [preferred] if preferred is not None else []
     candidates += [family(name) for name in FAMILIES if preferred is None or name != preferred.model_type]
     for one in candidates:
+        if one.config is None:
+            continue
+        uncovered = None
         try:
             config = one.config(spec)
-            names = frozenset(name for move in rules.bind(one.rules(spec), shapes) for name in move.theirs)
+            try:
+                names = frozenset(name for move in rules.bind(one.rules(spec), shapes) for name in move.theirs)
+            except CheckpointError as error:  # a field of the spec says it better, where one differs
+                names, uncovered = None, str(error)
             back = one.spec(Fields(config, names, f"{one.model_type} config"))
         except (LaminaError, AttributeError, ValueError) as error:
-            reasons.append((20_000 if isinstance(error, AttributeError) else 10_000, str(error)))
+            far = isinstance(error, AttributeError) or str(error).startswith(("encoder is None", "decoder is None"))
+            reasons.append((20_000 if far else 10_000, str(error)))
             continue
-        if back == spec:
+        if back == spec and uncovered is None:
             return one, config
+        if uncovered is not None and back == spec:
+            reasons.append((1, uncovered))
+            continue
         differing = diff(back, spec)
         path, said, meant = differing[0]
         reason = f"{path} is {_brief(meant)}, and {one.model_type}'s config.json can only say {_brief(said)}"

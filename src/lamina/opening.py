@@ -88,6 +88,10 @@ def _understand(located: Located, checkpoint: Any, config: dict[str, Any], text:
         remote = "; its own code (auto_map) is never run" if "auto_map" in config else ""
         raise CheckpointError(f"{where}: {unknown('model_type', str(model_type), FAMILIES)}{remote}")
     chosen = family(model_type)
+    if chosen.config is None:
+        raise CheckpointError(
+            f"{where}: model_type is {model_type!r}, whose weights were never published in this layout"
+        )
     names = _renamed(checkpoint.entries, chosen, where)
     bare = bool(chosen.base) and not any(name.startswith(chosen.base) for name in names)
     if bare:

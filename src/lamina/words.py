@@ -97,6 +97,11 @@ def residual(step: StepSpec) -> str:
     return ", ".join([f"residual, {place}", *more])
 
 
+def _branch(spec: BranchSpec) -> str:
+    parts = ["branch", *(["pre-norm"] if spec.pre is not None else [])]
+    return ", ".join(parts + ([f"dropout {spec.dropout:g}"] if spec.dropout else []))
+
+
 BIASES = {"none": [], "qkv": ["biases on q, k, v"], "all": ["biases"], "qvo": ["biases on q, v, o"]}
 
 
@@ -178,7 +183,8 @@ def _rms_norm(spec: RMSNormSpec) -> str:
 
 
 def _layer_norm(spec: LayerNormSpec) -> str:
-    return "LayerNorm" + ("" if spec.bias else " without bias") + f" eps {spec.eps:g}"
+    lacks = "" if spec.bias else " without bias" if spec.weight else " without weight and bias"
+    return f"LayerNorm{lacks} eps {spec.eps:g}"
 
 
 def _embedding(spec: EmbeddingSpec) -> str:
@@ -224,8 +230,8 @@ def _alibi(spec: AlibiSpec) -> str:
 WORDS: dict[type, Callable[[Any], str]] = {
     AlibiSpec: _alibi,
     AttentionSpec: _attention,
+    BranchSpec: _branch,
     Both: _pattern,
-    BranchSpec: lambda spec: "branch" if spec.pre is None else "branch, pre-norm",
     BucketBiasSpec: _bucket_bias,
     Causal: lambda spec: "causal",
     CrossAttentionSpec: _cross,

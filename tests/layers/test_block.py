@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lamina.errors import LaminaError
 from lamina.layers import (
     BranchSpec,
     Call,
@@ -139,6 +140,18 @@ def test_dropout_is_on_the_output_of_the_operation():
     assert out.unique().tolist() == pytest.approx([0.0, 2.0], abs=1e-6)
     assert torch.equal(out, out[:, :1, :1].expand_as(out))  # rows as a whole
     assert torch.equal(branch.eval()(x, call()), x + 1)
+
+
+def test_dropout_of_branches_is_drawn_for_each():
+    x = torch.full((50, 20, 16), 5.0)
+    torch.manual_seed(0)
+    branches = tuple(BranchSpec(name=name, op=OnesSpec(), dropout=0.2) for name in "ab")
+    step = StepSpec(name="parallel", op=SumSpec(branches=branches)).build(16)
+    out = step(x, call()) - 5
+    assert out.unique().tolist() == pytest.approx([0.0, 1.25, 2.5], abs=1e-6)  # one of the two may be dropped alone
+    assert torch.equal(step.eval()(x, call()), x + 2)
+    with pytest.raises(LaminaError, match="dropout=2.0 of the branch 'a' must lie within 0 and 1"):
+        BranchSpec(name="a", op=FEED, dropout=2.0)
 
 
 def stack(**fields) -> tuple[nn.Module, Tensor]:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from lamina.errors import LaminaError
 from lamina.layers import LayerNormSpec, RMSNormSpec
 from tests.small import shake
 
@@ -46,6 +47,11 @@ def test_the_formulas(dtype: torch.dtype, tolerance: float, size: float):
                 shift = layer.bias.tolist() if bias else None
                 expected = torch.tensor(naive_layer(one.tolist(), layer.weight.tolist(), shift, eps), dtype=dtype)
                 torch.testing.assert_close(out, expected, rtol=tolerance * 10, atol=tolerance)
+        plain = LayerNormSpec(eps=eps, bias=False, weight=False).build(5)
+        assert list(plain.parameters()) == []
+        for one, out in zip(x.flatten(0, 1), plain(x).flatten(0, 1)):
+            expected = torch.tensor(naive_layer(one.tolist(), [1.0] * 5, None, eps), dtype=dtype)
+            torch.testing.assert_close(out, expected, rtol=tolerance * 10, atol=tolerance)
         for plus_one in (True, False):
             for wide in (True, False):
                 rms = RMSNormSpec(eps=eps, plus_one=plus_one, wide_product=wide).build(5).to(dtype)
@@ -81,6 +87,11 @@ def test_the_order_of_cast_and_product_is_transformers(dtype: torch.dtype):
             other.load_state_dict(norm.state_dict())
             assert not torch.equal(other(x), out)  # the other order is another function
         outs.append(out)
+
+
+def test_a_bias_without_a_weight_is_refused():
+    with pytest.raises(LaminaError, match="weight=False needs bias=False"):
+        LayerNormSpec(weight=False)
 
 
 def test_large_values_do_not_overflow_in_float16():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ def show(out: Output, source: str, names: str | None, svg: str | None, html: str
         _closed(out, source, closed)
         return
     from lamina.accounting import account
+    from lamina.families import note
     from lamina.source import spec as spec_of
     from lamina.words import shape_of
 
@@ -55,6 +57,7 @@ def show(out: Output, source: str, names: str | None, svg: str | None, html: str
     written = _draw(source, spec, found, {"svg": svg, "html": html})
     document: dict[str, Any] = {"source": source, "what": shape_of(spec), "spec": spec.to_dict()}
     document |= dataclasses.asdict(found) | ({"tensors": tensors} if names else {})
+    document |= {"note": note(source)} if note(source) else {}
     document |= {"written": written} if written else {}
     if written:
         lines = written
@@ -62,6 +65,7 @@ def show(out: Output, source: str, names: str | None, svg: str | None, html: str
         lines = _names(spec, tensors)
     else:
         lines = _lines(source, spec, found, account(spec, context=1))
+        lines += textwrap.wrap(f"Note: {note(source)}.", 80) if note(source) else []
     out.result(document, lines)
 
 
@@ -139,7 +143,7 @@ def _tensors(source: str, spec: ModelSpec) -> list[dict[str, Any]]:
         origin = open_source(located).origin
         chosen = origin.family
         stored = {name: entry.name for name, entry in origin.stored.items()}
-    if chosen is None:
+    if chosen is None or chosen.config is None:
         chosen, _ = exportable(spec)
     shapes = {name: tuple(p.shape) for name, p in spec.build(device="meta").named_parameters()}
     moves = rules.bind(chosen.rules(spec), shapes)

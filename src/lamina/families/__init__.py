@@ -19,16 +19,20 @@ FAMILIES = {
     "gemma3_text": "gemma:GEMMA3",
     "gemma3": "gemma:GEMMA3_MULTIMODAL",
     "gpt2": "gpt2:GPT2",
+    "gpt_neox": "gpt_neox:GPT_NEOX",
+    "gptj": "gptj:GPTJ",
     "llama": "llama:LLAMA",
     "mistral": "llama:MISTRAL",
     "mpt": "mpt:MPT",
+    "opt": "opt:OPT",
+    "palm": "palm:PALM",
     "qwen2": "llama:QWEN2",
     "qwen3": "llama:QWEN3",
     "roberta": "bert:ROBERTA",
     "t5": "t5:T5",
     "mt5": "t5:MT5",  # after T5, which is what a new model is written as
 }
-"""model_type -> module:name. A family is imported when it is asked for."""
+"""model_type -> module:name. A family is imported when it is asked for. One without files ("palm") bears a name."""
 
 
 @cache
@@ -48,4 +52,9 @@ def sizes() -> dict[str, str]:
     return {name: model_type for model_type in FAMILIES for name in family(model_type).sizes}
 
 
-__all__ = ["FAMILIES", "Family", "Fields", "family", "sizes"]
+def note(size: str) -> str | None:
+    """What the publication of a size leaves open, and what stands there; None where it leaves nothing open."""
+    return family(sizes()[size]).notes.get(size.partition("/")[0]) if size in sizes() else None
+
+
+__all__ = ["FAMILIES", "Family", "Fields", "family", "note", "sizes"]

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, need, special_config
+from lamina.families.family import (
+    ACTIVATIONS,
+    Family,
+    Fields,
+    activation_name,
+    in_turn,
+    need,
+    parts,
+    special_config,
+    the,
+)
 from lamina.layers import (
     AttentionSpec,
     EmbeddingSpec,
@@ -19,17 +29,15 @@ from lamina.layers import (
     LabelHeadSpec,
     LanguageHeadSpec,
     LayerNormSpec,
-    LayerSpec,
     LearnedPositionSpec,
     PoolerSpec,
     SegmentSpec,
     StackSpec,
-    StepSpec,
     TransformSpec,
 )
 from lamina.model import ModelSpec
 from lamina.patterns import Everything
-from lamina.weights.rules import Rule
+from lamina.weights.rules import Rule, pairs
 
 Task = Literal["sequence", "next_sentence", "token", "span"]
 
@@ -74,9 +82,8 @@ def spec(fields: Fields, flavour: Flavour) -> ModelSpec:
     fields.must("position_embedding_type", "absolute")
     fields.must("is_decoder", False)
     fields.must("add_cross_attention", False)
-    width, heads = fields.count("hidden_size", 768), fields.count("num_attention_heads", 12)
-    if width % heads:
-        raise ValueError(f"{fields.where}: hidden_size={width} is not a multiple of num_attention_heads={heads}")
+    fields = fields.over({"hidden_size": 768, "num_attention_heads": 12})
+    width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     roberta = flavour.roberta
     special = fields.special(*flavour.special)
     if roberta and special.pad is None:
@@ -90,19 +97,14 @@ def spec(fields: Fields, flavour: Flavour) -> ModelSpec:
     attention = AttentionSpec(
         heads=heads,
         key_heads=heads,
-        head_dim=width // heads,
+        head_dim=fields.head_dim("hidden_size", "num_attention_heads"),
         pattern=Everything(),
         bias="all",
         dropout=fields.number("attention_probs_dropout_prob", 0.1),
     )
     act = fields.choice("hidden_act", ACTIVATIONS, "gelu")
     feedforward = FeedForwardSpec(hidden=fields.count("intermediate_size", 3072), act=act, gated=False, bias=True)
-    layer = LayerSpec(
-        steps=(
-            StepSpec(name="attention", op=attention, after=norm, dropout=rate),
-            StepSpec(name="feedforward", op=feedforward, after=norm, dropout=rate),
-        )
-    )
+    layer = in_turn(attention, feedforward, after=norm, dropout=rate)
     language, pooled, task = _parts(fields, flavour)
     labels_rate = fields.number("classifier_dropout", rate)
     transform = TransformSpec(act="gelu" if roberta else act, norm=norm)
@@ -162,18 +164,8 @@ def labels(fields: Fields, task: Task, rate: float) -> LabelHeadSpec:
 
 def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
     """spec -> config.json."""
-    stack = spec.encoder
-    need(stack is not None and len(stack.layers[0].steps) == 2, "encoder.layers", "are not attention, feedforward")
-    assert stack is not None
-    attention, feedforward = (step.op for step in stack.layers[0].steps)
-    need(isinstance(attention, AttentionSpec), "encoder.layers.0.steps.0.op", f"is a {type(attention).__name__}")
-    need(isinstance(feedforward, FeedForwardSpec), "encoder.layers.0.steps.1.op", f"is a {type(feedforward).__name__}")
-    need(isinstance(stack.position, LearnedPositionSpec), "encoder.position", "is not learned")
-    need(isinstance(stack.input_norm, LayerNormSpec), "encoder.input_norm", "is not a LayerNorm")
-    need(stack.segment is not None, "encoder.segment", "is None")
-    assert isinstance(attention, AttentionSpec) and isinstance(feedforward, FeedForwardSpec)
-    assert isinstance(stack.position, LearnedPositionSpec) and isinstance(stack.input_norm, LayerNormSpec)
-    assert stack.segment is not None
+    stack, attention, feedforward = parts(spec, "encoder")
+    position = the(LearnedPositionSpec, stack.position, "encoder.position")
     said = {
         "model_type": flavour.model_type,
         "architectures": [flavour.name + _kind(spec)],
@@ -185,9 +177,9 @@ def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
         "hidden_act": activation_name(feedforward.act),
         "hidden_dropout_prob": stack.dropout,
         "attention_probs_dropout_prob": attention.dropout,
-        "max_position_embeddings": stack.position.size + stack.position.offset,
-        "type_vocab_size": stack.segment.count,
-        "layer_norm_eps": stack.input_norm.eps,
+        "max_position_embeddings": position.size + position.offset,
+        "type_vocab_size": the(SegmentSpec, stack.segment, "encoder.segment").count,
+        "layer_norm_eps": the(LayerNormSpec, stack.input_norm, "encoder.input_norm").eps,
         "tie_word_embeddings": spec.head is None or spec.head.tied,
         **special_config(spec.special),
     }
@@ -204,25 +196,23 @@ def _kind(spec: ModelSpec) -> str:
     return "Model" if task is None else next(name for name, one in TASKS.items() if one == task)
 
 
-E = "encoder.layers.{i}."
-
-
 def _weights(base: str) -> tuple[Rule, ...]:
-    inner = base + "encoder.layer.{i}."
-    pairs = (
-        *((f"{E}attention.op.{p}", f"{inner}attention.self.{n}") for p, n in zip("qkv", ("query", "key", "value"))),
-        (f"{E}attention.op.o", f"{inner}attention.output.dense"),
-        (f"{E}attention.after", f"{inner}attention.output.LayerNorm"),
-        (f"{E}feedforward.op.up", f"{inner}intermediate.dense"),
-        (f"{E}feedforward.op.down", f"{inner}output.dense"),
-        (f"{E}feedforward.after", f"{inner}output.LayerNorm"),
-        ("encoder.input_norm", f"{base}embeddings.LayerNorm"),
-    )
+    names = {
+        "attention.op.q": "attention.self.query",
+        "attention.op.k": "attention.self.key",
+        "attention.op.v": "attention.self.value",
+        "attention.op.o": "attention.output.dense",
+        "attention.after": "attention.output.LayerNorm",
+        "feedforward.op.up": "intermediate.dense",
+        "feedforward.op.down": "output.dense",
+        "feedforward.after": "output.LayerNorm",
+    }
     return (
         Rule("embedding.weight", f"{base}embeddings.word_embeddings.weight"),
         Rule("encoder.position.weight", f"{base}embeddings.position_embeddings.weight"),
         Rule("encoder.segment.weight", f"{base}embeddings.token_type_embeddings.weight"),
-        *(Rule(f"{ours}.{p}", f"{theirs}.{p}") for ours, theirs in pairs for p in ("weight", "bias")),
+        *pairs("", "", {"encoder.input_norm": f"{base}embeddings.LayerNorm"}),
+        *pairs("encoder.layers.{i}.", base + "encoder.layer.{i}.", names),
     )
 
 
@@ -232,16 +222,16 @@ def heads(spec: ModelSpec, flavour: Flavour) -> tuple[Rule, ...]:
     inside = flavour.roberta and task == "sequence"  # RoBERTa's classifier has its own dense layer
     labels = {"next_sentence": flavour.pair, "span": "qa_outputs"}.get(task or "", "classifier")
     dense, norm = flavour.transform
-    pairs = (
-        ("pooler.dense", "classifier.dense" if inside else f"{flavour.base}{flavour.pooler}"),
-        ("labels.dense", "classifier.out_proj" if inside else labels),
-        ("head.transform.dense", flavour.language + dense),
-        ("head.transform.norm", flavour.language + norm),
-    )
+    names = {
+        "pooler.dense": "classifier.dense" if inside else f"{flavour.base}{flavour.pooler}",
+        "labels.dense": "classifier.out_proj" if inside else labels,
+        "head.transform.dense": flavour.language + dense,
+        "head.transform.norm": flavour.language + norm,
+    }
     # A tied head keeps its bias beside the decoder; an untied one inside it, and the other is not used.
     untied = spec.head is not None and not spec.head.tied
     return (
-        *(Rule(f"{ours}.{p}", f"{theirs}.{p}") for ours, theirs in pairs for p in ("weight", "bias")),
+        *pairs("", "", names),
         Rule("head.weight", f"{flavour.language}decoder.weight"),
         Rule("head.bias", f"{flavour.language}decoder.bias" if untied else f"{flavour.language}bias"),
     )

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from lamina.errors import CheckpointError
+from lamina.layers import (
+    AttentionSpec,
+    BranchSpec,
+    FeedForwardSpec,
+    LayerNormSpec,
+    LayerSpec,
+    RMSNormSpec,
+    StackSpec,
+    StepSpec,
+    SumSpec,
+)
 from lamina.model import ModelSpec, SpecialTokens
 from lamina.weights.rules import Rule, Shape
+
+T = TypeVar("T")
+Norm = LayerNormSpec | RMSNormSpec
 
 LARGEST = 2**24
 """No dimension or count of a published model comes near this; a file that says more is damaged or hostile."""
@@ -18,13 +32,16 @@ LARGEST = 2**24
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type`. `spec` and `config` are inverse to each other wherever the layout can say the spec."""
+    """One `model_type`. `spec` and `config` are inverse to each other wherever the layout can say the spec.
+
+    An architecture without files (PaLM) has sizes alone: no `config` and no `weights`, and a name instead of a type.
+    """
 
     model_type: str
     spec: Callable[[Fields], ModelSpec]
-    config: Callable[[ModelSpec], dict[str, Any]]
-    weights: tuple[Rule, ...]
-    heads: Callable[[ModelSpec], tuple[Rule, ...]] = lambda spec: ()  # rules that differ from head to head: BERT's
+    config: Callable[[ModelSpec], dict[str, Any]] | None = None
+    weights: tuple[Rule, ...] = ()
+    heads: Callable[[ModelSpec], tuple[Rule, ...]] = lambda spec: ()  # rules that depend on the spec: BERT's heads
     base: str = ""  # the prefix that checkpoints with a head have and bare ones lack: "model.", "bert."
     aliases: Mapping[str, str] = field(
         default_factory=dict
@@ -34,6 +51,7 @@ class Family:
     zeros: Callable[[ModelSpec], Mapping[str, Shape]] = lambda spec: {}  # what a new file holds unused: BART's buffer
     renamed: tuple[tuple[str, str], ...] = ()  # names of old files: (regular expression, what stands there now)
     sizes: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # published sizes, as configurations
+    notes: Mapping[str, str] = field(default_factory=dict)  # by the name before "/": what a publication leaves open
 
     def rules(self, spec: ModelSpec) -> tuple[Rule, ...]:
         """The whole weight table of one of its models."""
@@ -96,6 +114,14 @@ class Fields:
         if value is not None and value not in values:
             allowed = " or ".join(repr(v) for v in values)
             raise CheckpointError(f"{self.where}: {name} is {value!r}; only {allowed} is supported for this family")
+
+    def head_dim(self, width: str, heads: str) -> int:
+        """Features of a head where the width is shared out evenly."""
+        if self.count(width) % self.count(heads):
+            raise CheckpointError(
+                f"{self.where}: {width}={self.count(width)} is not a multiple of {heads}={self.count(heads)}"
+            )
+        return self.count(width) // self.count(heads)
 
     def layers(self, name: str = "num_hidden_layers", default: int | None = None) -> int:
         """The number of layers, bounded so that nothing is built from a lie."""
@@ -176,3 +202,51 @@ def need(condition: bool, field_name: str, why: str) -> None:
         raise CheckpointError(
             f"{field_name} {why}; the Hugging Face layout of this family cannot say it: save format='native'"
         )
+
+
+def the(kind: type[T], value: object, field_name: str) -> T:
+    """`value`, which has to be a `kind`. Raises CheckpointError naming the field of the spec that is something else."""
+    if not isinstance(value, kind):
+        need(False, field_name, "is None" if value is None else f"is a {type(value).__name__}")
+    return value  # pyright: ignore[reportReturnType]
+
+
+def in_turn(
+    attention: AttentionSpec,
+    feedforward: FeedForwardSpec,
+    *,
+    pre: Norm | None = None,
+    post: Norm | None = None,
+    after: Norm | None = None,
+    dropout: float = 0.0,
+) -> LayerSpec:
+    """Attention, then feed-forward, each with the same norms around it."""
+    ops = {"attention": attention, "feedforward": feedforward}
+    steps = (StepSpec(name=n, op=op, pre=pre, post=post, after=after, dropout=dropout) for n, op in ops.items())
+    return LayerSpec(steps=tuple(steps))
+
+
+def in_parallel(
+    attention: AttentionSpec,
+    feedforward: FeedForwardSpec,
+    *,
+    shared: Norm | None = None,
+    own: Norm | None = None,
+    dropout: float = 0.0,
+) -> LayerSpec:
+    """Attention beside feed-forward, under one norm (`shared`: GPT-J, PaLM) or each under its `own` (GPT-NeoX)."""
+    ops = {"attention": attention, "feedforward": feedforward}
+    branches = tuple(BranchSpec(name=n, op=op, pre=own, dropout=dropout) for n, op in ops.items())
+    return LayerSpec(steps=(StepSpec(name="parallel", op=SumSpec(branches=branches), pre=shared),))
+
+
+def parts(spec: ModelSpec, side: str = "decoder") -> tuple[StackSpec, AttentionSpec, FeedForwardSpec]:
+    """The stack, and the attention and feed-forward of its first layer, be they `in_turn` or `in_parallel`."""
+    stack = the(StackSpec, getattr(spec, side), side)
+    need(len(stack.layers) > 0, f"{side}.layers", "is empty")
+    path, places = f"{side}.layers.0.steps", stack.layers[0].steps
+    if len(places) == 1 and isinstance(places[0].op, SumSpec):
+        path, places = f"{path}.0.op.branches", places[0].op.branches
+    need(len(places) == 2, path, "are not attention and feed-forward")
+    attention, feedforward = (place.op for place in places)
+    return stack, the(AttentionSpec, attention, f"{path}.0.op"), the(FeedForwardSpec, feedforward, f"{path}.1.op")

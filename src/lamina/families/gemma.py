@@ -10,7 +10,17 @@ import warnings
 from functools import partial
 from typing import Any
 
-from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, need, special_config
+from lamina.families.family import (
+    ACTIVATIONS,
+    Family,
+    Fields,
+    activation_name,
+    in_turn,
+    need,
+    parts,
+    special_config,
+    the,
+)
 from lamina.families.llama import QK_NORM, layer_windows, windows_of
 from lamina.families.llama import WEIGHTS as LLAMA
 from lamina.families.rope import rotary, rotary_config
@@ -22,7 +32,6 @@ from lamina.layers import (
     LayerSpec,
     RMSNormSpec,
     StackSpec,
-    StepSpec,
 )
 from lamina.model import ModelSpec
 from lamina.patterns import Causal, Pattern, Window
@@ -108,12 +117,7 @@ def spec(fields: Fields, *, defaults: dict[str, Any], generation: int) -> ModelS
         else:
             turned = rotary(fields, size)
         op = attention.replace(pattern=pattern, rotary=turned)
-        return LayerSpec(
-            steps=(
-                StepSpec(name="attention", op=op, pre=norm, post=post),
-                StepSpec(name="feedforward", op=feedforward, pre=norm, post=post),
-            )
-        )
+        return in_turn(op, feedforward, pre=norm, post=post)
 
     return ModelSpec(
         width=fields.count("hidden_size"),
@@ -154,17 +158,7 @@ def _softcap(fields: Fields, name: str) -> float | None:
 
 def config(spec: ModelSpec, *, generation: int) -> dict[str, Any]:
     """spec -> config.json."""
-    stack = spec.decoder
-    need(stack is not None and len(stack.layers[0].steps) == 2, "decoder.layers", "are not attention, feedforward")
-    assert stack is not None
-    attention, feedforward = (step.op for step in stack.layers[0].steps)
-    need(isinstance(attention, AttentionSpec), "decoder.layers.0.steps.0.op", f"is a {type(attention).__name__}")
-    need(isinstance(feedforward, FeedForwardSpec), "decoder.layers.0.steps.1.op", f"is a {type(feedforward).__name__}")
-    need(isinstance(stack.norm, RMSNormSpec), "decoder.norm", "is not an RMSNorm")
-    assert isinstance(attention, AttentionSpec) and isinstance(feedforward, FeedForwardSpec)
-    assert isinstance(stack.norm, RMSNormSpec)
-    need(attention.rotary is not None, "decoder.layers.0.steps.0.op.rotary", "is None")
-    assert attention.rotary is not None
+    stack, attention, feedforward = parts(spec)
     act, model_type, name = "hidden_activation", "gemma3_text", "Gemma3"
     if generation < 3:
         model_type, name = ("gemma2", "Gemma2") if generation == 2 else ("gemma", "Gemma")
@@ -180,7 +174,7 @@ def config(spec: ModelSpec, *, generation: int) -> dict[str, Any]:
         "head_dim": attention.head_dim,
         "hidden_act" if generation == 1 else act: activation_name(feedforward.act),
         "max_position_embeddings": spec.context or 8192,
-        "rms_norm_eps": stack.norm.eps,
+        "rms_norm_eps": the(RMSNormSpec, stack.norm, "decoder.norm").eps,
         "rope_parameters": rotary_config(attention.rotary, attention.head_dim),
         "attention_bias": attention.bias == "all",
         "attention_dropout": attention.dropout,

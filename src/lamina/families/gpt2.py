@@ -1,38 +1,37 @@
-"""GPT-2 (Radford et al. 2019): pre-norm decoder, learned positions, biases everywhere, tanh GELU, tied head."""
+"""GPT-2 (Radford et al. 2019): pre-norm decoder, learned positions, biases everywhere, tanh GELU, tied head.
+
+GPT-3 (arXiv:2005.14165) has this shape, and no published weights.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, need, special_config
+from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, in_turn, parts, special_config, the
 from lamina.layers import (
     AttentionSpec,
     EmbeddingSpec,
     FeedForwardSpec,
     LanguageHeadSpec,
     LayerNormSpec,
-    LayerSpec,
     LearnedPositionSpec,
     StackSpec,
-    StepSpec,
 )
 from lamina.model import ModelSpec
-from lamina.weights.rules import Fused, Rule, Turn
+from lamina.weights.rules import Fused, Rule, Turn, pairs
 
 
 def spec(fields: Fields) -> ModelSpec:
     """config.json -> spec."""
     fields.must("scale_attn_by_inverse_layer_idx", False)
     fields.must("add_cross_attention", False)
-    width, heads = fields.count("n_embd", 768), fields.count("n_head", 12)
-    if width % heads:
-        raise ValueError(f"{fields.where}: n_embd={width} is not a multiple of n_head={heads}")
+    fields = fields.over({"n_embd": 768, "n_head": 12})
+    width, heads = fields.count("n_embd"), fields.count("n_head")
     norm = LayerNormSpec(eps=fields.number("layer_norm_epsilon", 1e-5))
-    residual_dropout = fields.number("resid_pdrop", 0.1)
     attention = AttentionSpec(
         heads=heads,
         key_heads=heads,
-        head_dim=width // heads,
+        head_dim=fields.head_dim("n_embd", "n_head"),
         scale=None if fields.flag("scale_attn_weights", True) else 1.0,
         bias="all",
         dropout=fields.number("attn_pdrop", 0.1),
@@ -43,12 +42,7 @@ def spec(fields: Fields) -> ModelSpec:
         gated=False,
         bias=True,
     )
-    layer = LayerSpec(
-        steps=(
-            StepSpec(name="attention", op=attention, pre=norm, dropout=residual_dropout),
-            StepSpec(name="feedforward", op=feedforward, pre=norm, dropout=residual_dropout),
-        )
-    )
+    layer = in_turn(attention, feedforward, pre=norm, dropout=fields.number("resid_pdrop", 0.1))
     context = fields.count("n_positions", 1024)
     return ModelSpec(
         width=width,
@@ -67,21 +61,12 @@ def spec(fields: Fields) -> ModelSpec:
 
 def config(spec: ModelSpec) -> dict[str, Any]:
     """spec -> config.json."""
-    stack = spec.decoder
-    need(stack is not None, "decoder", "is None")
-    assert stack is not None
-    attention, feedforward = (step.op for step in stack.layers[0].steps[:2])
-    need(isinstance(attention, AttentionSpec), "decoder.layers.0.steps.0.op", f"is a {type(attention).__name__}")
-    need(isinstance(feedforward, FeedForwardSpec), "decoder.layers.0.steps.1.op", f"is a {type(feedforward).__name__}")
-    need(isinstance(stack.position, LearnedPositionSpec), "decoder.position", "is not learned")
-    need(isinstance(stack.norm, LayerNormSpec), "decoder.norm", "is not a LayerNorm")
-    assert isinstance(attention, AttentionSpec) and isinstance(feedforward, FeedForwardSpec)
-    assert isinstance(stack.position, LearnedPositionSpec) and isinstance(stack.norm, LayerNormSpec)
+    stack, attention, feedforward = parts(spec)
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2Model" if spec.head is None else "GPT2LMHeadModel"],
         "vocab_size": spec.embedding.vocabulary,
-        "n_positions": stack.position.size,
+        "n_positions": the(LearnedPositionSpec, stack.position, "decoder.position").size,
         "n_embd": spec.width,
         "n_layer": len(stack.layers),
         "n_head": attention.heads,
@@ -90,7 +75,7 @@ def config(spec: ModelSpec) -> dict[str, Any]:
         "resid_pdrop": stack.layers[0].steps[0].dropout,
         "embd_pdrop": stack.dropout,
         "attn_pdrop": attention.dropout,
-        "layer_norm_epsilon": stack.norm.eps,
+        "layer_norm_epsilon": the(LayerNormSpec, stack.norm, "decoder.norm").eps,
         "scale_attn_weights": attention.scale is None,
         "tie_word_embeddings": spec.head is None or spec.head.tied,
         **special_config(spec.special),
@@ -98,30 +83,37 @@ def config(spec: ModelSpec) -> dict[str, Any]:
 
 
 L, H = "decoder.layers.{i}.", "transformer.h.{i}."
+FEED = {"feedforward.op.up": "mlp.c_fc", "feedforward.op.down": "mlp.c_proj"}
 WEIGHTS = (
     Rule("embedding.weight", "transformer.wte.weight"),
     Rule("decoder.position.weight", "transformer.wpe.weight"),
-    *(Rule(f"{L}attention.pre.{p}", f"{H}ln_1.{p}") for p in ("weight", "bias")),
     *(
         Rule(tuple(f"{L}attention.op.{part}.{p}" for part in "qkv"), f"{H}attn.c_attn.{p}", Fused(turned=True))
         for p in ("weight", "bias")
     ),
-    Rule(f"{L}attention.op.o.weight", f"{H}attn.c_proj.weight", Turn()),
-    Rule(f"{L}attention.op.o.bias", f"{H}attn.c_proj.bias"),
-    *(Rule(f"{L}feedforward.pre.{p}", f"{H}ln_2.{p}") for p in ("weight", "bias")),
-    Rule(f"{L}feedforward.op.up.weight", f"{H}mlp.c_fc.weight", Turn()),
-    Rule(f"{L}feedforward.op.up.bias", f"{H}mlp.c_fc.bias"),
-    Rule(f"{L}feedforward.op.down.weight", f"{H}mlp.c_proj.weight", Turn()),
-    Rule(f"{L}feedforward.op.down.bias", f"{H}mlp.c_proj.bias"),
-    *(Rule(f"decoder.norm.{p}", f"transformer.ln_f.{p}") for p in ("weight", "bias")),
+    *pairs(L, H, {"attention.op.o": "attn.c_proj", **FEED}, Turn()),
+    *pairs(L, H, {"attention.pre": "ln_1", "feedforward.pre": "ln_2"}),
+    *pairs("", "", {"decoder.norm": "transformer.ln_f"}),
     Rule("head.weight", "lm_head.weight"),
 )
 
+# V d + P d + L (12 d^2 + 13 d) + 2 d, V = 50257, P = 1024 (2048 in GPT-3)
+GPT3 = {"n_positions": 2048, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 SIZES = {
     "gpt2/small": {"n_layer": 12, "n_embd": 768, "n_head": 12},
     "gpt2/medium": {"n_layer": 24, "n_embd": 1024, "n_head": 16},
     "gpt2/large": {"n_layer": 36, "n_embd": 1280, "n_head": 20},
     "gpt2/xl": {"n_layer": 48, "n_embd": 1600, "n_head": 25},
+    # GPT-3 (arXiv:2005.14165, table 2.1). The table prints 24 heads of 128 for XL and a width of 5,140 for 13B, which
+    # contradict its own columns; 16 heads and 5,120 give the counts of its table of compute (1.3B, 12.85B).
+    "gpt3/small": {"n_layer": 12, "n_embd": 768, "n_head": 12, **GPT3},
+    "gpt3/medium": {"n_layer": 24, "n_embd": 1024, "n_head": 16, **GPT3},
+    "gpt3/large": {"n_layer": 24, "n_embd": 1536, "n_head": 16, **GPT3},
+    "gpt3/xl": {"n_layer": 24, "n_embd": 2048, "n_head": 16, **GPT3},
+    "gpt3/2.7b": {"n_layer": 32, "n_embd": 2560, "n_head": 32, **GPT3},
+    "gpt3/6.7b": {"n_layer": 32, "n_embd": 4096, "n_head": 32, **GPT3},
+    "gpt3/13b": {"n_layer": 40, "n_embd": 5120, "n_head": 40, **GPT3},
+    "gpt3/175b": {"n_layer": 96, "n_embd": 12288, "n_head": 96, **GPT3},
 }
 
 GPT2 = Family(
@@ -133,4 +125,8 @@ GPT2 = Family(
     aliases={"lm_head.weight": "transformer.wte.weight"},
     ignored=("*.attn.bias", "*.attn.masked_bias"),
     sizes=SIZES,
+    notes={
+        "gpt3": "all layers are dense here: the paper alternates them with locally banded ones, and publishes neither"
+        " the width of the band nor the dropout (0 here)"
+    },
 )

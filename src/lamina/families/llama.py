@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, need, special_config
+from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, in_turn, parts, special_config, the
 from lamina.families.rope import rotary, rotary_config
 from lamina.layers import (
     AttentionSpec,
@@ -20,11 +20,10 @@ from lamina.layers import (
     LayerSpec,
     RMSNormSpec,
     StackSpec,
-    StepSpec,
 )
 from lamina.model import ModelSpec
 from lamina.patterns import Both, Causal, Pattern, Window
-from lamina.weights.rules import Rule
+from lamina.weights.rules import Rule, pairs
 
 Windows = Callable[[Fields, int], list[int | None]]
 
@@ -42,9 +41,10 @@ def spec(
 ) -> ModelSpec:
     """config.json -> spec. The keywords are what the relatives change."""
     width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
-    size = fields.count("head_dim", head_dim or max(width // heads, 1))
-    if "head_dim" not in fields and head_dim is None and width % heads:
-        raise ValueError(f"{fields.where}: hidden_size={width} is not a multiple of num_attention_heads={heads}")
+    if "head_dim" in fields or head_dim is not None:
+        size = fields.count("head_dim", head_dim)
+    else:
+        size = fields.head_dim("hidden_size", "num_attention_heads")
     layers = fields.layers()
     norm = RMSNormSpec(eps=fields.number("rms_norm_eps", 1e-6))
     all_bias = fields.flag("attention_bias", False) and not qkv_bias
@@ -65,12 +65,7 @@ def spec(
 
     def layer(window: int | None) -> LayerSpec:
         pattern: Pattern = Causal() if window is None else Causal() & Window(back=window)
-        return LayerSpec(
-            steps=(
-                StepSpec(name="attention", op=attention.replace(pattern=pattern), pre=norm),
-                StepSpec(name="feedforward", op=feedforward, pre=norm),
-            )
-        )
+        return in_turn(attention.replace(pattern=pattern), feedforward, pre=norm)
 
     return ModelSpec(
         width=width,
@@ -84,19 +79,7 @@ def spec(
 
 def config(spec: ModelSpec, *, model_type: str, name: str) -> dict[str, Any]:
     """spec -> config.json, in the words that all relatives share."""
-    stack = spec.decoder
-    need(
-        stack is not None and len(stack.layers[0].steps) == 2, "decoder.layers.0.steps", "is not attention, feedforward"
-    )
-    assert stack is not None
-    attention, feedforward = (step.op for step in stack.layers[0].steps)
-    need(isinstance(attention, AttentionSpec), "decoder.layers.0.steps.0.op", f"is a {type(attention).__name__}")
-    need(isinstance(feedforward, FeedForwardSpec), "decoder.layers.0.steps.1.op", f"is a {type(feedforward).__name__}")
-    need(isinstance(stack.norm, RMSNormSpec), "decoder.norm", "is not an RMSNorm")
-    assert isinstance(attention, AttentionSpec) and isinstance(feedforward, FeedForwardSpec)
-    assert isinstance(stack.norm, RMSNormSpec)
-    need(attention.rotary is not None, "decoder.layers.0.steps.0.op.rotary", "is None")
-    assert attention.rotary is not None
+    stack, attention, feedforward = parts(spec)
     return {
         "model_type": model_type,
         "architectures": [f"{name}Model" if spec.head is None else f"{name}ForCausalLM"],
@@ -109,7 +92,7 @@ def config(spec: ModelSpec, *, model_type: str, name: str) -> dict[str, Any]:
         "head_dim": attention.head_dim,
         "hidden_act": activation_name(feedforward.act),
         "max_position_embeddings": spec.context or 2048,
-        "rms_norm_eps": stack.norm.eps,
+        "rms_norm_eps": the(RMSNormSpec, stack.norm, "decoder.norm").eps,
         "rope_parameters": rotary_config(attention.rotary, attention.head_dim),
         "attention_dropout": attention.dropout,
         "tie_word_embeddings": spec.head is not None and spec.head.tied,
@@ -166,14 +149,9 @@ def type_config(spec: ModelSpec) -> dict[str, Any]:
 L, H = "decoder.layers.{i}.", "model.layers.{i}."
 WEIGHTS = (
     Rule("embedding.weight", "model.embed_tokens.weight"),
-    Rule(f"{L}attention.pre.weight", f"{H}input_layernorm.weight"),
-    *(Rule(f"{L}attention.op.{p}.{k}", f"{H}self_attn.{p}_proj.{k}") for p in "qkvo" for k in ("weight", "bias")),
-    Rule(f"{L}feedforward.pre.weight", f"{H}post_attention_layernorm.weight"),
-    *(
-        Rule(f"{L}feedforward.op.{p}.{k}", f"{H}mlp.{p}_proj.{k}")
-        for p in ("gate", "up", "down")
-        for k in ("weight", "bias")
-    ),
+    *pairs(L, H, {f"attention.op.{part}": f"self_attn.{part}_proj" for part in "qkvo"}),
+    *pairs(L, H, {f"feedforward.op.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}),
+    *pairs(L, H, {"attention.pre": "input_layernorm", "feedforward.pre": "post_attention_layernorm"}),
     Rule("decoder.norm.weight", "model.norm.weight"),
     Rule("head.weight", "lm_head.weight"),
 )

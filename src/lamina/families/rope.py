@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lamina.errors import CheckpointError
-from lamina.families.family import Fields
+from lamina.families.family import Fields, the
 from lamina.layers import (
     DynamicNTKScaling,
     LinearScaling,
@@ -76,8 +76,9 @@ def _scaling(fields: Fields, context: int) -> Scaling | None:
     raise CheckpointError(f"{fields.where}: rope_type is {kind!r}; known: {known}")
 
 
-def rotary_config(spec: RotarySpec, size: int) -> dict[str, Any]:
+def rotary_config(spec: RotarySpec | None, size: int) -> dict[str, Any]:
     """The inverse of `rotary`, as transformers 5 writes it."""
+    spec = the(RotarySpec, spec, "rotary")
     said: dict[str, Any] = {"rope_theta": spec.base, "rope_type": "default"}
     if spec.width is not None:
         said["partial_rotary_factor"] = spec.width / size

@@ -49,6 +49,11 @@ class BranchSpec(Spec):
     name: str
     op: Spec
     pre: LayerNormSpec | RMSNormSpec | None = None
+    dropout: float = 0.0  # on each branch by itself, not on the sum: GPT-J, GPT-NeoX
+
+    def check(self) -> None:
+        if not 0 <= self.dropout <= 1:
+            raise LaminaError(f"dropout={self.dropout} of the branch {self.name!r} must lie within 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,15 +117,16 @@ class Step(nn.Module):
 
 
 class Branch(nn.Module):
-    """op(pre(x))."""
+    """dropout(op(pre(x)))."""
 
     def __init__(self, spec: BranchSpec, width: int) -> None:
         super().__init__()
+        self.spec = spec
         self.pre = None if spec.pre is None else spec.pre.build(width)
         self.op = spec.op.build(width)  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        return self.op(x if self.pre is None else self.pre(x), call)
+        return dropout(self.op(x if self.pre is None else self.pre(x), call), self.spec.dropout, self.training)
 
 
 class Sum(nn.Module):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lamina.errors import LaminaError
 from lamina.specs import Spec
 
 
@@ -17,6 +18,13 @@ class LayerNormSpec(Spec):
 
     eps: float = 1e-5  # GPT-2, RoBERTa, BART; 1e-12 in BERT
     bias: bool = True  # False in PaLM
+    weight: bool = (
+        True  # False, with the bias, in OPT's layer_norm_elementwise_affine=false and OLMo (arXiv:2402.00838)
+    )
+
+    def check(self) -> None:
+        if self.bias and not self.weight:
+            raise LaminaError("a LayerNorm with a bias has a weight too: weight=False needs bias=False")
 
     def build(self, width: int) -> LayerNorm:
         return LayerNorm(self, width)
@@ -38,19 +46,21 @@ NormSpec = LayerNormSpec | RMSNormSpec
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with or without bias. (..., width) -> (..., width)."""
+    """LayerNorm with or without weight and bias. (..., width) -> (..., width)."""
 
     def __init__(self, spec: LayerNormSpec, width: int) -> None:
         super().__init__()
         self.eps = spec.eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.width = (width,)
+        self.weight = nn.Parameter(torch.ones(width)) if spec.weight else None
         self.bias = nn.Parameter(torch.zeros(width)) if spec.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, self.width, self.weight, self.bias, self.eps)
 
     def initialise(self, generator: torch.Generator) -> None:
-        nn.init.ones_(self.weight)
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

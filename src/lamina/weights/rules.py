@@ -31,7 +31,7 @@ class Same:
 
 @dataclass(frozen=True)
 class Turn:
-    """A matrix stored [in, out] (GPT-2's Conv1D); ours are [out, in]."""
+    """A matrix stored [in, out] (GPT-2's Conv1D); ours are [out, in]. Vectors are as they are."""
 
     def load(self, theirs: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
         return [tensor.t().contiguous() for tensor in theirs]
@@ -84,6 +84,15 @@ class Rule:
     ours: str | tuple[str, ...]
     theirs: str | tuple[str, ...]
     op: Same | Turn | OneRow | Fused = field(default_factory=Same)
+
+
+def pairs(ours: str, theirs: str, names: Mapping[str, str], op: Same | Turn | None = None) -> tuple[Rule, ...]:
+    """Rules for the weight and the bias of each part: our names and theirs, below the two prefixes.
+
+    A rule for what a model does not have is not used, so parts without a bias need no others.
+    """
+    both = [(our, their, kind) for our, their in names.items() for kind in ("weight", "bias")]
+    return tuple(Rule(f"{ours}{our}.{kind}", f"{theirs}{their}.{kind}", op or Same()) for our, their, kind in both)
 
 
 @dataclass(frozen=True)
