@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import lamina
 from lamina.errors import CheckpointError, UnsupportedError
 from lamina.families import Fields, family
-from lamina.layers import FeedForwardSpec
+from lamina.layers import FeedForwardSpec, LanguageHeadSpec
 from tests.families import Case, rewrite, row, same_files
 
 Made = Callable[[str], Case]
@@ -165,3 +165,18 @@ def test_published_sizes_say_the_length_they_were_trained_at_and_files_without_i
         spec = chosen.spec(Fields(said | more))
         assert spec.context == more.get("n_positions")
         assert chosen.spec(Fields(chosen.config(spec))) == spec
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_dropout_stands_where_it_was_trained_with(rate: float):
+    """On probabilities, inside the feed-forward, on each step, on the input and after the last norm, of both stacks."""
+    said = {"model_type": "t5", "d_model": 32, "d_kv": 8, "num_heads": 4, "num_layers": 1, "d_ff": 40}
+    spec = family("t5").spec(Fields(said | {"dropout_rate": rate}))
+    rates = [
+        value
+        for _, part in spec.walk()
+        for name, value in vars(part).items()
+        if name in ("dropout", "output_dropout") and not isinstance(part, LanguageHeadSpec)
+    ]
+    # Two stacks of two, and 2 and 3 steps with as many operations.
+    assert rates == [rate] * (2 * 2 + 2 * (2 + 3))
