@@ -136,6 +136,20 @@ def rope(kind: str, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 300.0, **more}}
 
 
+LATENT = EARLY | {
+    "num_key_value_heads": 6,  # keys are written out for every head
+    "q_lora_rank": 14,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 4,  # with the rope part even, or transformers' V2 fails
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 7,
+    "first_k_dense_replace": 3,  # of 3 layers: none has experts
+}
+YARN = {"max_position_embeddings": 800} | rope(
+    "yarn", factor=4.0, beta_fast=4.0, original_max_position_embeddings=200, mscale=1.3, mscale_all_dim=0.7
+)
+
+
 @dataclass(frozen=True)
 class Row:
     """One tiny reference model."""
@@ -214,6 +228,25 @@ ROWS = [
     *_rows("Qwen3ForCausalLM", "Qwen3Config", {
         "qwen3": DECODER | {"attention_bias": True},
         "qwen3-windows": DECODER | {"use_sliding_window": True, "sliding_window": 4, "layer_types": MIXED},
+    }),
+    *_rows("SmolLM3ForCausalLM", "SmolLM3Config", {
+        "smollm3": EARLY | {"num_hidden_layers": 4, "attention_bias": True},
+        "smollm3-windows": EARLY | {"no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 5,
+                                    "mlp_bias": True, "tie_word_embeddings": False},
+    }),
+    *_rows("DiffLlamaForCausalLM", "DiffLlamaConfig", {
+        "diffllama": DECODER | {"num_attention_heads": 8, "num_key_value_heads": 4, "attention_bias": True,
+                                "rms_norm_eps": 1e-2},
+        "diffllama-tied": DECODER | {"tie_word_embeddings": True} | rope("linear", factor=4.0),
+    }),
+    *_rows("DeepseekV2ForCausalLM", "DeepseekV2Config", {
+        "deepseek2": LATENT | {"mlp_bias": True, "attention_bias": True, "rms_norm_eps": 1e-3},
+        "deepseek2-lite": LATENT | {"q_lora_rank": None} | YARN,
+    }),
+    *_rows("DeepseekV3ForCausalLM", "DeepseekV3Config", {
+        "deepseek3": LATENT | {"rms_norm_eps": 1e-3} | YARN,
+        "deepseek3-halves": LATENT | {"rope_interleave": False, "attention_bias": True, "q_lora_rank": None,
+                                      "tie_word_embeddings": True},
     }),
     *_rows("GemmaForCausalLM", "GemmaConfig", {
         "gemma": GEMMA | {"num_key_value_heads": 1},

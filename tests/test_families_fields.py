@@ -4,6 +4,7 @@ setting can show, and dropout, which evaluation hides."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from lamina.layers import (
     LearnedPositionSpec,
     LinearScaling,
     RMSNormSpec,
+    RotarySpec,
     TransformSpec,
     YarnScaling,
 )
@@ -43,6 +45,10 @@ CONFIGS = {
     "gpt_neox": DECODER,
     "opt": DECODER | {"ffn_dim": 24},
 }
+LATENT = DECODER | {"num_key_value_heads": 4, "first_k_dense_replace": 2}
+del LATENT["head_dim"]
+CONFIGS |= {"smollm3": DECODER, "diffllama": DECODER, "deepseek_v2": LATENT, "deepseek_v3": LATENT}
+DEEPSEEKS = ("deepseek_v2", "deepseek_v3")
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 ATTENTION, FEED = "layers.0.steps.0.op", "layers.0.steps.1.op"
@@ -148,6 +154,59 @@ ROWS: list[tuple[str | tuple[str, ...], dict[str, Any], str, Any]] = [
     ("mpt", {"attn_config": {"alibi_bias_max": 16}}, "score_bias", AlibiSpec(heads=4, bias_max=16.0)),
     ("mpt", {"attn_config": {"alibi": False}, "max_seq_len": 9}, "position", LearnedPositionSpec(size=9)),
     ("mpt", {"attn_config": {"alibi": False}, "learned_pos_emb": False}, "position", None),
+    ("smollm3", {}, "layers.0.steps.0.op.rotary", RotarySpec(base=2e6)),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "layers.0.steps.0.op.rotary.base", 2e6),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "layers.1.steps.0.op.rotary", None),
+    ("smollm3", {"no_rope_layers": [0, 1], "rope_theta": 77.0}, f"{ATTENTION}.rotary", None),
+    ("smollm3", {"no_rope_layers": [0, 1], "rope_theta": 77.0}, "layers.1.steps.0.op.rotary.base", 77.0),
+    ("smollm3", {"no_rope_layers": [0, 0]}, "layers.1.steps.0.op.rotary", None),
+    ("smollm3", {"no_rope_layer_interval": 2}, f"{ATTENTION}.rotary.base", 2e6),
+    ("smollm3", {"no_rope_layer_interval": 2}, "layers.1.steps.0.op.rotary", None),
+    ("smollm3", {"num_hidden_layers": 4}, "layers.3.steps.0.op.rotary", None),
+    *(
+        ("smollm3", {"no_rope_layers": [1, 0], "sliding_window": 7, **more}, f"layers.{depth}.steps.0.op.pattern", seen)
+        for more, depth, seen in (
+            ({"use_sliding_window": True}, 0, Causal()),
+            ({"use_sliding_window": True}, 1, WINDOW),
+            ({}, 1, Causal()),
+            ({"layer_types": ["sliding_attention", "full_attention"]}, 0, WINDOW),
+            ({"layer_types": ["sliding_attention", "full_attention"]}, 1, Causal()),
+        )
+    ),
+    ("smollm3", {}, "head.tied", True),
+    ("smollm3", {"head_dim": None}, f"{ATTENTION}.head_dim", 8),
+    ("smollm3", {"head_dim": 6}, f"{ATTENTION}.head_dim", 6),
+    ("smollm3", {"attention_bias": True}, f"{ATTENTION}.bias", "all"),
+    ("smollm3", {"mlp_bias": True}, f"{FEED}.bias", True),
+    ("diffllama", {}, f"{ATTENTION}.heads", 2),
+    ("diffllama", {}, f"{ATTENTION}.key_heads", 1),
+    ("diffllama", {}, f"{ATTENTION}.head_dim", 8),
+    ("diffllama", {}, f"{ATTENTION}.start", 0.8 - 0.6),
+    ("diffllama", {}, "layers.1.steps.0.op.start", 0.8 - 0.6 * math.exp(-0.3)),
+    ("diffllama", {}, f"{ATTENTION}.norm", RMSNormSpec(eps=1e-5, weight=False)),
+    ("diffllama", {}, "norm.eps", 1e-5),
+    ("diffllama", {"rms_norm_eps": 1e-3}, f"{ATTENTION}.norm.eps", 1e-3),
+    ("diffllama", {"attention_bias": True}, f"{ATTENTION}.bias", True),
+    ("diffllama", {"rope_theta": 77.0}, f"{ATTENTION}.rotary.base", 77.0),
+    (DEEPSEEKS, {}, f"{ATTENTION}.query_rank", 1536),
+    (DEEPSEEKS, {"q_lora_rank": None}, f"{ATTENTION}.query_rank", None),
+    (DEEPSEEKS, {"q_lora_rank": 7}, f"{ATTENTION}.query_rank", 7),
+    (DEEPSEEKS, {"kv_lora_rank": 7}, f"{ATTENTION}.key_rank", 7),
+    (DEEPSEEKS, {}, f"{ATTENTION}.key_rank", 512),
+    (DEEPSEEKS, {}, f"{ATTENTION}.nope_dim", 128),
+    (DEEPSEEKS, {"qk_nope_head_dim": 7}, f"{ATTENTION}.nope_dim", 7),
+    (DEEPSEEKS, {}, f"{ATTENTION}.rope_dim", 64),
+    (DEEPSEEKS, {"qk_rope_head_dim": 8, "head_dim": 99}, f"{ATTENTION}.rope_dim", 8),
+    (DEEPSEEKS, {"v_head_dim": 7}, f"{ATTENTION}.value_dim", 7),
+    (DEEPSEEKS, {}, f"{ATTENTION}.value_dim", 128),
+    (DEEPSEEKS, {"attention_bias": True}, f"{ATTENTION}.bias", True),
+    (DEEPSEEKS, {"attention_dropout": 0.3}, f"{ATTENTION}.dropout", 0.3),
+    (DEEPSEEKS, {"rms_norm_eps": 1e-3}, f"{ATTENTION}.norm.eps", 1e-6),  # transformers gives these none of it
+    (DEEPSEEKS, {"rms_norm_eps": 1e-3}, "norm.eps", 1e-3),
+    (DEEPSEEKS, {}, f"{ATTENTION}.rotary.interleaved", True),
+    (DEEPSEEKS, {"rope_theta": 77.0}, f"{ATTENTION}.rotary.base", 77.0),
+    ("deepseek_v3", {"rope_interleave": False}, f"{ATTENTION}.rotary.interleaved", False),
+    ("deepseek_v2", {"mlp_bias": True}, f"{FEED}.bias", True),
     (("bert", "roberta"), {"hidden_dropout_prob": 0.3}, "layers.0.steps.0.dropout", 0.3),
     (("bert", "roberta"), {"hidden_dropout_prob": 0.3}, "layers.0.steps.1.dropout", 0.3),
     (("bert", "roberta"), {"hidden_dropout_prob": 0.3}, "dropout", 0.3),

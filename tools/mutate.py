@@ -58,7 +58,8 @@ def tests_of(file: str) -> tuple[str, ...]:
     name = Path(file).stem
     folder = Path(file).parent.name
     if folder == "layers":
-        return (f"tests/layers/test_{ {'stack': 'block', 'call': 'attention'}.get(name, name) }.py",)
+        shared = {"stack": "block", "call": "attention", "cached": "attention"}
+        return (f"tests/layers/test_{shared.get(name, name)}.py",)
     if folder == "catalogue":
         return ("tests/test_catalogue.py",)
     if folder == "families":

@@ -8,6 +8,10 @@ CACHE = ("tests/test_cache.py",)
 
 ALSO: dict[str, tuple[str, ...]] = {
     "layers/attention.py": ("tests/test_cache.py",),
+    "layers/cached.py": ("tests/test_cache.py", "tests/layers/test_latent.py"),
+    "families/deepseek.py": ("tests/test_families_latent.py",),
+    "families/diffllama.py": ("tests/test_families_latent.py",),
+    "families/llama.py": ("tests/test_families_latent.py",),
     "layers/stack.py": (*MODEL, "tests/test_encoder_decoder.py"),
     "layers/embedding.py": ("tests/test_encoder_decoder.py",),
     "layers/head.py": ("tests/test_encoder_decoder.py",),
@@ -387,8 +391,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("LayerNorm: no weight", "torch.ones(width)) if spec.weight else None", "torch.ones(width))"),
         (
             "RMSNorm: eps",
-            "return F.rms_norm(x, self.weight.shape, self.weight, spec.eps)",
-            "return F.rms_norm(x, self.weight.shape, self.weight)",
+            "return F.rms_norm(x, (self.width,), self.weight, spec.eps)",
+            "return F.rms_norm(x, (self.width,), self.weight)",
         ),
         ("RMSNorm: eps, wide", "keepdim=True) + spec.eps)", "keepdim=True) + 1e-7)"),
         ("RMSNorm: float32", "wide = x.float() if x.dtype != torch.float64 else x", "wide = x"),
@@ -406,6 +410,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("RMSNorm: product before the cast", "if spec.wide_product:", "if False:"),
         ("RMSNorm: cast before the product", "if spec.wide_product:", "if True:"),
         ("RMSNorm: starts at zero", "torch.zeros(width) if spec.plus_one else torch.ones(width)", "torch.ones(width)"),
+        ("RMSNorm: no weight", "nn.Parameter(start) if spec.weight else None", "nn.Parameter(start)"),
         ("RMSNorm: initial values", "0.0 if self.spec.plus_one else 1.0", "1.0"),
     ],
     "layers/rotary.py": [
@@ -463,15 +468,15 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("YaRN: empty ramp", "high = high + 0.001 if high == low else high", "pass"),
         (
             "YaRN: factor of the phases",
-            "return 0.1 * weight * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0",
+            "return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0",
             "return 1.0",
         ),
-        ("YaRN: not below 1", "if scaling.factor > 1 else 1.0", "if True else 1.0"),
+        ("YaRN: not below 1", "if self.factor > 1 else 1.0", "if True else 1.0"),
         ("YaRN: given factor", "if scaling.attention is not None:", "if False:"),
         (
             "YaRN: DeepSeek's scales",
-            "temperature(scaling.scale) / temperature(scaling.scale_all)",
-            "temperature(scaling.scale)",
+            "scaling.temperature(scaling.scale) / scaling.temperature(scaling.scale_all)",
+            "scaling.temperature(scaling.scale)",
         ),
         ("YaRN: one scale is none", "if scaling.scale and scaling.scale_all:", "if scaling.scale:"),
         ("limit of a cache", "return self.scaling.original if changes else None", "return None"),
@@ -668,19 +673,19 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "qk-norm before the phases",
             (
                 "            query, key = self.q_norm(query), self.k_norm(key)\n"
-                "        slot = None if call.cache is None else call.cache.slot(self.path)\n"
-                "        queries = keys = call.tokens\n"
+                "        query, key, value, queries, keys = with_cache(\n"
+                "            self.path, call, query, key, value, self.spec.rotary, self.spec.head_dim\n"
+                "        )\n"
             ),
             (
-                "            told, turn = call.tokens, self._turn\n"
-                "            query, key = self.q_norm(turn(query, told, call)), self.k_norm(turn(key, told, call))\n"
-                "            self._turn = lambda x, *_: x\n"
-                "        slot = None if call.cache is None else call.cache.slot(self.path)\n"
-                "        queries = keys = call.tokens\n"
+                "            pass\n"
+                "        query, key, value, queries, keys = with_cache(\n"
+                "            self.path, call, query, key, value, self.spec.rotary, self.spec.head_dim\n"
+                "        )\n"
+                "        if self.q_norm is not None and self.k_norm is not None:\n"
+                "            query, key = self.q_norm(query), self.k_norm(key)\n"
             ),
         ),
-        ("rotary", "return rotate(x, cos, sin, rotary.interleaved)", "return x"),
-        ("rotary: interleaved", "cos, sin, rotary.interleaved)", "cos, sin, False)"),
         (
             "bias of the layer beside that of the stack",
             "bias = relative if bias is None else bias + relative",
@@ -703,9 +708,148 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("bias of q, k, v", 'bias = spec.bias != "none"', 'bias = spec.bias == "all"'),
         ("bias of o", 'bias=spec.bias in ("all", "qvo"))', 'bias=spec.bias != "none")'),
         ("heads side by side", "self.o(out.transpose(1, 2).flatten(2))", "self.o(out.reshape(*x.shape[:2], -1))"),
+        ("what a cache keeps", "return self.spec.pattern.retained()", "return Retained(2)"),
+    ],
+    "layers/cached.py": [
+        ("rotary", "if rotary is None:", "if True:"),
+        ("rotary: interleaved", "cos, sin, rotary.interleaved)", "cos, sin, False)"),
         ("cached keys turn once", "if slot is None or not slot.late:", "if True:"),
         ("sinks turn after extend", "if slot is not None and slot.late:", "if False:"),
+        ("sinks turn by their own numbers", "queries = slot.ledger.queries(call.tokens)", "pass"),
+        ("what stands before passes", "torch.cat([x[..., :before], turned], dim=-1)", "rotate(x, cos, sin, True)"),
+        ("the last features turn", "torch.cat([x[..., :before], turned], dim=-1)", "x"),
+    ],
+    "layers/latent.py": [
+        ("scale", "if spec.scale is not None:", "if False:"),
+        ("scale: both parts", "(spec.nope_dim + spec.rope_dim) ** -0.5", "spec.nope_dim**-0.5"),
+        ("YaRN's temperature", "* sharpened**2", "* sharpened"),
+        ("YaRN's temperature only where it is said", "and scaling.scale_all else 1.0", "else 1.0"),
+        ("norm of the latents", "self.kv_norm(latent), shared], dim=-1)[:, None]", "latent, shared], dim=-1)[:, None]"),
+        ("norm of the small queries", "else self.q_norm(self.q_down(x))", "else self.q_down(x)"),
+        ("a cache keeps no values", "key[..., :0], self.spec.rotary", "key[..., :1], self.spec.rotary"),
+        ("only the shared part turns", "self.spec.rotary, self.spec.rope_dim\n", "self.spec.rotary, key.shape[-1]\n"),
+        ("no rotary", "key[..., :0], self.spec.rotary, self", "key[..., :0], None, self"),
+        ("pattern", "pattern=self.spec.pattern", "pattern=Causal()"),
+        ("bias of the stack", "None if call.bias is None else call.bias(queries, keys, call.memo)", "None"),
+        ("dropout", "dropout=self.spec.dropout if self.training else 0.0", "dropout=0.0"),
+        ("dropout is off in evaluation", "self.spec.dropout if self.training else 0.0", "self.spec.dropout"),
+        ("absorbed values", "self._by_head(self.v).mT if absorbed", "self._by_head(self.v).mT * 0 if absorbed"),
+        ("absorbed queries", "own = own @ self._by_head(self.k)", "own = 0 * own @ self._by_head(self.k)"),
+        ("the latent is the value", "key, key[..., : self.spec.key_rank]", "key, key[..., -self.spec.key_rank :]"),
+        (
+            "the shared key",
+            "torch.cat([own, shared.expand(-1, own.shape[1], -1, -1)], dim=-1)",
+            "torch.cat([own, 0 * shared.expand(-1, own.shape[1], -1, -1)], dim=-1)",
+        ),
+        ("which form: a query of many keys", "naive = keys * written", "naive = queries * written"),
+        (
+            "which form: wide scores",
+            "(2 * spec.key_rank + spec.rope_dim) < naive",
+            "(spec.key_rank + spec.rope_dim) < naive",
+        ),
+        (
+            "which form: never absorbed",
+            "(2 * spec.key_rank + spec.rope_dim) < naive",
+            "(2 * spec.key_rank + spec.rope_dim) < 0",
+        ),
+        ("8 bits leave what is read whole", 'READ_WHOLE = ("k", "v")', "READ_WHOLE = ()"),
+        (
+            "biases",
+            "self.kv_down = Linear(width, spec.key_rank + spec.rope_dim, bias=spec.bias)",
+            "self.kv_down = Linear(width, spec.key_rank + spec.rope_dim, bias=False)",
+        ),
+        (
+            "bias of o",
+            "spec.heads * spec.value_dim, width, bias=spec.bias)",
+            "spec.heads * spec.value_dim, width, bias=False)",
+        ),
         ("what a cache keeps", "return self.spec.pattern.retained()", "return Retained(2)"),
+        ("what looks ahead has no cache", "if self.spec.pattern.looks_ahead():", "if False:"),
+    ],
+    "layers/differential.py": [
+        ("the second map", "first - self.mix().to(x.dtype) * second", "first"),
+        ("lambda: where it starts", "return first - second + self.spec.start", "return first - second"),
+        ("lambda: the second product", "return first - second + self.spec.start", "return first + self.spec.start"),
+        ("lambda: exponential", "(a * b).sum(dtype=wide).exp()", "(a * b).sum(dtype=wide)"),
+        ("lambda: summed wide", "(a * b).sum(dtype=wide).exp()", "(a * b).sum().exp()"),
+        (
+            "lambda: float64",
+            "wide = torch.float64 if self.a1.dtype == torch.float64 else torch.float32",
+            "wide = torch.float32",
+        ),
+        ("lambda: by depth", "0.8 - 0.6 * math.exp(-0.3 * depth)", "0.8 - 0.6 * math.exp(-0.3 * (depth + 1))"),
+        (
+            "norm of the heads",
+            "self.norm(first - self.mix().to(x.dtype) * second)",
+            "(first - self.mix().to(x.dtype) * second)",
+        ),
+        ("times 1 - start", " * (1 - self.spec.start)\n", "\n"),
+        ("scale", "spec.head_dim**-0.5 if spec.scale is None else spec.scale", "spec.head_dim**-0.5"),
+        (
+            "rotary",
+            "query, key, value, self.spec.rotary, self.spec.head_dim",
+            "query, key, value, None, self.spec.head_dim",
+        ),
+        ("pattern", "pattern=self.spec.pattern", "pattern=Causal()"),
+        ("bias of the stack", "None if call.bias is None else call.bias(queries, keys, call.memo)", "None"),
+        (
+            "the halves of a value",
+            "torch.cat(value.chunk(2, dim=1), dim=-1)",
+            "torch.cat(value.chunk(2, dim=1)[::-1], dim=-1)",
+        ),
+        ("the maps recorded", "[weights(one) for one in maps]", "[weights(maps[0]) for one in maps]"),
+        ("bias", "size, bias = 2 * spec.head_dim, spec.bias", "size, bias = 2 * spec.head_dim, False"),
+        (
+            "initial values",
+            "nn.init.normal_(vector, std=0.1, generator=generator)",
+            "nn.init.normal_(vector, std=0.02, generator=generator)",
+        ),
+        ("what a cache keeps", "return self.spec.pattern.retained()", "return Retained(2)"),
+        ("what looks ahead has no cache", "if self.spec.pattern.looks_ahead():", "if False:"),
+    ],
+    "families/deepseek.py": [
+        ("experts are refused", "if first < layers and", "if False and"),
+        ("experts, off by one", "if first < layers and", "if first < layers - 60 and"),
+        ("interleaved", "rotary=one.rotary.replace(interleaved=interleaved)", "rotary=one.rotary"),
+        (
+            "V2 is interleaved",
+            'fields.flag("rope_interleave", True) if newer else True',
+            'fields.flag("rope_interleave", newer)',
+        ),
+        ("the heads of the rotary", '"head_dim": size}', '"head_dim": 2 * size}'),
+        ("bias", 'bias=one.bias == "all",\n            dropout', "dropout"),
+        (
+            "dropout",
+            "dropout=one.dropout,\n        )\n\n    return llama.with_attentions(found",
+            ")\n\n    return llama.with_attentions(found",
+        ),
+        ("queries from the width", "query_rank=None if rank is None else", "query_rank="),
+        ("keys and values head by head", "Fused(groups=attention.heads)", "Fused()"),
+        (
+            "one name of queries",
+            'query = "q_proj" if attention.query_rank is None else "q_b_proj"',
+            'query = "q_b_proj"',
+        ),
+        ("keys are of every head", 'fields.must("num_key_value_heads", heads)', "pass"),
+        ("sharpening beside other scalings", "if not isinstance(scaling, YarnScaling | None)", "if False"),
+    ],
+    "families/diffllama.py": [
+        ("heads are pairs of maps", "heads=one.heads // 2,", "heads=one.heads,"),
+        ("lambda by depth", "start=start_at(depth)", "start=start_at(0)"),
+        (
+            "norm without a weight",
+            'fields.number("rms_norm_eps", 1e-5), weight=False)',
+            'fields.number("rms_norm_eps", 1e-5))',
+        ),
+        (
+            "eps of the heads",
+            'RMSNormSpec(eps=fields.number("rms_norm_eps", 1e-5), weight=False)',
+            "RMSNormSpec(eps=1e-5, weight=False)",
+        ),
+        ("default eps", 'llama.spec(fields.over({"rms_norm_eps": 1e-5}))', "llama.spec(fields)"),
+        ("bias", 'bias=one.bias == "all",', ""),
+        ("dropout is refused", 'fields.must("attention_dropout", 0)', "pass"),
+        ("odd key heads are refused", "or one.key_heads % 2:", "or False:"),
     ],
     "layers/call.py": [
         ("record keeps what was asked", "self.values[name] = value()", "pass"),
@@ -788,6 +932,12 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("dropout", 'dropout=fields.number("attention_dropout", 0.0)', "dropout=0.0"),
         ("tied head", 'tied=fields.flag("tie_word_embeddings", False)', "tied=False"),
         ("windows from a layer on", "window if window and i >= first else None", "window"),
+        ("SmolLM3: layers without positions", "one if turning[depth] else one.replace(rotary=None)", "one"),
+        ("SmolLM3: every fourth", "(depth + 1) % interval != 0", "depth % interval != 0"),
+        ("SmolLM3: windows where nothing turns", "None if turns else window for turns", "window for turns"),
+        ("SmolLM3: windows are used", 'window if fields.flag("use_sliding_window", False) else None', "window"),
+        ("SmolLM3: tied", '"tie_word_embeddings": True, "num_key_value_heads": 4', '"num_key_value_heads": 4'),
+        ("SmolLM3: base", '"num_key_value_heads": 4, "rope_theta": 2e6}', '"num_key_value_heads": 4}'),
         ("windows by type of layer", 'window if one == "sliding_attention" else None', "window"),
     ],
     "families/gemma.py": [

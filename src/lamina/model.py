@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lamina.cache import KINDS, Cache
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import (
-    AttentionSpec,
     Call,
     CrossAttentionSpec,
     EmbeddingSpec,
@@ -19,6 +18,7 @@ from lamina.layers import (
     LanguageHeadSpec,
     PoolerSpec,
     Record,
+    RotarySpec,
     StackSpec,
 )
 from lamina.reading import read
@@ -106,8 +106,8 @@ class Model(nn.Module):
             if hasattr(module, "path"):
                 module.path = name  # pyright: ignore[reportArgumentType]
         self.reads_memory = any(isinstance(part, CrossAttentionSpec) for _, part in spec.walk())
-        attentions = [part for _, part in (spec.decoder or spec).walk() if isinstance(part, AttentionSpec)]
-        limits = [part.rotary.limit for part in attentions if part.rotary is not None and part.rotary.limit]
+        rotaries = [part for _, part in (spec.decoder or spec).walk() if isinstance(part, RotarySpec)]
+        limits = [rotary.limit for rotary in rotaries if rotary.limit]
         self.cache_limit = min(limits, default=None)
         """Tokens beyond which a cache is refused: the rotary phases of cached keys would depend on the length."""
 

@@ -13,10 +13,12 @@ from lamina.layers import (
     BranchSpec,
     BucketBiasSpec,
     CrossAttentionSpec,
+    DifferentialSpec,
     EmbeddingSpec,
     FeedForwardSpec,
     LabelHeadSpec,
     LanguageHeadSpec,
+    LatentAttentionSpec,
     LayerNormSpec,
     LayerSpec,
     LearnedPositionSpec,
@@ -119,6 +121,24 @@ def _attention(spec: AttentionSpec) -> str:
     return ", ".join(parts)
 
 
+def _latent(spec: LatentAttentionSpec) -> str:
+    parts = [f"MLA {spec.heads} heads of {spec.nope_dim} + {spec.rope_dim}, values of {spec.value_dim}"]
+    parts += [f"keys and values from {spec.key_rank}"]
+    parts += [f"queries from {spec.query_rank}"] if spec.query_rank is not None else []
+    parts += [say(spec.pattern), "no positions" if spec.rotary is None else say(spec.rotary)]
+    parts += [f"scale {spec.scale:g}"] if spec.scale is not None else []
+    parts += ["biases"] if spec.bias else []
+    return ", ".join(parts + ([f"dropout {spec.dropout:g}"] if spec.dropout else []))
+
+
+def _differential(spec: DifferentialSpec) -> str:
+    heads = f"{spec.heads}" if spec.key_heads == spec.heads else f"{spec.heads}/{spec.key_heads}"
+    parts = [f"differential, {heads} heads of 2 x {spec.head_dim}, lambda from {spec.start:.2f}", say(spec.pattern)]
+    parts += [say(spec.rotary)] if spec.rotary is not None else []
+    parts += [f"scale {spec.scale:g}"] if spec.scale is not None else []
+    return ", ".join(parts + (["biases"] if spec.bias else []))
+
+
 def _cross(spec: CrossAttentionSpec) -> str:
     heads = f"{spec.heads}" if spec.key_heads == spec.heads else f"{spec.heads}/{spec.key_heads}"
     parts = [f"cross-attention, {heads} heads of {spec.head_dim}"]
@@ -179,7 +199,8 @@ def _feedforward(spec: FeedForwardSpec) -> str:
 
 
 def _rms_norm(spec: RMSNormSpec) -> str:
-    return "RMSNorm" + (" (1 + weight)" if spec.plus_one else "") + f" eps {spec.eps:g}"
+    said = " (1 + weight)" if spec.plus_one else "" if spec.weight else " without weight"
+    return f"RMSNorm{said} eps {spec.eps:g}"
 
 
 def _layer_norm(spec: LayerNormSpec) -> str:
@@ -235,12 +256,14 @@ WORDS: dict[type, Callable[[Any], str]] = {
     BucketBiasSpec: _bucket_bias,
     Causal: lambda spec: "causal",
     CrossAttentionSpec: _cross,
+    DifferentialSpec: _differential,
     Either: _pattern,
     EmbeddingSpec: _embedding,
     Everything: lambda spec: "bidirectional",
     FeedForwardSpec: _feedforward,
     LabelHeadSpec: _labels,
     LanguageHeadSpec: _head,
+    LatentAttentionSpec: _latent,
     LayerNormSpec: _layer_norm,
     LayerSpec: lambda spec: " and ".join(step.name for step in spec.steps),
     LearnedPositionSpec: lambda spec: f"learned positions, {spec.size}",

@@ -16,9 +16,11 @@ from lamina.generation.int8 import Int8Linear, rounded
 from lamina.generation.package import _attention
 from lamina.layers import (
     AttentionSpec,
+    DifferentialSpec,
     EmbeddingSpec,
     FeedForwardSpec,
     LanguageHeadSpec,
+    LatentAttentionSpec,
     LayerNormSpec,
     LayerSpec,
     LearnedPositionSpec,
@@ -145,6 +147,31 @@ def test_a_chat_keeps_what_the_step_has_read(monkeypatch: pytest.MonkeyPatch) ->
     expected = talk()
     prepare(model, compile=True)
     assert talk() == expected and expected[1][0] == 0 and expected[1][2] > expected[1][1] > 0
+
+
+@pytest.mark.timeout(400)
+def test_a_step_of_latent_and_differential_attention() -> None:
+    """The first keeps one tensor a layer and an empty one; in 8 bits, what it absorbs stays as it is."""
+    latent = LatentAttentionSpec(
+        heads=3, key_rank=6, nope_dim=4, rope_dim=4, value_dim=5, rotary=RotarySpec(base=50.0, interleaved=True)
+    )
+    differential = DifferentialSpec(heads=4, key_heads=2, head_dim=4, start=0.3, rotary=RotarySpec(base=50.0))
+    layers = tuple(
+        LayerSpec(steps=(StepSpec(name="attention", op=op, pre=RMSNormSpec()),)) for op in (latent, differential)
+    )
+    stack = StackSpec(layers=layers, norm=RMSNormSpec())
+    spec = ModelSpec(width=20, embedding=EmbeddingSpec(vocabulary=61), decoder=stack, head=LanguageHeadSpec())
+    model = spec.build(seed=3).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(20 if parameter.dim() > 1 and "embedding" not in name else 1)
+    prepare(model, quantize="int8")
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    expected = lamina.generate(model, ids, max_new_tokens=10)
+    prepare(model, compile=True)
+    assert torch.equal(lamina.generate(model, ids, max_new_tokens=10), expected)
+    assert set(model.engine.steps) == {16}
+    assert len(set(expected[0].tolist())) > 5
 
 
 @pytest.mark.timeout(400)

@@ -94,6 +94,20 @@ def test_a_bias_without_a_weight_is_refused():
         LayerNormSpec(weight=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_without_a_weight_nothing_is_multiplied(dtype: torch.dtype):
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for wide in (True, False):
+        norm = RMSNormSpec(eps=0.1, weight=False, wide_product=wide).build(8).to(dtype)
+        assert list(norm.parameters()) == []
+        norm.initialise(torch.Generator())
+        exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 0.1).sqrt()
+        assert norm(x).dtype == dtype
+        torch.testing.assert_close(norm(x), exact.to(dtype))
+    with pytest.raises(LaminaError, match="1 [+] weight needs a weight"):
+        RMSNormSpec(plus_one=True, weight=False)
+
+
 def test_large_values_do_not_overflow_in_float16():
     x = torch.full((1, 4), 300.0, dtype=torch.float16)  # 300^2 is beyond float16
     assert torch.equal(RMSNormSpec().build(4).half()(x), torch.ones(1, 4, dtype=torch.float16))

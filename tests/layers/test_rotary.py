@@ -20,6 +20,7 @@ from lamina.layers import (
     RotarySpec,
     YarnScaling,
 )
+from lamina.layers.cached import with_cache
 from lamina.layers.rotary import phases, rotate, table
 from lamina.patterns import Causal
 from lamina.tokens import HOLE, Tokens, plain
@@ -330,7 +331,8 @@ def test_phases_are_float32_whatever_becomes_of_the_model(where: str):
     x = torch.zeros(1, 1, 3, 64, dtype=dtype)
     x[..., :32] = 1  # (1, 0) for every pair: turns into (cos, sin)
     call = Call(tokens=positions, memo=memo)
-    found = module._turn(x, positions, call)[0, 0].double()
+    turned, *_ = with_cache("", call, x, x, x, module.spec.rotary, 64)
+    found = turned[0, 0].double()
     assert not list(module.buffers())  # nothing that a cast could reach
     exact = [[p * 500_000.0 ** (-i / 32) for i in range(32)] for p in (257, 4097, 131_071)]
     wanted = torch.tensor([[*map(math.cos, row), *map(math.sin, row)] for row in exact], dtype=torch.float64)

@@ -10,9 +10,8 @@ import torch
 
 from lamina.attend import BACKENDS, Request, attend
 from lamina.conformance.report import Row, gap, judged, left_out
-from lamina.conformance.trial import TOKENS, attentions
+from lamina.conformance.trial import TOKENS, SelfAttentionSpec, attentions
 from lamina.errors import UnsupportedError
-from lamina.layers import AttentionSpec
 from lamina.model import Model
 from lamina.patterns import Both, Either, Pattern
 from lamina.tokens import HOLE, Tokens, plain
@@ -79,16 +78,18 @@ def say(pattern: Pattern) -> str:
     return f"{type(pattern).__name__}({', '.join(given)})"
 
 
-def _request(spec: AttentionSpec, queries: Tokens, keys: Tokens) -> Request:
+def _request(spec: SelfAttentionSpec, queries: Tokens, keys: Tokens) -> Request:
     generator = torch.Generator().manual_seed(0)
     batch, length = keys.position.shape
     # As many heads as share a key head, and one more key head where there are several.
-    groups = min(spec.key_heads, 2)
-    heads = groups * (spec.heads // spec.key_heads)
+    key_heads = getattr(spec, "key_heads", 1)  # of latent attention, absorbed, one
+    groups = min(key_heads, 2)
+    heads = groups * (spec.heads // key_heads)
     shapes = ((batch, heads, length, SIZE), (batch, groups, length, SIZE), (batch, groups, length, SIZE))
     query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
-    sink = torch.zeros(heads) if spec.sink else None
-    return Request(query, key, value, queries, keys, spec.pattern, SIZE**-0.5, softcap=spec.softcap, sink=sink)
+    sink = torch.zeros(heads) if getattr(spec, "sink", False) else None
+    softcap = getattr(spec, "softcap", None)
+    return Request(query, key, value, queries, keys, spec.pattern, SIZE**-0.5, softcap=softcap, sink=sink)
 
 
 def _serving(request: Request) -> list[str]:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lamina.cache import KINDS
 from lamina.conformance.report import Difference, Row, gap, judged, left_out
-from lamina.conformance.trial import TOKENS, random_ids, read, text_length, two_stacks
+from lamina.conformance.trial import TOKENS, SelfAttentionSpec, random_ids, read, text_length, two_stacks
 from lamina.errors import UnsupportedError
-from lamina.layers import AttentionSpec, Record
+from lamina.layers import Record
 from lamina.model import Model
 from lamina.patterns import allowed
 from lamina.tokens import plain
@@ -120,7 +120,7 @@ def causality(model: Model) -> Iterator[Row]:
     length = text_length(model)
     tokens = plain(1, length)
     for _, part in model.spec.decoder.walk():
-        if isinstance(part, AttentionSpec):
+        if isinstance(part, SelfAttentionSpec):
             mask = allowed(part.pattern, tokens.query(), tokens.key()).expand(1, length, length)
             if bool(mask.triu(1).any()):
                 yield left_out(name, f"{type(part.pattern).__name__} looks ahead")

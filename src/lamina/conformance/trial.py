@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamina.layers import AttentionSpec
+from lamina.layers import AttentionSpec, DifferentialSpec, LatentAttentionSpec
 from lamina.model import Model
+
+SelfAttentionSpec = AttentionSpec | DifferentialSpec | LatentAttentionSpec
 
 TOKENS = 16  # of each text that is read, where no window asks for more
 
@@ -45,6 +47,6 @@ def text_length(model: Model) -> int:
     return min(max(TOKENS, min(narrowest + 8, 64)), model.spec.context or TOKENS)
 
 
-def attentions(model: Model) -> list[AttentionSpec]:
-    """The different attentions of the model."""
-    return list(dict.fromkeys(part for _, part in model.spec.walk() if isinstance(part, AttentionSpec)))
+def attentions(model: Model) -> list[SelfAttentionSpec]:
+    """The different attentions of the model that read their own text."""
+    return list(dict.fromkeys(part for _, part in model.spec.walk() if isinstance(part, SelfAttentionSpec)))

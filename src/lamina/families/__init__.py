@@ -13,6 +13,9 @@ FAMILIES = {
     "bart": "bart:BART",
     "bert": "bert:BERT",
     "bloom": "bloom:BLOOM",
+    "deepseek_v2": "deepseek:V2",
+    "deepseek_v3": "deepseek:V3",
+    "diffllama": "diffllama:DIFFLLAMA",
     "falcon": "falcon:FALCON",
     "gemma": "gemma:GEMMA",
     "gemma2": "gemma:GEMMA2",
@@ -29,6 +32,7 @@ FAMILIES = {
     "qwen2": "llama:QWEN2",
     "qwen3": "llama:QWEN3",
     "roberta": "bert:ROBERTA",
+    "smollm3": "llama:SMOLLM3",
     "t5": "t5:T5",
     "mt5": "t5:MT5",  # after T5, which is what a new model is written as
 }

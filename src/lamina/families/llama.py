@@ -1,7 +1,8 @@
 """LLaMA and its relatives: pre-RMSNorm decoders with rotary positions and SwiGLU.
 
 LLaMA 1 to 3 (arXiv:2302.13971, 2307.09288, 2407.21783), Mistral (a window; arXiv:2310.06825), Qwen 2 (biases on
-q, k, v; arXiv:2407.10671), Qwen 3 (norms on q and k; arXiv:2505.09388).
+q, k, v; arXiv:2407.10671), Qwen 3 (norms on q and k; arXiv:2505.09388), SmolLM 3 (every fourth layer without positions;
+huggingface.co/blog/smollm3).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from lamina.errors import CheckpointError
 from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, in_turn, parts, special_config, the
 from lamina.families.rope import rotary, rotary_config
 from lamina.layers import (
@@ -19,10 +21,12 @@ from lamina.layers import (
     LanguageHeadSpec,
     LayerSpec,
     RMSNormSpec,
+    RotarySpec,
     StackSpec,
 )
 from lamina.model import ModelSpec
 from lamina.patterns import Both, Causal, Pattern, Window
+from lamina.specs import Spec
 from lamina.weights.rules import Rule, pairs
 
 Windows = Callable[[Fields, int], list[int | None]]
@@ -100,6 +104,15 @@ def config(spec: ModelSpec, *, model_type: str, name: str) -> dict[str, Any]:
     }
 
 
+def with_attentions(spec: ModelSpec, change: Callable[[Any, int], Spec]) -> ModelSpec:
+    """The same decoder with the attention of each layer replaced by `change(attention, depth)`, depth from 0."""
+    stack, layers = the(StackSpec, spec.decoder, "decoder"), []
+    for depth, layer in enumerate(stack.layers):
+        first, *others = layer.steps
+        layers.append(layer.replace(steps=(first.replace(op=change(first.op, depth)), *others)))
+    return spec.replace(decoder=stack.replace(layers=tuple(layers)))
+
+
 def windows_of(spec: ModelSpec) -> list[int | None]:
     """The window of each layer; None where it sees everything before it."""
     assert spec.decoder is not None
@@ -159,9 +172,12 @@ QK_NORM = tuple(Rule(f"{L}attention.op.{p}_norm.weight", f"{H}self_attn.{p}_norm
 
 
 def _llama_config(spec: ModelSpec) -> dict[str, Any]:
+    return config(spec, model_type="llama", name="Llama") | _biases(spec)
+
+
+def _biases(spec: ModelSpec) -> dict[str, Any]:
     attention, feedforward = (step.op for step in spec.decoder.layers[0].steps)  # pyright: ignore
-    flags = {"attention_bias": attention.bias == "all", "mlp_bias": feedforward.bias}  # pyright: ignore
-    return config(spec, model_type="llama", name="Llama") | flags
+    return {"attention_bias": attention.bias == "all", "mlp_bias": feedforward.bias}  # pyright: ignore
 
 
 def _mistral_config(spec: ModelSpec) -> dict[str, Any]:
@@ -178,6 +194,51 @@ def _qwen3_config(spec: ModelSpec) -> dict[str, Any]:
     attention = spec.decoder.layers[0].steps[0].op  # pyright: ignore
     flags = {"attention_bias": attention.bias == "all"}  # pyright: ignore
     return config(spec, model_type="qwen3", name="Qwen3") | type_config(spec) | flags
+
+
+def _turning(fields: Fields, layers: int) -> list[bool]:
+    """SmolLM 3: which layers have rotary positions, listed as 1 and 0; unlisted, every fourth has none."""
+    said = fields.config.get("no_rope_layers")
+    if said is None:
+        interval = fields.count("no_rope_layer_interval", 4)
+        return [(depth + 1) % interval != 0 for depth in range(layers)]
+    if not isinstance(said, list) or len(said) < layers or any(one not in (0, 1) for one in said):
+        raise CheckpointError(f"{fields.where}: no_rope_layers must list 0 or 1 for each of {layers} layers")
+    return [bool(one) for one in said[:layers]]
+
+
+def _without_positions(fields: Fields, layers: int) -> list[int | None]:
+    """SmolLM 3: `layer_types` where present; else, if windows are used at all, on the layers without positions."""
+    window = fields.count("sliding_window") if "sliding_window" in fields else None
+    types = fields.config.get("layer_types")
+    if types is not None:
+        return layer_windows(fields, types, layers, window)
+    window = window if fields.flag("use_sliding_window", False) else None
+    return [None if turns else window for turns in _turning(fields, layers)]
+
+
+def _smollm3(fields: Fields) -> ModelSpec:
+    fields = fields.over({"tie_word_embeddings": True, "num_key_value_heads": 4, "rope_theta": 2e6})
+    turning = _turning(fields, fields.layers())
+    special = (128000, 128001, 128004)
+    found = spec(fields, windows=_without_positions, context=32768, special=special)
+    return with_attentions(found, lambda one, depth: one if turning[depth] else one.replace(rotary=None))
+
+
+def _smollm3_config(spec: ModelSpec) -> dict[str, Any]:
+    rotaries: list[RotarySpec | None] = []
+
+    def remember(attention: AttentionSpec, depth: int) -> AttentionSpec:
+        rotaries.append(attention.rotary)
+        return attention
+
+    with_attentions(spec, remember)
+    one = next((rotary for rotary in rotaries if rotary is not None), RotarySpec(base=2e6))
+    turned = with_attentions(spec, lambda attention, depth: attention.replace(rotary=one))
+    said = config(turned, model_type="smollm3", name="SmolLM3") | type_config(spec) | _biases(spec)
+    if said["head_dim"] * said["num_attention_heads"] == spec.width:
+        said.pop("head_dim")  # as the published files, which have no such field
+    return said | {"no_rope_layers": [int(rotary is not None) for rotary in rotaries]}
 
 
 def _size(layers: int, width: int, heads: int, key_heads: int, hidden: int, vocabulary: int, context: int, **more: Any):
@@ -281,4 +342,17 @@ QWEN3 = Family(
         "qwen3/14b": _size(40, 5120, 40, 8, 17408, 151936, 40960, **Q25),
         "qwen3/32b": _size(64, 5120, 64, 8, 25600, 151936, 40960, **Q25),
     },
+)
+
+SMOL3 = {"rms_norm_eps": 1e-6, "rope_theta": 5e6, "tie_word_embeddings": True, "bos_token_id": 128000}
+
+SMOLLM3 = Family(
+    model_type="smollm3",
+    spec=_smollm3,
+    config=_smollm3_config,
+    weights=WEIGHTS,
+    base="model.",
+    aliases=LLAMA.aliases,
+    ignored=LLAMA.ignored,
+    sizes={"smollm3/3b": _size(36, 2048, 16, 4, 11008, 128256, 65536, eos_token_id=128012, **SMOL3)},
 )

@@ -82,7 +82,8 @@ class Int8Head(nn.Module):
 
 
 def quantize_int8(model: Model) -> None:
-    """Round every matrix of `model` in place; norms, biases and position tables stay as they are.
+    """Round every matrix of `model` in place; norms, biases and position tables stay as they are, and so do matrices
+    that a layer says it also reads whole (`READ_WHOLE`: the up-projections of latent attention).
 
     Raises UnsupportedError for models without a decoder with a language head.
     """
@@ -90,7 +91,7 @@ def quantize_int8(model: Model) -> None:
         raise UnsupportedError("quantize='int8' is for models that generate: a decoder with a language head")
     for module in list(model.decoder.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
+            if isinstance(child, nn.Linear) and name not in getattr(module, "READ_WHOLE", ()):
                 setattr(module, name, Int8Linear(child))
     embedding = Int8Embedding(model.embedding)
     model.head = Int8Head(model.head, embedding)  # pyright: ignore[reportAttributeAccessIssue]

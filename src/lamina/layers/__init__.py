@@ -7,6 +7,7 @@ from lamina.layers.bias import AlibiSpec, BucketBiasSpec
 from lamina.layers.block import BranchSpec, Layer, LayerSpec, StepSpec, SumSpec
 from lamina.layers.call import Call, Record
 from lamina.layers.cross import CrossAttention, CrossAttentionSpec
+from lamina.layers.differential import Differential, DifferentialSpec
 from lamina.layers.embedding import Embedding, EmbeddingSpec, Segment, SegmentSpec
 from lamina.layers.feedforward import FeedForward, FeedForwardSpec
 from lamina.layers.head import (
@@ -18,6 +19,7 @@ from lamina.layers.head import (
     PoolerSpec,
     TransformSpec,
 )
+from lamina.layers.latent import LatentAttention, LatentAttentionSpec
 from lamina.layers.norm import LayerNorm, LayerNormSpec, NormSpec, RMSNorm, RMSNormSpec
 from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
 from lamina.layers.relative import ShawSpec, TransformerXLSpec
@@ -41,6 +43,8 @@ __all__ = [
     "Call",
     "CrossAttention",
     "CrossAttentionSpec",
+    "Differential",
+    "DifferentialSpec",
     "DynamicNTKScaling",
     "Embedding",
     "EmbeddingSpec",
@@ -50,6 +54,8 @@ __all__ = [
     "LabelHeadSpec",
     "LanguageHead",
     "LanguageHeadSpec",
+    "LatentAttention",
+    "LatentAttentionSpec",
     "Layer",
     "LayerNorm",
     "LayerNormSpec",

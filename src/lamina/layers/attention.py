@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from lamina.attend import Request, attend, weights
 from lamina.errors import LaminaError, UnsupportedError
+from lamina.layers.cached import with_cache
 from lamina.layers.call import Call
 from lamina.layers.linear import Linear
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.layers.relative import ShawSpec, TransformerXLSpec
-from lamina.layers.rotary import RotarySpec, phases, prepare, rotate
+from lamina.layers.rotary import RotarySpec, prepare
 from lamina.patterns import Causal, Pattern, Retained
 from lamina.specs import Spec
 from lamina.tokens import Tokens
@@ -85,15 +86,9 @@ class Attention(nn.Module):
         query, key, value = (self._split(project(x)) for project in (self.q, self.k, self.v))  # (B, H or G, T, D)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        slot = None if call.cache is None else call.cache.slot(self.path)
-        queries = keys = call.tokens
-        if slot is None or not slot.late:
-            query, key = self._turn(query, queries, call), self._turn(key, keys, call)
-        if slot is not None:
-            key, value, keys = slot.extend(key, value, call.tokens)
-        if slot is not None and slot.late:
-            queries = slot.ledger.queries(call.tokens)
-            query, key = self._turn(query, queries, call), self._turn(key, keys, call)
+        query, key, value, queries, keys = with_cache(
+            self.path, call, query, key, value, self.spec.rotary, self.spec.head_dim
+        )
         request = self._request(query, key, value, queries, keys, call)
         call.record.keep(f"{self.path}.weights", lambda: weights(request))
         out = attend(request, call.backend)  # (B, H, T, D)
@@ -124,13 +119,6 @@ class Attention(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) -> (B, heads, T, D); the count comes from the shape, so a shard of the heads works too."""
         return x.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)
-
-    def _turn(self, x: Tensor, tokens: Tokens, call: Call) -> Tensor:
-        rotary = self.spec.rotary
-        if rotary is None:
-            return x
-        cos, sin = phases(rotary, self.spec.head_dim, tokens, x.dtype, call.memo)
-        return rotate(x, cos, sin, rotary.interleaved)
 
     def initialise(self, generator: torch.Generator) -> None:
         if self.sink is not None:

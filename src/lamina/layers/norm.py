@@ -37,6 +37,11 @@ class RMSNormSpec(Spec):
     eps: float = 1e-6  # T5, LLaMA 1, Qwen, Gemma; 1e-5 in Llama 2 and 3, Mistral
     plus_one: bool = False  # Gemma: the factor is 1 + weight, and weight starts at zero
     wide_product: bool = False  # Gemma: the product is taken in float32 before the cast; LLaMA casts first
+    weight: bool = True  # False: no product at all, on the heads of DiffLlama
+
+    def check(self) -> None:
+        if self.plus_one and not self.weight:
+            raise LaminaError("RMSNormSpec(plus_one=True, weight=False): 1 + weight needs a weight")
 
     def build(self, width: int) -> RMSNorm:
         return RMSNorm(self, width)
@@ -70,19 +75,23 @@ class RMSNorm(nn.Module):
 
     def __init__(self, spec: RMSNormSpec, width: int) -> None:
         super().__init__()
-        self.spec = spec
-        self.weight = nn.Parameter(torch.zeros(width) if spec.plus_one else torch.ones(width))
+        self.spec, self.width = spec, width
+        start = torch.zeros(width) if spec.plus_one else torch.ones(width)
+        self.weight = nn.Parameter(start) if spec.weight else None
 
     def forward(self, x: Tensor) -> Tensor:
         spec = self.spec
-        if x.dtype == self.weight.dtype == torch.float32 and not spec.plus_one:
-            return F.rms_norm(x, self.weight.shape, self.weight, spec.eps)
+        if x.dtype == torch.float32 and not spec.plus_one and (self.weight is None or self.weight.dtype == x.dtype):
+            return F.rms_norm(x, (self.width,), self.weight, spec.eps)
         wide = x.float() if x.dtype != torch.float64 else x
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + spec.eps)
+        if self.weight is None:
+            return wide.to(x.dtype)
         if spec.wide_product:
             weight = self.weight.to(wide.dtype)
             return (wide * (1.0 + weight if spec.plus_one else weight)).to(x.dtype)
         return wide.to(x.dtype) * (1.0 + self.weight if spec.plus_one else self.weight)
 
     def initialise(self, generator: torch.Generator) -> None:
-        nn.init.constant_(self.weight, 0.0 if self.spec.plus_one else 1.0)
+        if self.weight is not None:
+            nn.init.constant_(self.weight, 0.0 if self.spec.plus_one else 1.0)

@@ -57,6 +57,10 @@ class YarnScaling(Spec):
     scale_all: float | None = None  # DeepSeek's mscale_all_dim
     whole: bool = True  # the ends of the ramp are rounded to whole pairs; False in GPT-OSS
 
+    def temperature(self, weight: float = 1.0) -> float:
+        """0.1 weight ln(factor) + 1: what a longer context asks the scores to be sharpened by."""
+        return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class LongRopeScaling(Spec):
@@ -211,9 +215,6 @@ def _yarn(wavelength: Tensor, scaling: YarnScaling, base: float, width: int) -> 
         """The (fractional) pair that makes `turns` full turns within the original context."""
         return width * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    def temperature(weight: float) -> float:
-        return 0.1 * weight * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
-
     low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
     if scaling.whole:
         low, high = math.floor(low), math.ceil(high)
@@ -225,5 +226,5 @@ def _yarn(wavelength: Tensor, scaling: YarnScaling, base: float, width: int) -> 
     if scaling.attention is not None:
         return frequency, scaling.attention
     if scaling.scale and scaling.scale_all:
-        return frequency, temperature(scaling.scale) / temperature(scaling.scale_all)
-    return frequency, temperature(1.0)
+        return frequency, scaling.temperature(scaling.scale) / scaling.temperature(scaling.scale_all)
+    return frequency, scaling.temperature()

@@ -1,0 +1,41 @@
+"""How an attention meets its cache: keys turn before they are kept, or after, where the cache renumbers them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamina.layers.call import Call
+from lamina.layers.rotary import RotarySpec, phases, rotate
+from lamina.tokens import Tokens
+
+
+def with_cache(
+    path: str, call: Call, query: Tensor, key: Tensor, value: Tensor, rotary: RotarySpec | None, size: int
+) -> tuple[Tensor, Tensor, Tensor, Tokens, Tokens]:
+    """Queries (B, H, T, D), all keys (B, G, S, D) and values to look at, and whose the queries and the keys are.
+
+    `path` names the layer's slot; without a cache the keys are those of this forward. Rotary phases turn the last
+    `size` features of queries and keys.
+    """
+    slot = None if call.cache is None else call.cache.slot(path)
+    queries = keys = call.tokens
+    if slot is None or not slot.late:
+        query, key = (_turn(x, queries, rotary, size, call.memo) for x in (query, key))
+    if slot is not None:
+        key, value, keys = slot.extend(key, value, call.tokens)
+    if slot is not None and slot.late:
+        queries = slot.ledger.queries(call.tokens)
+        query, key = _turn(query, queries, rotary, size, call.memo), _turn(key, keys, rotary, size, call.memo)
+    return query, key, value, queries, keys
+
+
+def _turn(x: Tensor, tokens: Tokens, rotary: RotarySpec | None, size: int, memo: dict[Any, Any]) -> Tensor:
+    if rotary is None:
+        return x
+    cos, sin = phases(rotary, size, tokens, x.dtype, memo)
+    before = x.shape[-1] - size
+    turned = rotate(x[..., before:], cos, sin, rotary.interleaved)
+    return turned if before == 0 else torch.cat([x[..., :before], turned], dim=-1)
