@@ -77,8 +77,12 @@ def span(indices: Iterable[int]) -> str:
 
 def shape_of(spec: ModelSpec) -> str:
     """The model in one line: "decoder of 30 layers, width 576, vocabulary 49152, context 8192"."""
-    stacks = [("encoder", spec.encoder), ("decoder", spec.decoder)]
-    parts = [" and ".join(f"{name} of {len(stack.layers)} layers" for name, stack in stacks if stack is not None)]
+    stacks = {"encoder": spec.encoder, "decoder": spec.decoder}
+    depths = {name: len(stack.layers) for name, stack in stacks.items() if stack is not None}
+    if len(depths) == 2 and len(set(depths.values())) == 1:
+        parts = [f"encoder and decoder of {depths['encoder']} layers"]
+    else:
+        parts = [" and ".join(f"{name} of {depth} layers" for name, depth in depths.items())]
     parts += [f"width {spec.width}", f"vocabulary {spec.embedding.vocabulary}"]
     return ", ".join(parts + ([] if spec.context is None else [f"context {spec.context}"]))
 
