@@ -105,8 +105,9 @@ def _understand(located: Located, checkpoint: Any, config: dict[str, Any], text:
         raise CheckpointError(f"{where}: {error}" if where not in str(error) else str(error)) from None
     tied = spec.head is not None and spec.head.tied
     own = {rule.theirs for rule in chosen.heads(spec)}  # a decoder alone may call the embedding what others call a copy
-    for twin, original in {**chosen.copies, **(chosen.aliases if tied else {})}.items():
-        if twin in names and original not in names and twin not in own:  # its writer kept the other one of the two
+    twins = [pair for pair in chosen.copies.items() if pair[0] not in own]
+    for twin, original in twins + (list(chosen.aliases.items()) if tied else []):
+        if twin in names and original not in names:  # its writer kept the other one of the two
             names[original] = names.pop(twin)
     origin = Origin(located, chosen, config, text, bare)
     if isinstance(checkpoint, Checkpoint):
