@@ -506,6 +506,33 @@ def test_what_cannot_be_cached_is_refused(models: dict):
         encoder(small.ids(1, 2), cache=model.new_cache())
 
 
+@pytest.mark.parametrize("inference", [True, False])
+def test_rows_that_begin_alike_move_only_where_they_differ(inference: bool):
+    """Columns: two that all rows share, then two of each row's own; a promise of two alike moves the others alone."""
+    with torch.inference_mode(inference), torch.no_grad():
+        cache = Cache("growing", 3)
+        cache.add("", Causal().retained())
+        slot = cache.slot("")
+        key = torch.tensor([[7.0, 8.0, 1.0, 2.0], [7.0, 8.0, 3.0, 4.0], [7.0, 8.0, 5.0, 6.0]])[:, None, :, None]
+        tokens = plain(3, 4)
+        slot.extend(key, -key, tokens)
+        cache.advance(tokens)
+        cache.reorder(torch.tensor([0, 1, 2]), alike=2)
+        assert slot.key is not None and slot.value is not None
+        before = slot.key.data_ptr()
+        for index, expected in (([2, 0, 0], [5.0, 1.0, 1.0]), ([1, 1, 0], [1.0, 1.0, 5.0])):
+            cache.reorder(torch.tensor(index), alike=2)
+            assert slot.key[:, 0, :4, 0].tolist() == [[7.0, 8.0, one, one + 1] for one in expected]
+            assert torch.equal(slot.key[:, :, :4], -slot.value[:, :, :4])
+        assert (slot.key.data_ptr() == before) == inference  # in place where no gradient can want the old values
+        cache.reorder(torch.tensor([2, 2, 1, 0]))
+        assert slot.key[:, 0, :4, 0].tolist() == [[7.0, 8.0, one, one + 1] for one in (5.0, 5.0, 1.0, 1.0)]
+        assert torch.equal(slot.key[:, :, :4], -slot.value[:, :, :4])
+        new = plain(4, 1, start=4)
+        keys, _, seen = slot.extend(torch.ones(4, 1, 1, 1), torch.ones(4, 1, 1, 1), new)
+        assert keys.shape == (4, 1, 5, 1) and seen.span == (0, 5)
+
+
 def test_the_memory_of_beams_stays_where_it_is_and_follows_texts_that_change_places():
     """Two texts. Three beams of each share its row; once beams cross over, each row has a text of its own."""
     cache = Cache("growing", 2)

@@ -60,6 +60,8 @@ def tests_of(file: str) -> tuple[str, ...]:
     if folder == "layers":
         shared = {"stack": "block", "call": "attention", "cached": "attention"}
         return (f"tests/layers/test_{shared.get(name, name)}.py",)
+    if folder == "generation":
+        return (f"tests/generation/test_{ {'limits': 'beam', 'feeder': 'loop'}.get(name, name) }.py",)
     if folder == "catalogue":
         return ("tests/test_catalogue.py",)
     if folder == "families":

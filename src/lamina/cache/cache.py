@@ -60,8 +60,15 @@ class Cache:
             self.next_position = torch.where(seen, tokens.position.gather(1, column) + 1, self.next_position)
             self.document = torch.where(seen, tokens.document.gather(1, column), self.document)
 
-    def reorder(self, index: Tensor) -> None:
-        """Keep the batch rows `index` (beam search: the parents of the new beams), in that order, in every state."""
+    def reorder(self, index: Tensor, alike: int = 0) -> None:
+        """Keep the batch rows `index` (beam search: the parents of the new beams), in that order, in every state.
+
+        alike: a promise that row i and row index[i] have the same first columns, so many, which then stay as they are.
+        """
+        if index.shape[0] == self.batch and torch.equal(index, torch.arange(self.batch, device=index.device)):
+            return
+        for ledger in self.ledgers.values():
+            ledger.alike = alike
         for part in (*self.ledgers.values(), *self.slots.values()):
             part.reorder(index)
         self.next_position, self.document = self.next_position[index], self.document[index]

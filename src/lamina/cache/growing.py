@@ -57,6 +57,23 @@ class GrowingSlot(Slot):
         self.value = _put(self.value, value, start, stop)
         return self.key[:, :, :stop], self.value[:, :, :stop]
 
+    def reorder(self, index: Tensor) -> None:
+        if self.key is not None and self.value is not None:
+            self.key, self.value = (_select(each, index, self.ledger) for each in (self.key, self.value))
+
+
+def _select(buffer: Tensor, index: Tensor, ledger: GrowingLedger) -> Tensor:
+    """The rows `index` of `buffer`: in place, where nobody else can be reading it, and only the columns that differ."""
+    if not (buffer.is_inference() and torch.is_inference_mode_enabled()):
+        return buffer[index]
+    if index.shape[0] == buffer.shape[0]:
+        part = buffer[:, :, ledger.alike : ledger.length]
+        part.copy_(part.index_select(0, index))
+        return buffer
+    chosen = buffer.new_empty(index.shape[0], *buffer.shape[1:])
+    chosen[:, :, : ledger.length] = buffer[:, :, : ledger.length].index_select(0, index)
+    return chosen
+
 
 def _put(buffer: Tensor | None, new: Tensor, start: int, stop: int) -> Tensor:
     """`buffer` with `new` at start..stop; a larger one where it does not fit."""

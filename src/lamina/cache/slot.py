@@ -28,6 +28,7 @@ class Ledger(ABC):
     def __init__(self) -> None:
         self.incoming: Tokens | None = None
         self.visible: Tokens | None = None
+        self.alike = 0  # in a `reorder`: so many first columns are the same in each row and the one it takes over
 
     def admit(self, tokens: Tokens) -> Tokens:
         """Take note of new tokens (B, T); return the tokens of all keys that a slot will hand out for them."""

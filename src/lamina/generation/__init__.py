@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from lamina.generation.beam import Beaming, Beams
 from lamina.generation.blanks import Blank, Candidate, Filled, fill
 from lamina.generation.chat import Chat
 from lamina.generation.embed import embed
-from lamina.generation.loop import Limits, Step, generate, limits_of, stream
+from lamina.generation.limits import Limits, limits_of
+from lamina.generation.loop import Step, generate, stream
 from lamina.generation.perplexity import Score, log_probabilities, measure, score
 from lamina.generation.sample import Sampling
 from lamina.generation.text import Writing
 
 __all__ = [
+    "Beaming",
+    "Beams",
     "Blank",
     "Candidate",
     "Chat",

@@ -12,7 +12,8 @@ import torch
 from lamina.cache import Cache
 from lamina.errors import LaminaError
 from lamina.generation.compiled import Reader
-from lamina.generation.loop import limits_of, stream
+from lamina.generation.limits import limits_of
+from lamina.generation.loop import stream
 from lamina.generation.sample import Sampling
 from lamina.model import Model
 from lamina.text import Tokenizer

@@ -1,0 +1,72 @@
+"""When a row of new text ends, and what the checkpoint says of that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lamina.errors import LaminaError
+from lamina.model import Model
+
+Stop = int | Sequence[int]
+
+FORCED_END = "forced_eos_token_id"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """When a row ends: at an end id, at a stop sequence, or after `most` new tokens."""
+
+    most: int
+    least: int = 0
+    ends: tuple[int, ...] = ()
+    pad: int = 0
+    stops: tuple[tuple[int, ...], ...] = ()
+    first: int | None = None  # the first new token of an encoder-decoder, after its start id alone: BART's <s>
+    last: int | None = None  # and so is the last one, where `most` is reached: BART's </s>
+
+    def forced(self, count: int, begun: int) -> int | None:
+        """The id that new token `count` has to be, after a prompt of `begun` tokens; None where it is free."""
+        if count == 0 and begun == 1 and self.first is not None:
+            return self.first
+        return self.last if count + 1 == self.most else None
+
+
+def two_stacks(model: Model) -> bool:
+    """Whether it is an encoder-decoder: what it writes does not continue what it reads."""
+    return model.spec.encoder is not None and model.spec.decoder is not None
+
+
+def start_ids(model: Model, batch: int) -> Tensor:
+    """(batch, 1): the id that an encoder-decoder begins with. Raises LaminaError where the checkpoint names none."""
+    said = {} if model.origin is None else model.origin.generation
+    special = model.spec.special
+    options = (said.get("decoder_start_token_id"), special.decoder_start, said.get("bos_token_id"), special.start)
+    start = next((one for one in options if one is not None), None)
+    if start is None:
+        raise LaminaError("this checkpoint names no decoder_start_token_id: give decoder_input_ids")
+    return torch.full((batch, 1), start, dtype=torch.int64, device=model.embedding.weight.device)
+
+
+def limits_of(model: Model, most: int, least: int = 0, stop: Sequence[Stop] = ()) -> Limits:
+    """The limits with the end and pad ids that the checkpoint names. Raises LaminaError for values out of range."""
+    if type(most) is not int or most < 0:
+        raise LaminaError(f"max_new_tokens is {most!r}; it must be a whole number of at least 0")
+    if type(least) is not int or least < 0 or least > most:
+        raise LaminaError(f"min_new_tokens is {least!r}; it must be a whole number from 0 to max_new_tokens={most}")
+    stops = tuple((one,) if isinstance(one, int) else tuple(one) for one in stop)
+    for one in stops:
+        if not one or not all(isinstance(part, int) for part in one):
+            raise LaminaError(f"stop holds {one!r}; each must be a token id or a non-empty sequence of token ids")
+    special = model.spec.special
+    said = {} if model.origin is None else model.origin.generation
+    ends = said.get("eos_token_id", special.end)
+    ends = tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
+    pad = said.get("pad_token_id", special.pad)
+    pad = pad if pad is not None else ends[0] if ends else 0
+    first, last = said.get("forced_bos_token_id") if two_stacks(model) else None, said.get(FORCED_END)
+    last = last[0] if isinstance(last, list) else last
+    return Limits(most=most, least=least, ends=ends, pad=pad, stops=stops, first=first, last=last)
