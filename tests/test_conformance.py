@@ -9,10 +9,11 @@ import torch
 
 import lamina
 from lamina import conformance
-from lamina.attend import dense, sdpa
+from lamina.attend import Request, dense, sdpa
 from tests import tiny
 
 CONFIGS = {"llama": tiny.LLAMA, "mistral": tiny.MISTRAL, "gpt2": tiny.GPT2, "bert": tiny.BERT}
+CONFIGS |= {"t5": tiny.T5, "bart": tiny.BART}
 
 
 def failing(model: lamina.Model) -> set[str]:
@@ -32,6 +33,10 @@ def test_sound_models_pass(name):
     tried = {row.property for row in report.rows if row.verdict == "holds"}
     assert ("later tokens change no earlier bit" in tried) == (name != "bert")
     assert ("cached decoding = the whole text, cache 'ring'" in tried) == (name == "mistral")
+    assert ("sources padded on the left = alone" in tried) == (name in ("t5", "bart"))
+    assert "packed = alone" in tried
+    (empty,) = [row for row in report.rows if row.property == "a row of padding attends to nothing"]
+    assert empty.compared == f"the weights of {1 if name == 'bart' else 2} layers"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -110,6 +115,18 @@ def test_blind_rows_and_hidden_nan_fail(monkeypatch):
     monkeypatch.setattr(dense, "weights", lambda request: torch.softmax(request.query @ request.key.repeat_interleave(
         request.query.shape[1] // request.key.shape[1], dim=1).mT * request.scale, dim=-1))  # fmt: skip
     assert "a query that sees no key gives zeros" in failing(tiny.model())
+
+
+def test_cross_attention_that_sees_all_of_the_source_fails(monkeypatch):
+    """Padding and the source of another pair: told to nobody, both are read."""
+    from lamina.layers import cross
+    from lamina.tokens import plain
+
+    monkeypatch.setattr(cross, "Request", lambda **fields: Request(**fields | {
+        "queries": plain(*fields["queries"].position.shape), "keys": plain(*fields["keys"].position.shape)}))  # fmt: skip
+    model = tiny.model(tiny.T5)
+    names = {"packed = alone", "sources padded on the left = alone", "sources padded on the right = alone"}
+    assert names <= failing(model)
 
 
 def test_a_model_that_raises_fails_and_the_rest_goes_on():

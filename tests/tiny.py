@@ -29,6 +29,36 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 5}
+T5 = {
+    "model_type": "t5",
+    "vocab_size": 263,
+    "d_model": 32,
+    "d_kv": 6,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "eos_token_id": 257,
+    "pad_token_id": 256,
+    "decoder_start_token_id": 256,
+}
+BART = {
+    "model_type": "bart",
+    "vocab_size": 263,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 40,
+    "max_position_embeddings": 64,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+    "decoder_start_token_id": 257,
+}
 GPT2 = {
     "model_type": "gpt2",
     "vocab_size": 263,

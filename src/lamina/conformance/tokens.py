@@ -14,6 +14,7 @@ from lamina.conformance.report import Difference, Row, gap, judged, left_out
 from lamina.conformance.trial import TOKENS, SelfAttentionSpec, random_ids, read, text_length, two_stacks
 from lamina.errors import UnsupportedError
 from lamina.layers import Record
+from lamina.layers.cross import CrossAttention
 from lamina.model import Model
 from lamina.patterns import allowed
 from lamina.tokens import plain
@@ -44,8 +45,7 @@ def cached_decoding(model: Model) -> Iterator[Row]:
             yield left_out(f"{name}, cache {kind!r}", f"refused: {error}")
             continue
         yield worst.row(f"{name}, cache {kind!r}", said)
-    if not two_stacks(model):
-        yield _padded_decoding(model, ids)
+    yield _padded_decoding(model, ids)
 
 
 def _padded_decoding(model: Model, ids: Tensor) -> Row:
@@ -79,21 +79,40 @@ def padding(model: Model) -> Iterator[Row]:
             for ours, alone in zip(together, read(model, ids[row : row + 1, span]), strict=True):
                 worst.add(ours[row : row + 1, span], alone)
         yield worst.row(f"padded on the {side} = alone", f"rows of {lengths} tokens in one batch")
+        if two_stacks(model):
+            yield _padded_sources(model, ids, lengths, side)
+
+
+def _padded_sources(model: Model, sources: Tensor, lengths: list[int], side: str) -> Row:
+    texts, mask, worst = random_ids(model, len(lengths), 7, seed=1), torch.zeros_like(sources), Difference()
+    spans = [slice(0, n) if side == "right" else slice(sources.shape[1] - n, sources.shape[1]) for n in lengths]
+    for row, span in enumerate(spans):
+        mask[row, span] = 1
+    together = read(model, texts, source={"input_ids": sources, "attention_mask": mask})
+    for row, span in enumerate(spans):
+        one = {"input_ids": sources[row : row + 1, span]}
+        for ours, alone in zip(together, read(model, texts[row : row + 1], source=one), strict=True):
+            worst.add(ours[row : row + 1], alone)
+    return worst.row(f"sources padded on the {side} = alone", f"sources of {lengths} tokens in one batch")
 
 
 def packing(model: Model) -> Iterator[Row]:
-    if two_stacks(model):
-        yield left_out("packed = alone", "an encoder-decoder reads one text a row")
-        return
     length = text_length(model)
     lengths = [length // 2, 3, length - length // 2 - 3]
-    ids, worst = random_ids(model, 1, length), Difference()
-    documents = torch.tensor([[i for i, n in enumerate(lengths) for _ in range(n)]], device=ids.device)
-    packed = [each.split(lengths, dim=1) for each in read(model, ids, document_ids=documents)]
-    for i, text in enumerate(ids.split(lengths, dim=1)):
-        for ours, alone in zip(packed, read(model, text), strict=True):
+    ids, worst, pairs = random_ids(model, 1, length), Difference(), two_stacks(model)
+    source, sizes = random_ids(model, 1, length, seed=98), [3, length // 2, length - length // 2 - 3]
+    told = {"input_ids": source, "document_ids": _documents(sizes, ids)} if pairs else None
+    more = {f"{'decoder_' if pairs else ''}document_ids": _documents(lengths, ids)}
+    packed = [each.split(lengths, dim=1) for each in read(model, ids, source=told, **more)]
+    for i, (text, one) in enumerate(zip(ids.split(lengths, dim=1), source.split(sizes, dim=1), strict=True)):
+        for ours, alone in zip(packed, read(model, text, source={"input_ids": one}), strict=True):
             worst.add(ours[i], alone)
-    yield worst.row("packed = alone", f"documents of {lengths} tokens in one row")
+    what = f"pairs, the sources of {sizes} and the texts of" if pairs else "documents of"
+    yield worst.row("packed = alone", f"{what} {lengths} tokens in one row")
+
+
+def _documents(lengths: list[int], ids: Tensor) -> Tensor:
+    return torch.tensor([[i for i, n in enumerate(lengths) for _ in range(n)]], device=ids.device)
 
 
 def empty_rows(model: Model) -> Iterator[Row]:
@@ -105,9 +124,11 @@ def empty_rows(model: Model) -> Iterator[Row]:
     bad = sum(int((~torch.isfinite(each)).sum()) for each in out)
     yield judged("a row of padding gives no NaN", "hidden states and logits", float(bad))
     size = ids.shape[1]
-    shares = [
-        value[1] for value in record.values.values() if value.shape[-2:] == (size, size) and not two_stacks(model)
-    ]
+    # Of two stacks the decoder's own: what is empty here is its row, and the source is not.
+    others = [part.path for part in model.modules() if isinstance(part, CrossAttention)]
+    others += ["encoder."] if two_stacks(model) else []
+    own = {name: value for name, value in record.values.items() if not name.startswith(tuple(others))}
+    shares = [value[1] for value in own.values() if value.shape[-2:] == (size, size)]
     worst = max((float(share.abs().max()) for share in shares), default=0.0)
     yield judged("a row of padding attends to nothing", f"the weights of {len(shares)} layers", worst)
 

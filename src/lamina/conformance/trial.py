@@ -22,14 +22,19 @@ def random_ids(model: Model, batch: int, length: int, seed: int = 0) -> Tensor:
     return ids.to(model.embedding.weight.device)
 
 
-def read(model: Model, ids: Tensor, mask: Tensor | None = None, **more: Any) -> list[Tensor]:
+def read(
+    model: Model, ids: Tensor, mask: Tensor | None = None, *, source: dict[str, Any] | None = None, **more: Any
+) -> list[Tensor]:
     """What a forward gives for each token of `ids`: hidden states, and logits where there are some for each token.
 
-    In an encoder-decoder `ids` are the decoder's, and the encoder reads one text that stays the same.
+    In an encoder-decoder `ids` are the decoder's, and the encoder reads `source`, the arguments of its side, or one
+    text that stays the same.
     """
     if two_stacks(model):
-        source = random_ids(model, 1, TOKENS, seed=99).expand(ids.shape[0], -1)
-        out = model(source, decoder_input_ids=ids, decoder_attention_mask=mask, **more)
+        if source is None:
+            length = min(TOKENS, model.spec.context or TOKENS)
+            source = {"input_ids": random_ids(model, 1, length, seed=99).expand(ids.shape[0], -1)}
+        out = model(**source, decoder_input_ids=ids, decoder_attention_mask=mask, **more)
     else:
         out = model(ids, mask, **more)
     return [out.hidden] if out.logits is None or out.logits.dim() != 3 else [out.hidden, out.logits]
