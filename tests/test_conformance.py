@@ -122,8 +122,10 @@ def test_cross_attention_that_sees_all_of_the_source_fails(monkeypatch):
     from lamina.layers import cross
     from lamina.tokens import plain
 
-    monkeypatch.setattr(cross, "Request", lambda **fields: Request(**fields | {
-        "queries": plain(*fields["queries"].position.shape), "keys": plain(*fields["keys"].position.shape)}))  # fmt: skip
+    def blurred(**fields):
+        return Request(**fields | {name: plain(*fields[name].position.shape) for name in ("queries", "keys")})
+
+    monkeypatch.setattr(cross, "Request", blurred)
     model = tiny.model(tiny.T5)
     names = {"packed = alone", "sources padded on the left = alone", "sources padded on the right = alone"}
     assert names <= failing(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -21,7 +23,8 @@ from lamina.layers import (
 )
 from lamina.model import Model, ModelSpec, SpecialTokens
 from lamina.patterns import Causal, Everything, Window
-from tests import small
+from lamina.report import report
+from tests import small, tiny
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
 
@@ -161,6 +164,13 @@ def test_what_is_missing_or_does_not_fit_is_said(model: Model):
         model(decoder_input_ids=text)
     with pytest.raises(LaminaError, match="3 rows and the source 2"):
         model(source, decoder_input_ids=small.ids(3, 3))
+    for name in ("attention_mask", "position_ids", "document_ids"):
+        with pytest.raises(LaminaError, match=f"decoder_{name} has shape"):
+            model(source, decoder_input_ids=text, **{f"decoder_{name}": torch.ones(2, 9, dtype=torch.int64)})
+        with pytest.raises(LaminaError, match=f"(?<!_){name} has shape"):
+            model(source, decoder_input_ids=text, **{name: torch.ones(2, 9, dtype=torch.int64)})
+    with pytest.raises(LaminaError, match="decoder_input_ids has shape"):
+        model(source, decoder_input_ids=text[0])
     with pytest.raises(LaminaError, match="input_ids of"):
         model(source[:, :4], encoder_output=model.encode(source), decoder_input_ids=text)
     cache = model.new_cache(batch=2)
@@ -231,3 +241,63 @@ def test_a_narrow_table_and_a_narrow_stack_are_brought_to_the_width_of_the_model
     summed = model.embedding.weight[ids] + model.encoder.position.weight[:5]
     projected = summed @ model.encoder.input.weight.T + model.encoder.input.bias
     torch.testing.assert_close(record.values["encoder.input"], projected)
+
+
+# What is done with models, done with one of two stacks
+
+
+@pytest.fixture(scope="module")
+def t5() -> Model:
+    return tiny.model(tiny.T5)
+
+
+def test_a_chat_reads_the_conversation_anew_in_every_turn(t5: Model):
+    from lamina.generation import Chat
+
+    chat = Chat(t5, tiny.tokenizer(), max_new_tokens=5)
+    for text in ("a dog", "and a cat that ran over the mat"):
+        answer = "".join(chat.say(text))
+        prompt = tiny.tokenizer().chat_ids(chat.messages[:-1])
+        written = lamina.generate(t5, torch.tensor([prompt]), max_new_tokens=5)[0, 1:].tolist()
+        assert chat.answer is not None and chat.answer.ids == written[: len(chat.answer.ids)] and chat.reused == 0
+        assert answer == chat.messages[-1]["content"]
+
+
+@torch.no_grad()
+def test_a_text_is_embedded_by_the_encoder(t5: Model):
+    texts = ["the dog", "a much longer text about a cat"]
+    vectors = lamina.embed(t5, texts, tiny.tokenizer())
+    for text, vector in zip(texts, vectors, strict=True):
+        mean = t5.encode(torch.tensor([tiny.tokenizer().encode(text)])).mean(dim=1)
+        torch.testing.assert_close(vector[None], torch.nn.functional.normalize(mean))
+
+
+def test_what_has_no_meaning_for_two_stacks_is_refused_by_name(t5: Model):
+    with pytest.raises(UnsupportedError, match="predicts a text from its source, so a text alone has no perplexity"):
+        next(lamina.generation.score(t5, [4, 5, 6]))
+    with pytest.raises(UnsupportedError, match="fills blanks by writing the text again"):
+        lamina.generation.fill(t5, "a [MASK]", tiny.words())
+    with pytest.raises(UnsupportedError, match="an encoder-decoder has two stacks"):
+        lamina.generation.compiled.prepare(t5, compile=True, quantize=None)
+
+
+def test_a_report_shows_what_the_decoder_looked_at(t5: Model):
+    writing = lamina.generation.Writing(
+        t5, tiny.tokenizer(), tiny.tokenizer().encode("a dog ran"), max_new_tokens=6, min_new_tokens=6
+    )
+    page = report("tiny T5", t5, writing="".join(writing) and writing)
+    data = json.loads(page.split('id="attention">')[1].split("</script>")[0])
+    assert len(data["tokens"]) == 7 and data["causal"]  # the start id, and what was written
+    assert [each["path"] for each in data["layers"]] == [f"decoder.layers.{i}.attention.op" for i in range(2)]
+    assert "cross-attention" in page
+
+
+def test_what_it_costs_is_that_of_both_stacks(t5: Model):
+    """One more token is the decoder's work; the cache holds its own keys and those of the source."""
+    cost = lamina.account(t5, context=10, dtype="float32")
+    rows = {row.name: row for row in cost.rows}
+    assert rows["encoder.layers.0-1"].flops_per_token == rows["encoder.layers.0-1"].cache_bytes == 0
+    assert cost.cache_bytes == 2 * 2 * (10 + 10) * 4 * 6 * 4  # layers, keys and values, tokens, heads, width, bytes
+    cache = t5.new_cache(batch=1)
+    t5(torch.full((1, 10), 4), decoder_input_ids=torch.full((1, 10), 5), cache=cache)
+    assert cache.bytes() == cost.cache_bytes

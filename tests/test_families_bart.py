@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import lamina
 from lamina.errors import CheckpointError
 from lamina.families import Fields, family
+from lamina.layers import AttentionSpec, CrossAttentionSpec, FeedForwardSpec
 from tests.families import Case, close, row, same_files, tokens
 from tests.test_families_t5 import Change, Made, altered, comes_back, same_numbers
 
@@ -150,6 +151,19 @@ def test_what_an_index_says_beside_the_places_comes_back(made: Made, tmp_path: P
 def test_what_is_not_implemented_is_refused_by_name(fields: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         family("bart").spec(Fields({"model_type": "bart", **fields}))
+
+
+def test_each_field_reaches_its_part():
+    said = {"dropout": 0.2, "attention_dropout": 0.3, "activation_dropout": 0.4, "pad_token_id": 7, "encoder_layers": 1}
+    spec = family("bart").spec(Fields({"model_type": "bart", **said, "decoder_layers": 1}))
+    assert spec.embedding.padding == 7
+    for stack, steps in ((spec.encoder, 2), (spec.decoder, 3)):
+        assert stack is not None and stack.dropout == 0.2 and stack.output_dropout == 0.0
+        (layer,) = stack.layers
+        assert [step.dropout for step in layer.steps] == [0.2] * steps
+        inner = [part.dropout for _, part in layer.walk() if isinstance(part, AttentionSpec | CrossAttentionSpec)]
+        assert inner == [0.3] * (steps - 1)
+        assert [part.dropout for _, part in layer.walk() if isinstance(part, FeedForwardSpec)] == [0.4]
 
 
 def test_tables_of_the_stacks_that_differ_are_refused(made: Made, tmp_path: Path):

@@ -192,13 +192,14 @@ class Model(nn.Module):
         else:
             self._only_one_stack(decoder_input_ids, decoder_attention_mask, encoder_output, decoder_position_ids)
         ids, mask, positions, documents = source
+        side = "decoder_" if self.reads_memory and self.encoder is not None else ""
         if ids is None:
             raise LaminaError("input_ids is missing")
         if ids.dim() != 2:
-            raise LaminaError(f"input_ids has shape {tuple(ids.shape)}; expected (batch, length)")
+            raise LaminaError(f"{side}input_ids has shape {tuple(ids.shape)}; expected (batch, length)")
         if cache is not None:
             self._check_cache(cache, ids)
-        call.tokens = tokens = read(ids, mask, positions, documents, marked, cache)
+        call.tokens = tokens = read(ids, mask, positions, documents, marked, cache, side)
         stack = self.encoder if self.decoder is None else self.decoder
         assert stack is not None
         if call.memory is not None and (call.memory.shape[0] < 1 or ids.shape[0] % call.memory.shape[0]):

@@ -17,19 +17,21 @@ def read(
     document_ids: Tensor | None = None,
     marked: Tensor | None = None,
     cache: Cache | None = None,
+    side: str = "",
 ) -> Tokens:
     """The tokens of `ids` (B, T), which continue what is in `cache`.
 
     Without `position_ids`, each document's real tokens count from 0 (padding on the left shifts nothing); the document
     that the cache ended with goes on, and an earlier one cannot be resumed. Positions that restart without
     `document_ids` begin a new document, so packed rows never see each other.
-    `attention_mask` is (B, T), or (B, cached + T), whose last T columns are read. Raises LaminaError for other shapes.
+    `attention_mask` is (B, T), or (B, cached + T), whose last T columns are read. `side`: what
+    the arguments are called before their names, in an encoder-decoder. Raises LaminaError for other shapes.
     """
     batch, length = ids.shape
-    mask = _mask(attention_mask, ids, cache)
+    mask = _mask(attention_mask, ids, cache, side)
     for name, given in (("position_ids", position_ids), ("document_ids", document_ids), ("marked", marked)):
         if given is not None and given.shape not in ((batch, length), (1, length)):
-            raise LaminaError(f"{name} has shape {tuple(given.shape)}; input_ids has {(batch, length)}")
+            raise LaminaError(f"{side}{name} has shape {tuple(given.shape)}; {side}input_ids has {(batch, length)}")
     if mask is None and position_ids is None and document_ids is None:
         tokens = _plain(ids, cache)
         return tokens if marked is None else Tokens(tokens.position, tokens.document, _rows(marked, ids).bool())
@@ -57,13 +59,13 @@ def _plain(ids: Tensor, cache: Cache | None) -> Tokens:
     return Tokens(position, cache.document.expand(batch, length))
 
 
-def _mask(mask: Tensor | None, ids: Tensor, cache: Cache | None) -> Tensor | None:
+def _mask(mask: Tensor | None, ids: Tensor, cache: Cache | None, side: str) -> Tensor | None:
     if mask is None:
         return None
     past = 0 if cache is None else cache.length
     if mask.shape not in ((ids.shape[0], ids.shape[1]), (ids.shape[0], past + ids.shape[1])):
         expected = f"{tuple(ids.shape)}" + (f" or {(ids.shape[0], past + ids.shape[1])}" if past else "")
-        raise LaminaError(f"attention_mask has shape {tuple(mask.shape)}; expected {expected}")
+        raise LaminaError(f"{side}attention_mask has shape {tuple(mask.shape)}; expected {expected}")
     mask = mask[:, -ids.shape[1] :].bool()
     # Looking at the data is free on the CPU, and lets a mask of ones take the fast path.
     if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):

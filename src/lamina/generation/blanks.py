@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lamina.errors import LaminaError, UnsupportedError
+from lamina.generation.loop import two_stacks
 from lamina.model import Model
 from lamina.text import Tokenizer
 
@@ -43,6 +44,8 @@ def fill(model: Model, text: str, tokenizer: Tokenizer, *, top: int = 5) -> Fill
 
     Raises UnsupportedError for a model that cannot fill, LaminaError for a text without a mask or one that is too long.
     """
+    if two_stacks(model):
+        raise UnsupportedError("an encoder-decoder fills blanks by writing the text again: use lamina generate")
     if model.encoder is None or model.decoder is not None or model.head is None:
         raise UnsupportedError(
             "this model is no encoder with a language head, so it cannot fill blanks; try lamina generate or embed"

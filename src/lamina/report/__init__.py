@@ -15,6 +15,7 @@ from typing import Any
 import lamina.pictures as pictures
 from lamina.accounting import Account, account
 from lamina.generation import Writing
+from lamina.generation.loop import start_ids, two_stacks
 from lamina.model import Model
 from lamina.report.attention import Attention, attention_of
 from lamina.words import shape_of
@@ -156,11 +157,12 @@ def _pieces(writing: Writing) -> list[str]:
 
 
 def _map(model: Model, writing: Writing) -> str:
-    ids = [*writing.prompt_ids, *writing.ids]
+    pairs = two_stacks(model)
+    ids = [*(start_ids(model, 1)[0].tolist() if pairs else writing.prompt_ids), *writing.ids]
     if model.spec.context is not None:
         ids = ids[: model.spec.context]
     tokens = [writing.tokenizer.decode([token], skip_special=False) for token in ids]
-    found = attention_of(model, ids, tokens)
+    found = attention_of(model, ids, tokens, source=writing.prompt_ids if pairs else None)
     if found is None:
         return ""
     data = found.to_dict()

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lamina.generation.loop import two_stacks
 from lamina.layers import Record
+from lamina.layers.cross import CrossAttention
 from lamina.model import Model
 
 LAYERS = 4  # shown, evenly spaced
@@ -37,20 +39,35 @@ class Attention:
 
 
 @torch.inference_mode()
-def attention_of(model: Model, ids: Sequence[int], tokens: Sequence[str], *, layers: int = LAYERS) -> Attention | None:
-    """The weights of up to `layers` layers over `ids`, from the model's own record; None where no layer has any."""
+def attention_of(
+    model: Model,
+    ids: Sequence[int],
+    tokens: Sequence[str],
+    *,
+    layers: int = LAYERS,
+    source: Sequence[int] | None = None,
+) -> Attention | None:
+    """The weights of up to `layers` layers over `ids`, from the model's own record; None where no layer has any.
+
+    Of an encoder-decoder, which has read `source`: those of what it wrote over itself.
+    """
     stack = model.decoder if model.decoder is not None else model.encoder
     assert stack is not None
     repeat = stack.spec.repeat
     names = []  # as a record calls them: by run, where layers run several times
     for i, layer in enumerate(stack.layers):
         found = [name for name, module in layer.named_modules() if hasattr(module, "retained")]
+        found = [name for name in found if not isinstance(layer.get_submodule(name), CrossAttention)]
         names += [f"layers.{i * repeat + turn}.{name}" for turn in range(repeat) for name in found]
     side = "decoder" if model.decoder is not None else "encoder"
     count = min(layers, len(names))
     chosen = [names[round(i * (len(names) - 1) / max(count - 1, 1))] for i in range(count)]
     record = Record(*(f"{side}.{name}.weights" for name in chosen))
-    model(torch.tensor([list(ids)], device=model.embedding.weight.device), record=record, keep_logits=0)
+    read = {"decoder_input_ids": ids, "input_ids": source} if two_stacks(model) else {"input_ids": ids}
+    device = model.embedding.weight.device
+    model(
+        **{n: torch.tensor([list(one or ())], device=device) for n, one in read.items()}, record=record, keep_logits=0
+    )
     kept = {name.removesuffix(".weights"): value[0] for name, value in record.values.items()}
     kept = {name: value for name, value in kept.items() if value.shape[-1] == len(ids)}
     if not kept:
