@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, need, special_config
+from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, parts, special_config, the
 from lamina.layers import (
     AttentionSpec,
     CrossAttentionSpec,
@@ -109,8 +109,7 @@ def _parts(fields: Fields) -> tuple[bool, str]:
 
 def config(spec: ModelSpec) -> dict[str, Any]:
     """spec -> config.json."""
-    need(spec.decoder is not None, "decoder", "is None")
-    assert spec.decoder is not None
+    decoder = parts(spec)
     kind = "ForQuestionAnswering" if spec.labels is not None else "Model"
     if spec.head is not None:
         kind = "ForCausalLM" if spec.encoder is None else "ForConditionalGeneration"
@@ -122,23 +121,18 @@ def config(spec: ModelSpec) -> dict[str, Any]:
         "vocab_size": spec.embedding.vocabulary,
         "d_model": spec.width,
         "scale_embedding": spec.embedding.scale == "root",
-        "dropout": spec.decoder.dropout,
+        "dropout": decoder[0].dropout,
         "tie_word_embeddings": spec.head is None or spec.head.tied,
         **special_config(spec.special),
         "decoder_start_token_id": spec.special.decoder_start,
     }
-    for side, stack in (("encoder", spec.encoder or spec.decoder), ("decoder", spec.decoder)):
-        attention, feedforward = stack.layers[0].steps[0].op, stack.layers[0].steps[-1].op
-        need(isinstance(attention, AttentionSpec), f"{side}.layers.0.steps.0.op", f"is a {type(attention).__name__}")
-        need(isinstance(feedforward, FeedForwardSpec), f"{side}.layers.0", "does not end in a feed-forward layer")
-        need(isinstance(stack.position, LearnedPositionSpec), f"{side}.position", "is not learned")
-        assert isinstance(attention, AttentionSpec) and isinstance(feedforward, FeedForwardSpec)
-        assert isinstance(stack.position, LearnedPositionSpec)
+    for side, found in (("encoder", parts(spec, "encoder") if spec.encoder else decoder), ("decoder", decoder)):
+        stack, attention, feedforward = found
         said |= {
             f"{side}_layers": len(stack.layers),
             f"{side}_attention_heads": attention.heads,
             f"{side}_ffn_dim": feedforward.hidden,
-            "max_position_embeddings": stack.position.size,
+            "max_position_embeddings": the(LearnedPositionSpec, stack.position, f"{side}.position").size,
             "activation_function": activation_name(feedforward.act),
             "attention_dropout": attention.dropout,
             "activation_dropout": feedforward.dropout,

@@ -12,6 +12,7 @@ from lamina.errors import CheckpointError
 from lamina.layers import (
     AttentionSpec,
     BranchSpec,
+    CrossAttentionSpec,
     FeedForwardSpec,
     LayerNormSpec,
     LayerSpec,
@@ -43,9 +44,7 @@ class Family:
     weights: tuple[Rule, ...] = ()
     heads: Callable[[ModelSpec], tuple[Rule, ...]] = lambda spec: ()  # rules that depend on the spec: BERT's heads
     base: str = ""  # the prefix that checkpoints with a head have and bare ones lack: "model.", "bert."
-    aliases: Mapping[str, str] = field(
-        default_factory=dict
-    )  # what a tied head is called, if stored too: theirs -> theirs
+    aliases: Mapping[str, str] = field(default_factory=dict)  # a tied head, if stored too: theirs -> theirs
     copies: Mapping[str, str] = field(default_factory=dict)  # the embedding under the names of stacks: T5, BART
     ignored: tuple[str, ...] = ()  # name patterns of what is kept but not used: buffers, Gemma 3's vision tower
     zeros: Callable[[ModelSpec], Mapping[str, Shape]] = lambda spec: {}  # what a new file holds unused: BART's buffer
@@ -241,12 +240,14 @@ def in_parallel(
 
 
 def parts(spec: ModelSpec, side: str = "decoder") -> tuple[StackSpec, AttentionSpec, FeedForwardSpec]:
-    """The stack, and the attention and feed-forward of its first layer, be they `in_turn` or `in_parallel`."""
+    """The stack, and the attention and feed-forward of its first layer, be they `in_turn` or `in_parallel`; cross-attention may
+    stand between them."""
     stack = the(StackSpec, getattr(spec, side), side)
     need(len(stack.layers) > 0, f"{side}.layers", "is empty")
     path, places = f"{side}.layers.0.steps", stack.layers[0].steps
     if len(places) == 1 and isinstance(places[0].op, SumSpec):
         path, places = f"{path}.0.op.branches", places[0].op.branches
+    places = [place for place in places if not isinstance(place.op, CrossAttentionSpec)]
     need(len(places) == 2, path, "are not attention and feed-forward")
     attention, feedforward = (place.op for place in places)
     return stack, the(AttentionSpec, attention, f"{path}.0.op"), the(FeedForwardSpec, feedforward, f"{path}.1.op")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, need, special_config
+from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, parts, special_config, the
 from lamina.layers import (
     AttentionSpec,
     BucketBiasSpec,
@@ -109,17 +109,8 @@ def _head(fields: Fields, flavour: Flavour, width: int) -> LanguageHeadSpec:
 
 def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
     """spec -> config.json."""
-    stack = spec.encoder
-    need(stack is not None, "encoder", "is None")
-    assert stack is not None
-    first = stack.layers[0].steps
-    attention, feedforward, bias, norm = first[0].op, first[-1].op, stack.score_bias, stack.norm
-    need(isinstance(attention, AttentionSpec), "encoder.layers.0.steps.0.op", f"is a {type(attention).__name__}")
-    need(isinstance(feedforward, FeedForwardSpec), "encoder.layers.0.steps.1.op", f"is a {type(feedforward).__name__}")
-    need(isinstance(bias, BucketBiasSpec), "encoder.score_bias", "has no buckets")
-    need(isinstance(norm, RMSNormSpec), "encoder.norm", "is not an RMSNorm")
-    assert isinstance(attention, AttentionSpec) and isinstance(feedforward, FeedForwardSpec)
-    assert isinstance(bias, BucketBiasSpec) and isinstance(norm, RMSNormSpec)
+    stack, attention, feedforward = parts(spec, "encoder")
+    bias = the(BucketBiasSpec, stack.score_bias, "encoder.score_bias")
     tanh = "gelu" if feedforward.gated else "gelu_new"
     act = tanh if feedforward.act == "gelu_tanh" else activation_name(feedforward.act)
     kind = "EncoderModel" if spec.decoder is None else "Model" if spec.head is None else "ForConditionalGeneration"
@@ -139,7 +130,7 @@ def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
         "relative_attention_max_distance": bias.distance,
         "feed_forward_proj": f"gated-{act}" if feedforward.gated else act,
         "dropout_rate": stack.dropout,
-        "layer_norm_epsilon": norm.eps,
+        "layer_norm_epsilon": the(RMSNormSpec, stack.norm, "encoder.norm").eps,
         "tie_word_embeddings": spec.head is None or spec.head.tied,
         **({"scale_decoder_outputs": spec.head is None or spec.head.scale != 1.0} if flavour.scales else {}),
         **special_config(spec.special),
