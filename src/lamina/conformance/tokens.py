@@ -13,8 +13,7 @@ from lamina.cache import KINDS
 from lamina.conformance.report import Difference, Row, gap, judged, left_out
 from lamina.conformance.trial import TOKENS, SelfAttentionSpec, random_ids, read, text_length, two_stacks
 from lamina.errors import UnsupportedError
-from lamina.layers import Record
-from lamina.layers.cross import CrossAttention
+from lamina.layers import CrossAttention, Record
 from lamina.model import Model
 from lamina.patterns import allowed
 from lamina.tokens import plain

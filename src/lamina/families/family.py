@@ -240,8 +240,9 @@ def in_parallel(
 
 
 def parts(spec: ModelSpec, side: str = "decoder") -> tuple[StackSpec, AttentionSpec, FeedForwardSpec]:
-    """The stack, and the attention and feed-forward of its first layer, be they `in_turn` or `in_parallel`; cross-attention may
-    stand between them."""
+    """The stack, and the attention and feed-forward of its first layer, be they `in_turn` or `in_parallel`.
+
+    Cross-attention may stand between them."""
     stack = the(StackSpec, getattr(spec, side), side)
     need(len(stack.layers) > 0, f"{side}.layers", "is empty")
     path, places = f"{side}.layers.0.steps", stack.layers[0].steps

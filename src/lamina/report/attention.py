@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from lamina.generation.loop import two_stacks
-from lamina.layers import Record
-from lamina.layers.cross import CrossAttention
+from lamina.layers import CrossAttention, Record
 from lamina.model import Model
 
 LAYERS = 4  # shown, evenly spaced
