@@ -156,6 +156,20 @@ def test_the_forms_agree_in_values_weights_and_gradients(where: str, backend: st
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("absorbed", [True, False])
+def test_a_bias_of_the_stack_is_added_to_the_scores(absorbed: bool, monkeypatch: pytest.MonkeyPatch):
+    module, tokens, bias = module_of(latent()), plain(1, 6), AlibiSpec(heads=3).build()
+    monkeypatch.setattr(module, "absorbs", lambda queries, keys: absorbed)
+    x, shares = random(1, 6, WIDTH), []
+    for given in (None, bias):
+        record = Record("*.weights")
+        module(x, Call(tokens=tokens, record=record, bias=given))
+        shares += record.values.values()
+    weighed = shares[0] * bias(tokens, tokens, {}).double().exp()
+    torch.testing.assert_close(shares[1], weighed / weighed.sum(dim=-1, keepdim=True), rtol=0, atol=1e-12)
+
+
 def test_the_form_that_multiplies_less_is_taken():
     sizes = {"heads": 128, "query_rank": 1536, "key_rank": 512, "nope_dim": 128, "rope_dim": 64, "value_dim": 128}
     with torch.device("meta"):
