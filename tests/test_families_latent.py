@@ -91,7 +91,8 @@ def test_the_published_attention_of_deepseek_v3():
         ({}, "first_k_dense_replace is 3 of 61 layers.*n_routed_experts.*a mixture of experts is not built yet"),
         (DENSE | {"first_k_dense_replace": None}, "first_k_dense_replace is 3 of 61"),
         (DENSE | {"num_key_value_heads": 8}, "num_key_value_heads is 8; only 128"),
-        (DENSE | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        (DENSE | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
+        (DENSE | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not 1"),
         (DENSE | {"mlp_bias": True}, "mlp_bias is True"),
         (
             DENSE | {"rope_scaling": {"type": "linear", "factor": 2.0, "mscale_all_dim": 1.0}},

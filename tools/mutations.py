@@ -825,7 +825,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             'fields.flag("rope_interleave", True) if newer else True',
             'fields.flag("rope_interleave", newer)',
         ),
-        ("the heads of the rotary", '"head_dim": size}', '"head_dim": 2 * size}'),
+        ("the whole of the shared part turns", "if rotary.width is not None:", "if False:"),
         ("bias", 'bias=one.bias == "all",\n            dropout', "dropout"),
         (
             "dropout",
@@ -840,7 +840,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             'query = "q_b_proj"',
         ),
         ("keys are of every head", 'fields.must("num_key_value_heads", heads)', "pass"),
-        ("sharpening beside other scalings", "if not isinstance(scaling, YarnScaling | None)", "if False"),
+        ("sharpening beside other scalings", "if not isinstance(rotary.scaling, YarnScaling | None)", "if False"),
     ],
     "families/diffllama.py": [
         ("heads are pairs of maps", "heads=one.heads // 2,", "heads=one.heads,"),

@@ -28,7 +28,6 @@ def spec(fields: Fields, *, dense: int, context: int, special: tuple[int, int, N
             " a mixture of experts is not built yet, only models without experts are read"
         )
     fields.must("num_key_value_heads", heads)
-    fields.must("partial_rotary_factor", 1.0)
     if newer:
         fields.must("mlp_bias", False)
     size = fields.count("qk_rope_head_dim", 64)
@@ -40,7 +39,7 @@ def spec(fields: Fields, *, dense: int, context: int, special: tuple[int, int, N
 
     def latent(one: AttentionSpec, depth: int) -> Spec:
         assert one.rotary is not None
-        _check_sharpening(fields, one)
+        _check_rotary(fields, one.rotary)
         return LatentAttentionSpec(
             heads=heads,
             query_rank=None if rank is None else fields.count("q_lora_rank", 1536),
@@ -57,11 +56,13 @@ def spec(fields: Fields, *, dense: int, context: int, special: tuple[int, int, N
     return llama.with_attentions(found, latent)
 
 
-def _check_sharpening(fields: Fields, one: AttentionSpec) -> None:
-    """Transformers sharpens the scores with any scaling that has `mscale_all_dim`; here YaRN has it alone."""
+def _check_rotary(fields: Fields, rotary: RotarySpec) -> None:
+    """Transformers turns the whole of the shared part, and sharpens the scores with any scaling that has
+    `mscale_all_dim`; here YaRN has it alone."""
+    if rotary.width is not None:
+        raise CheckpointError(f"{fields.where}: partial_rotary_factor is not 1; qk_rope_head_dim says what turns here")
     said = {**(fields.config.get("rope_parameters") or {}), **(fields.config.get("rope_scaling") or {})}
-    scaling = None if one.rotary is None else one.rotary.scaling
-    if not isinstance(scaling, YarnScaling | None) and said.get("mscale_all_dim"):
+    if not isinstance(rotary.scaling, YarnScaling | None) and said.get("mscale_all_dim"):
         kind = said.get("rope_type", said.get("type"))
         raise CheckpointError(
             f"{fields.where}: mscale_all_dim stands beside rope_type {kind!r}; only 'yarn' has it here"
