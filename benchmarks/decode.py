@@ -2,10 +2,11 @@
 
     python benchmarks/decode.py [--rounds 7] [--threads 2] [--python PYTHON] [--json FILE]
 
-Every variant is a process of its own that is loaded and warm; they are asked in turns, so that whatever else the
-machine does falls on all alike, and medians are compared. llama.cpp (package xllamacpp, in an environment of its own)
-reads the same weights as float32, bfloat16 and Q8_0. Decoding is measured from the first new token on, prefill for
-1,024 tokens.
+Every variant is a process of its own that is loaded and warm. They are asked in turns, those of one dtype one right
+after the other, and a ratio is the median of the rounds' own ratios: the memory of a shared machine is now faster and
+now slower by half for seconds at a time, and figures of different moments must not be compared. llama.cpp (package
+xllamacpp, in an environment of its own) reads the same weights as float32, bfloat16 and Q8_0. Decoding is measured from
+the first new token on, prefill for 1,024 tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+LIBRARIES = ("transformers", "eager", "compiled", "llama.cpp")
 NEW = 60
 PREFILL = 1024
 PROMPT = "The capital of France is"
@@ -212,6 +214,8 @@ def main() -> None:
         for dtype, path in files.items():
             command = [python, "-c", LLAMA_CPP, str(path), str(NEW), str(options.threads)]
             workers[f"llama.cpp {dtype}"] = Worker(command, ids)
+        order = [f"{library} {dtype}" for dtype in ("float32", "bfloat16", "int8") for library in LIBRARIES]
+        workers = {name: workers[name] for name in order if name in workers}
         decoding: dict[str, list[float]] = {name: [] for name in workers}
         reading: dict[str, list[float]] = {
             name: [] for name in workers if "compiled" not in name and "int8" not in name
@@ -233,12 +237,12 @@ def main() -> None:
     for what, runs in (("decode", decoding), ("prefill", reading)):
         print(f"\n{what}, tokens a second{'':24}median    best   worst")
         for name, found in runs.items():
-            row = {"median": statistics.median(found), "best": max(found), "worst": min(found)}
+            row = {"median": statistics.median(found), "best": max(found), "worst": min(found), "rounds": found}
             figures.setdefault(what, {})[name] = row
-            print(f"  {name:44}" + "".join(f"{value:8.1f}" for value in row.values()))
+            print(f"  {name:44}" + "".join(f"{row[key]:8.1f}" for key in ("median", "best", "worst")))
     figures["ready_seconds"] = {name: round(worker.ready_in, 2) for name, worker in workers.items()}
     figures["ratios"] = ratios(figures)
-    print("\nratios of medians")
+    print("\nratios, each the median of the rounds' own")
     for name, value in figures["ratios"].items():
         print(f"  {name:52}{value:6.2f}")
     print("\nperplexity", {name: round(value, 4) for name, value in figures["perplexity"].items()})
@@ -250,7 +254,8 @@ def ratios(figures: dict[str, Any]) -> dict[str, float]:
     """What the figures are about."""
 
     def of(what: str, one: str, other: str) -> float:
-        return figures[what][one]["median"] / figures[what][other]["median"]
+        pairs = zip(figures[what][one]["rounds"], figures[what][other]["rounds"], strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
 
     found = {}
     for dtype in ("float32", "bfloat16"):
