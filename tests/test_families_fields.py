@@ -243,6 +243,7 @@ ROWS: list[tuple[str | tuple[str, ...], dict[str, Any], str, Any]] = [
     ("gpt_neox", {"attention_bias": False}, f"{PARALLEL}.op.bias", "none"),
     ("gpt_neox", {"rotary_pct": 0.5}, f"{PARALLEL}.op.rotary.width", 4),
     ("gpt_neox", {}, f"{PARALLEL}.op.rotary.width", 2),
+    ("gpt_neox", {"rotary_pct": 1.0}, f"{PARALLEL}.op.rotary.width", None),
     ("gpt_neox", {"rotary_emb_base": 77}, f"{PARALLEL}.op.rotary.base", 77.0),
     ("gpt_neox", {"rotary_emb_base": 7, "rope_parameters": {"rope_theta": 77}}, f"{PARALLEL}.op.rotary.base", 77.0),
     ("gpt_neox", {"rope_scaling": LINEAR}, f"{PARALLEL}.op.rotary.scaling", LinearScaling(factor=4.0)),

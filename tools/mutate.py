@@ -80,7 +80,8 @@ def declared() -> list[Mutation]:
     rows = []
     for file, entries in module.MUTATIONS.items():
         for feature, old, new in entries:
-            rows.append(Mutation(feature, file, old, new, tests_of(file) + module.ALSO.get(file, ())))
+            tests, more = tests_of(file), module.ALSO.get(file, ())
+            rows.append(Mutation(feature, file, old, new, more + tests if "families" in file else tests + more))
     return rows
 
 

@@ -10,7 +10,7 @@ from lamina.errors import CheckpointError
 from lamina.families import bert
 from lamina.families.family import Fields, need
 from lamina.model import ModelSpec
-from lamina.weights.rules import Rule
+from lamina.weights.rules import Rule, pairs
 
 FLAVOUR = bert.Flavour(
     "albert", "Albert", (2, 3, 0), 512, "predictions.", ("dense", "LayerNorm"), "pooler", "sop_classifier.classifier"
@@ -74,20 +74,20 @@ def config(spec: ModelSpec) -> dict[str, Any]:
 
 
 E, H = "encoder.layers.{i}.", "albert.encoder.albert_layer_groups.{i}.albert_layers.0."
-PAIRS = (
-    *((f"{E}attention.op.{p}", f"{H}attention.{n}") for p, n in zip("qkvo", ("query", "key", "value", "dense"))),
-    (f"{E}attention.after", f"{H}attention.LayerNorm"),
-    (f"{E}feedforward.op.up", f"{H}ffn"),
-    (f"{E}feedforward.op.down", f"{H}ffn_output"),
-    (f"{E}feedforward.after", f"{H}full_layer_layer_norm"),
-    ("encoder.input_norm", "albert.embeddings.LayerNorm"),
-    ("encoder.input", "albert.encoder.embedding_hidden_mapping_in"),
-)
+PARTS = {
+    **{f"attention.op.{p}": f"attention.{n}" for p, n in zip("qkvo", ("query", "key", "value", "dense"), strict=True)},
+    "attention.after": "attention.LayerNorm",
+    "feedforward.op.up": "ffn",
+    "feedforward.op.down": "ffn_output",
+    "feedforward.after": "full_layer_layer_norm",
+}
+ENDS = {"input_norm": "embeddings.LayerNorm", "input": "encoder.embedding_hidden_mapping_in"}
 WEIGHTS = (
     Rule("embedding.weight", "albert.embeddings.word_embeddings.weight"),
     Rule("encoder.position.weight", "albert.embeddings.position_embeddings.weight"),
     Rule("encoder.segment.weight", "albert.embeddings.token_type_embeddings.weight"),
-    *(Rule(f"{ours}.{p}", f"{theirs}.{p}") for ours, theirs in PAIRS for p in ("weight", "bias")),
+    *pairs(E, H, PARTS),
+    *pairs("encoder.", "albert.", ENDS),
 )
 
 

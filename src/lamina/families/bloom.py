@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamina.families.family import Family, Fields, need, special_config
+from lamina.families.family import QKV, Family, Fields, in_turn, parts, special_config, the
 from lamina.layers import (
     AlibiSpec,
     AttentionSpec,
@@ -12,40 +12,31 @@ from lamina.layers import (
     FeedForwardSpec,
     LanguageHeadSpec,
     LayerNormSpec,
-    LayerSpec,
     StackSpec,
-    StepSpec,
 )
 from lamina.model import ModelSpec
-from lamina.weights.rules import Fused, Rule
+from lamina.weights.rules import Fused, Rule, pairs
 
 
 def spec(fields: Fields) -> ModelSpec:
     """config.json -> spec. `slow_but_exact` and `pretraining_tp` say in which order to sum, and change nothing here."""
     fields.must("apply_residual_connection_post_layernorm", False)
     said = fields.config  # files of 2022 have other names for the sizes
-    fields = fields.over({"n_head": said.get("num_attention_heads"), "n_layer": said.get("num_hidden_layers")})
-    width = fields.count("n_embed" if "n_embed" in fields else "hidden_size", 64)
-    heads = fields.count("n_head", 8)
-    if width % heads:
-        raise ValueError(f"{fields.where}: hidden_size={width} is not a multiple of n_head={heads}")
+    old = {"n_head": said.get("num_attention_heads", 8), "n_layer": said.get("num_hidden_layers")}
+    fields = fields.over({"hidden_size": 64} | old)
+    name = "n_embed" if "n_embed" in fields else "hidden_size"
+    width, heads = fields.count(name), fields.count("n_head")
     fields.must("n_inner", 4 * width)
     norm = LayerNormSpec(eps=fields.number("layer_norm_epsilon", 1e-5))
-    dropout = fields.number("hidden_dropout", 0.0)
     attention = AttentionSpec(
         heads=heads,
         key_heads=heads,
-        head_dim=width // heads,
+        head_dim=fields.head_dim(name, "n_head"),
         bias="all",
         dropout=fields.number("attention_dropout", 0.0),
     )
     feedforward = FeedForwardSpec(hidden=4 * width, act="gelu_tanh", gated=False, bias=True)
-    layer = LayerSpec(
-        steps=(
-            StepSpec(name="attention", op=attention, pre=norm, dropout=dropout),
-            StepSpec(name="feedforward", op=feedforward, pre=norm, dropout=dropout),
-        )
-    )
+    layer = in_turn(attention, feedforward, pre=norm, dropout=fields.number("hidden_dropout", 0.0))
     return ModelSpec(
         width=width,
         embedding=EmbeddingSpec(vocabulary=fields.count("vocab_size", 250880)),
@@ -63,13 +54,7 @@ def spec(fields: Fields) -> ModelSpec:
 
 def config(spec: ModelSpec) -> dict[str, Any]:
     """spec -> config.json."""
-    stack = spec.decoder
-    need(stack is not None and len(stack.layers[0].steps) == 2, "decoder.layers.0", "is not attention, feedforward")
-    assert stack is not None
-    attention = stack.layers[0].steps[0].op
-    need(isinstance(attention, AttentionSpec), "decoder.layers.0.steps.0.op", f"is a {type(attention).__name__}")
-    need(isinstance(stack.norm, LayerNormSpec), "decoder.norm", "is not a LayerNorm")
-    assert isinstance(attention, AttentionSpec) and isinstance(stack.norm, LayerNormSpec)
+    stack, attention, _ = parts(spec)
     said = {
         "model_type": "bloom",
         "architectures": ["BloomModel" if spec.head is None else "BloomForCausalLM"],
@@ -77,7 +62,7 @@ def config(spec: ModelSpec) -> dict[str, Any]:
         "hidden_size": spec.width,
         "n_layer": len(stack.layers),
         "n_head": attention.heads,
-        "layer_norm_epsilon": stack.norm.eps,
+        "layer_norm_epsilon": the(LayerNormSpec, stack.norm, "decoder.norm").eps,
         "hidden_dropout": stack.layers[0].steps[0].dropout,
         "attention_dropout": attention.dropout,
         "tie_word_embeddings": spec.head is None or spec.head.tied,
@@ -87,30 +72,25 @@ def config(spec: ModelSpec) -> dict[str, Any]:
 
 
 L, H = "decoder.layers.{i}.", "transformer.h.{i}."
-PAIRS = (
-    ("decoder.input_norm", "transformer.word_embeddings_layernorm"),
-    (f"{L}attention.pre", f"{H}input_layernorm"),
-    (f"{L}attention.op.o", f"{H}self_attention.dense"),
-    (f"{L}feedforward.pre", f"{H}post_attention_layernorm"),
-    (f"{L}feedforward.op.up", f"{H}mlp.dense_h_to_4h"),
-    (f"{L}feedforward.op.down", f"{H}mlp.dense_4h_to_h"),
-    ("decoder.norm", "transformer.ln_f"),
-)
+PARTS = {
+    "attention.pre": "input_layernorm",
+    "attention.op.o": "self_attention.dense",
+    "feedforward.pre": "post_attention_layernorm",
+    "feedforward.op.up": "mlp.dense_h_to_4h",
+    "feedforward.op.down": "mlp.dense_4h_to_h",
+}
+ENDS = {"input_norm": "word_embeddings_layernorm", "norm": "ln_f"}
 WEIGHTS = (
     Rule("embedding.weight", "transformer.word_embeddings.weight"),
-    *(Rule(f"{ours}.{p}", f"{theirs}.{p}") for ours, theirs in PAIRS for p in ("weight", "bias")),
+    *pairs(L, H, PARTS),
+    *pairs("decoder.", "transformer.", ENDS),
     Rule("head.weight", "lm_head.weight"),
 )
 
 
 def fused(spec: ModelSpec) -> tuple[Rule, ...]:
     """q, k and v of the first head, then of the second, ..."""
-    heads = next(part.heads for _, part in spec.walk() if isinstance(part, AttentionSpec))
-    whole = f"{H}self_attention.query_key_value"
-    return tuple(
-        Rule(tuple(f"{L}attention.op.{part}.{p}" for part in "qkv"), f"{whole}.{p}", Fused(groups=heads))
-        for p in ("weight", "bias")
-    )
+    return pairs(L, H, {QKV: "self_attention.query_key_value"}, Fused(groups=parts(spec)[1].heads))
 
 
 def _sizes(name: str) -> dict[str, dict[str, Any]]:

@@ -166,6 +166,9 @@ class Fields:
         return value
 
 
+QKV = tuple(f"attention.op.{part}" for part in "qkv")
+"""The projections that many layouts hold in one matrix, as `pairs` takes them."""
+
 ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
@@ -232,11 +235,14 @@ def in_parallel(
     shared: Norm | None = None,
     own: Norm | None = None,
     dropout: float = 0.0,
+    sum_dropout: float = 0.0,
 ) -> LayerSpec:
-    """Attention beside feed-forward, under one norm (`shared`: GPT-J, PaLM) or each under its `own` (GPT-NeoX)."""
+    """Attention beside feed-forward, under one norm (`shared`: GPT-J, PaLM) or each under its `own` (GPT-NeoX); with
+    dropout on each of the two, or on their sum (Falcon)."""
     ops = {"attention": attention, "feedforward": feedforward}
     branches = tuple(BranchSpec(name=n, op=op, pre=own, dropout=dropout) for n, op in ops.items())
-    return LayerSpec(steps=(StepSpec(name="parallel", op=SumSpec(branches=branches), pre=shared),))
+    step = StepSpec(name="parallel", op=SumSpec(branches=branches), pre=shared, dropout=sum_dropout)
+    return LayerSpec(steps=(step,))
 
 
 def parts(spec: ModelSpec, side: str = "decoder") -> tuple[StackSpec, AttentionSpec, FeedForwardSpec]:

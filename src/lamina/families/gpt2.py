@@ -7,7 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, in_turn, parts, special_config, the
+from lamina.families.family import (
+    ACTIVATIONS,
+    QKV,
+    Family,
+    Fields,
+    activation_name,
+    in_turn,
+    parts,
+    special_config,
+    the,
+)
 from lamina.layers import (
     AttentionSpec,
     EmbeddingSpec,
@@ -87,10 +97,7 @@ FEED = {"feedforward.op.up": "mlp.c_fc", "feedforward.op.down": "mlp.c_proj"}
 WEIGHTS = (
     Rule("embedding.weight", "transformer.wte.weight"),
     Rule("decoder.position.weight", "transformer.wpe.weight"),
-    *(
-        Rule(tuple(f"{L}attention.op.{part}.{p}" for part in "qkv"), f"{H}attn.c_attn.{p}", Fused(turned=True))
-        for p in ("weight", "bias")
-    ),
+    *pairs(L, H, {QKV: "attn.c_attn"}, Fused(turned=True)),
     *pairs(L, H, {"attention.op.o": "attn.c_proj", **FEED}, Turn()),
     *pairs(L, H, {"attention.pre": "ln_1", "feedforward.pre": "ln_2"}),
     *pairs("", "", {"decoder.norm": "transformer.ln_f"}),

@@ -7,6 +7,7 @@ from typing import Any
 
 from lamina.families.family import (
     ACTIVATIONS,
+    QKV,
     Family,
     Fields,
     activation_name,
@@ -112,15 +113,8 @@ PARTS = {
 def fused(spec: ModelSpec) -> tuple[Rule, ...]:
     """q, k and v, one head after the other."""
     _, attention, _ = parts(spec)
-    return tuple(
-        Rule(
-            tuple(f"{ours}attention.op.{part}.{kind}" for part in "qkv"),
-            f"{THEIRS}attention.query_key_value.{kind}",
-            Fused(groups=attention.heads),
-        )
-        for ours in (IN_TURN, IN_PARALLEL)
-        for kind in ("weight", "bias")
-    )
+    one, op = {QKV: "attention.query_key_value"}, Fused(groups=attention.heads)
+    return pairs(IN_TURN, THEIRS, one, op) + pairs(IN_PARALLEL, THEIRS, one, op)
 
 
 def _size(layers: int, width: int, heads: int, vocabulary: int = 50304, **more: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lamina.families.family import Family, Fields, need, special_config
+from lamina.families.family import QKV, Family, Fields, in_turn, parts, special_config, the
 from lamina.layers import (
     AlibiSpec,
     AttentionSpec,
@@ -13,13 +13,11 @@ from lamina.layers import (
     FeedForwardSpec,
     LanguageHeadSpec,
     LayerNormSpec,
-    LayerSpec,
     LearnedPositionSpec,
     StackSpec,
-    StepSpec,
 )
 from lamina.model import ModelSpec
-from lamina.weights.rules import Fused, Rule
+from lamina.weights.rules import Fused, Rule, pairs
 
 
 def spec(fields: Fields) -> ModelSpec:
@@ -37,25 +35,19 @@ def spec(fields: Fields) -> ModelSpec:
     for name in ("prefix_lm", "qk_ln", "attn_uses_sequence_id", "rope"):
         part.must(name, False)
     part.must("clip_qkv", 0)
-    width, heads = fields.count("d_model", 2048), fields.count("n_heads", 16)
-    if width % heads:
-        raise ValueError(f"{fields.where}: d_model={width} is not a multiple of n_heads={heads}")
+    fields = fields.over({"d_model": 2048, "n_heads": 16})
+    width, heads = fields.count("d_model"), fields.count("n_heads")
     norm = LayerNormSpec(eps=fields.number("layer_norm_epsilon", 1e-5), bias=False)
     rate, alibi = part.number("attn_pdrop", 0.0), part.flag("alibi", True)
     attention = AttentionSpec(
         heads=heads,
         key_heads=heads,
-        head_dim=width // heads,
+        head_dim=fields.head_dim("d_model", "n_heads"),
         scale=part.number("softmax_scale") if "softmax_scale" in part else None,
         dropout=rate,
     )
     feedforward = FeedForwardSpec(hidden=4 * width, act="gelu", gated=False)
-    layer = LayerSpec(
-        steps=(
-            StepSpec(name="attention", op=attention, pre=norm, dropout=rate),
-            StepSpec(name="feedforward", op=feedforward, pre=norm, dropout=rate),
-        )
-    )
+    layer = in_turn(attention, feedforward, pre=norm, dropout=rate)
     context = fields.count("max_seq_len", 2048)
     learned = not alibi and fields.flag("learned_pos_emb", True)
     return ModelSpec(
@@ -75,13 +67,7 @@ def spec(fields: Fields) -> ModelSpec:
 
 def config(spec: ModelSpec) -> dict[str, Any]:
     """spec -> config.json."""
-    stack = spec.decoder
-    need(stack is not None and len(stack.layers[0].steps) == 2, "decoder.layers.0", "is not attention, feedforward")
-    assert stack is not None
-    attention = stack.layers[0].steps[0].op
-    need(isinstance(attention, AttentionSpec), "decoder.layers.0.steps.0.op", f"is a {type(attention).__name__}")
-    need(isinstance(stack.norm, LayerNormSpec), "decoder.norm", "is not a LayerNorm")
-    assert isinstance(attention, AttentionSpec) and isinstance(stack.norm, LayerNormSpec)
+    stack, attention, _ = parts(spec)
     alibi, rate = stack.score_bias, attention.dropout
     inner: dict[str, Any] = {"alibi": alibi is not None, "attn_pdrop": int(rate) if rate.is_integer() else rate}
     inner["softmax_scale"] = attention.scale
@@ -97,7 +83,7 @@ def config(spec: ModelSpec) -> dict[str, Any]:
         "n_heads": attention.heads,
         "max_seq_len": spec.context or 2048,
         "learned_pos_emb": stack.position is not None,
-        "layer_norm_epsilon": stack.norm.eps,
+        "layer_norm_epsilon": the(LayerNormSpec, stack.norm, "decoder.norm").eps,
         "attn_config": inner,
         "tie_word_embeddings": spec.head is None or spec.head.tied,
         **special_config(spec.special),
@@ -105,14 +91,18 @@ def config(spec: ModelSpec) -> dict[str, Any]:
 
 
 L, H = "decoder.layers.{i}.", "transformer.blocks.{i}."
+PARTS = {
+    "attention.pre": "norm_1",
+    "attention.op.o": "attn.out_proj",
+    "feedforward.pre": "norm_2",
+    "feedforward.op.up": "ffn.up_proj",
+    "feedforward.op.down": "ffn.down_proj",
+}
 WEIGHTS = (
     Rule("embedding.weight", "transformer.wte.weight"),
     Rule("decoder.position.weight", "transformer.wpe.weight"),
-    Rule(f"{L}attention.pre.weight", f"{H}norm_1.weight"),
-    Rule(tuple(f"{L}attention.op.{part}.weight" for part in "qkv"), f"{H}attn.Wqkv.weight", Fused()),
-    Rule(f"{L}attention.op.o.weight", f"{H}attn.out_proj.weight"),
-    Rule(f"{L}feedforward.pre.weight", f"{H}norm_2.weight"),
-    *(Rule(f"{L}feedforward.op.{p}.weight", f"{H}ffn.{p}_proj.weight") for p in ("up", "down")),
+    *pairs(L, H, {QKV: "attn.Wqkv"}, Fused()),
+    *pairs(L, H, PARTS),
     Rule("decoder.norm.weight", "transformer.norm_f.weight"),
     Rule("head.weight", "lm_head.weight"),
 )

@@ -86,13 +86,20 @@ class Rule:
     op: Same | Turn | OneRow | Fused = field(default_factory=Same)
 
 
-def pairs(ours: str, theirs: str, names: Mapping[str, str], op: Same | Turn | None = None) -> tuple[Rule, ...]:
-    """Rules for the weight and the bias of each part: our names and theirs, below the two prefixes.
+def pairs(
+    ours: str,
+    theirs: str,
+    names: Mapping[str, str] | Mapping[tuple[str, ...], str],
+    op: Same | Turn | Fused | None = None,
+) -> tuple[Rule, ...]:
+    """Rules for the weight and the bias of each part: our names (of several that are one there) and theirs, below the
+    two prefixes. A rule for what a model does not have is not used, so parts without a bias need no others."""
 
-    A rule for what a model does not have is not used, so parts without a bias need no others.
-    """
-    both = [(our, their, kind) for our, their in names.items() for kind in ("weight", "bias")]
-    return tuple(Rule(f"{ours}{our}.{kind}", f"{theirs}{their}.{kind}", op or Same()) for our, their, kind in both)
+    def rule(our: str | tuple[str, ...], their: str, kind: str) -> Rule:
+        mine = f"{ours}{our}.{kind}" if isinstance(our, str) else tuple(f"{ours}{one}.{kind}" for one in our)
+        return Rule(mine, f"{theirs}{their}.{kind}", op or Same())
+
+    return tuple(rule(our, their, kind) for our, their in names.items() for kind in ("weight", "bias"))
 
 
 @dataclass(frozen=True)
