@@ -10,6 +10,8 @@ import torch
 import lamina
 from lamina.cache import KINDS
 from lamina.errors import LaminaError, UnsupportedError
+from lamina.generation import Limits, Sampling, stream
+from lamina.generation.beam import Beaming, search
 from lamina.layers import (
     BucketBiasSpec,
     CrossAttentionSpec,
@@ -17,6 +19,7 @@ from lamina.layers import (
     FeedForwardSpec,
     LanguageHeadSpec,
     LayerSpec,
+    LearnedPositionSpec,
     RMSNormSpec,
     StackSpec,
     StepSpec,
@@ -175,7 +178,7 @@ def test_what_is_missing_or_does_not_fit_is_said(model: Model):
         model(source[:, :4], encoder_output=model.encode(source), decoder_input_ids=text)
     cache = model.new_cache(batch=2)
     model(source, decoder_input_ids=text, cache=cache)
-    with pytest.raises(LaminaError, match="a source of 6 tokens, and one of 4"):
+    with pytest.raises(LaminaError, match="input_ids is not the source that this cache holds"):
         model(source[:, :4], decoder_input_ids=text, cache=cache)
     with pytest.raises(UnsupportedError, match="encode is for encoder-decoders"):
         small.build(small.decoder([Causal()])).encode(source)
@@ -183,6 +186,76 @@ def test_what_is_missing_or_does_not_fit_is_said(model: Model):
         spec().replace(decoder=small.decoder([Causal()]).decoder)
     with pytest.raises(UnsupportedError, match="decoder_input_ids"):
         lamina.generate(small.build(small.decoder([Causal()])), source, max_new_tokens=1, decoder_input_ids=text)
+
+
+@torch.no_grad()
+def test_a_cache_holds_one_source_which_may_be_given_again(model: Model):
+    source, text = small.ids(2, 6), small.ids(2, 3)
+    other = source.clone()
+    other[1, 2] += 1
+    memory, another = model.encode(source), model.encode(other)
+    for first in ({"input_ids": source}, {"encoder_output": memory}):
+        cache = model.new_cache(batch=2)
+        model(**first, decoder_input_ids=text, cache=cache)
+        for again in ({}, {"input_ids": source.clone()}, {"encoder_output": memory.clone()}):
+            model(**again, decoder_input_ids=text, cache=cache)
+        with pytest.raises(LaminaError, match="encoder_output is not the source that this cache holds"):
+            model(encoder_output=another, decoder_input_ids=text, cache=cache)
+        wrong = other if "input_ids" in first else other[:, 1:]  # of a memory alone the ids are not known
+        with pytest.raises(LaminaError, match="input_ids is not the source that this cache holds"):
+            model(wrong, decoder_input_ids=text, cache=cache)
+    cache.reorder(torch.tensor([1, 0]))
+    with pytest.raises(LaminaError, match="is not the source"):
+        model(encoder_output=memory, decoder_input_ids=text, cache=cache)
+
+
+@torch.no_grad()
+def test_a_forward_that_fails_leaves_no_source_behind(model: Model):
+    source, other, text = small.ids(2, 6), small.ids(2, 6, seed=3), small.ids(2, 3)
+    cache = model.new_cache(batch=2)
+    for wrong in ({"decoder_attention_mask": text[:, :1]}, {"backend": "none"}, {"record": lamina.Record("nothing")}):
+        with pytest.raises(LaminaError):
+            model(source, decoder_input_ids=text, cache=cache, **wrong)
+        assert cache.memory is None
+        if "record" in wrong:  # whose names are only known at the end, when the keys are in the cache
+            cache = model.new_cache(batch=2)
+    whole = model(other, decoder_input_ids=text)
+    assert torch.equal(model(other, decoder_input_ids=text, cache=cache).logits, whole.logits)
+
+
+def test_a_model_of_one_stack_refuses_each_argument_of_two_by_name():
+    model, ids = small.build(small.decoder([Causal()])), small.ids(1, 4)
+    names = ("decoder_input_ids", "decoder_attention_mask", "decoder_position_ids", "decoder_document_ids")
+    for name in (*names, "encoder_output"):
+        with pytest.raises(UnsupportedError, match=f"^{name} is for encoder-decoders"):
+            model(ids, **{name: ids})
+
+
+def test_every_way_to_generate_refuses_the_decoder_ids_of_one_stack():
+    model, ids = small.build(small.decoder([Causal()])), small.ids(1, 4)
+    limits = Limits(most=2)
+    ways = {
+        "generate": lambda: lamina.generate(model, ids, max_new_tokens=2, decoder_input_ids=ids),
+        "stream": lambda: list(stream(model, ids, sampling=Sampling(), limits=limits, decoder_input_ids=ids)),
+        "search": lambda: search(model, ids, beaming=Beaming(beams=2), limits=limits, decoder_input_ids=ids),
+    }
+    for way in ways.values():
+        with pytest.raises(UnsupportedError, match="decoder_input_ids is for encoder-decoders"):
+            way()
+
+
+@torch.no_grad()
+def test_relative_positions_go_on_beyond_what_was_trained_and_learned_ones_end():
+    source = small.ids(1, 6)
+    relative = spec(context=5)
+    assert relative.decoder is not None
+    for kind in ("growing", "none"):
+        assert lamina.generate(small.build(relative), source, max_new_tokens=9, cache=kind).shape == (1, 10)
+    learned = relative.replace(
+        decoder=relative.decoder.replace(score_bias=None, position=LearnedPositionSpec(size=5)),
+    )
+    with pytest.warns(UserWarning, match="the context of 5 is full"):
+        assert lamina.generate(small.build(learned), source[:, :3], max_new_tokens=9).shape == (1, 5)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ CACHE = ("tests/test_cache.py",)
 
 ALSO: dict[str, tuple[str, ...]] = {
     "layers/attention.py": ("tests/test_cache.py",),
-    "layers/cached.py": ("tests/test_cache.py", "tests/layers/test_latent.py"),
+    "layers/cached.py": ("tests/test_cache.py", "tests/layers/test_latent.py", "tests/layers/test_differential.py"),
     "families/deepseek.py": ("tests/test_families_latent.py",),
     "families/diffllama.py": ("tests/test_families_latent.py",),
     "families/llama.py": ("tests/test_families_latent.py",),
@@ -717,9 +717,10 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("bias of q, k, v", 'bias = spec.bias != "none"', 'bias = spec.bias == "all"'),
         ("bias of o", 'bias=spec.bias in ("all", "qvo"))', 'bias=spec.bias != "none")'),
         ("heads side by side", "self.o(out.transpose(1, 2).flatten(2))", "self.o(out.reshape(*x.shape[:2], -1))"),
-        ("what a cache keeps", "return self.spec.pattern.retained()", "return Retained(2)"),
+        ("what a cache keeps", "return retained(self.path, self.spec.pattern)", "return Retained(2)"),
     ],
     "layers/cached.py": [
+        ("what looks ahead has no cache", "if pattern.looks_ahead():", "if False:"),
         ("rotary", "if rotary is None:", "if True:"),
         ("rotary: interleaved", "cos, sin, rotary.interleaved)", "cos, sin, False)"),
         ("cached keys turn once", "if slot is None or not slot.late:", "if True:"),
@@ -772,8 +773,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "spec.heads * spec.value_dim, width, bias=spec.bias)",
             "spec.heads * spec.value_dim, width, bias=False)",
         ),
-        ("what a cache keeps", "return self.spec.pattern.retained()", "return Retained(2)"),
-        ("what looks ahead has no cache", "if self.spec.pattern.looks_ahead():", "if False:"),
+        ("what a cache keeps", "return retained(self.path, self.spec.pattern)", "return Retained(2)"),
     ],
     "layers/differential.py": [
         ("the second map", "first - self.mix().to(x.dtype) * second", "first"),
@@ -813,8 +813,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "nn.init.normal_(vector, std=0.1, generator=generator)",
             "nn.init.normal_(vector, std=0.02, generator=generator)",
         ),
-        ("what a cache keeps", "return self.spec.pattern.retained()", "return Retained(2)"),
-        ("what looks ahead has no cache", "if self.spec.pattern.looks_ahead():", "if False:"),
+        ("what a cache keeps", "return retained(self.path, self.spec.pattern)", "return Retained(2)"),
     ],
     "families/deepseek.py": [
         ("experts are refused", "if first < layers and", "if False and"),
@@ -1184,15 +1183,16 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "model.py": [
         (
             "padding of the source",
-            "tokens = read(ids, mask, positions, documents)",
-            "tokens = read(ids, None, positions, documents)",
+            "encoder_output, replace(source, ids=ids).read()",
+            "encoder_output, replace(source, ids=ids, mask=None).read()",
         ),
         (
             "documents of the source",
-            "read(ids, mask, positions, documents)\n        if enc",
-            "read(ids, mask, positions)\n        if enc",
+            "source.checked_ids(), source.read()",
+            "source.checked_ids(), replace(source, documents=None).read()",
         ),
-        ("the source is kept", "cache.memory = encoder_output", "pass"),
+        ("the source is kept", "cache.memory, cache.source = memory, source.ids", "pass"),
+        ("another source is refused", "not torch.equal(one, other)", "False"),
         ("the narrow stack", "spec.width if inner is None else inner", "spec.width"),
         (
             "pooled: the first real token",

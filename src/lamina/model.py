@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,10 +23,7 @@ from lamina.layers import (
 )
 from lamina.reading import read
 from lamina.specs import Spec, unknown
-from lamina.tokens import Tokens, plain
-
-NOTHING = plain(0, 0)
-"""The tokens of a call that has read none yet."""
+from lamina.tokens import Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +50,18 @@ class ModelSpec(Spec):
     context: int | None = None  # tokens that the model was trained to read
     special: SpecialTokens = field(default_factory=SpecialTokens)
 
+    @property
+    def two_stacks(self) -> bool:
+        """Whether it is an encoder-decoder: what it writes does not continue what it reads."""
+        return self.encoder is not None and self.decoder is not None
+
     def check(self) -> None:
         if self.width < 1 or (self.encoder is None and self.decoder is None):
             raise LaminaError(f"a model needs width >= 1 (it is {self.width}) and an encoder or a decoder")
         reads = self.decoder is not None and any(
             isinstance(part, CrossAttentionSpec) for _, part in self.decoder.walk()
         )
-        if self.encoder is not None and self.decoder is not None and not reads:
+        if self.two_stacks and not reads:
             raise LaminaError("the decoder has no CrossAttentionSpec, so it would never read what the encoder gives")
 
     def build(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, seed: int = 0) -> Model:
@@ -84,6 +86,49 @@ class Output:
     pooled: Tensor | None = None  # (B, width)
     label_logits: Tensor | None = None  # (B, labels): next-sentence prediction beside a language head
     losses: dict[str, Tensor] = field(default_factory=dict)  # auxiliary losses by layer
+
+
+ONE_STACK = "is for encoder-decoders; this model has only one stack: use input_ids"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a forward is told of the text of one stack; `side` is "decoder_" where the names of arguments begin so."""
+
+    side: str
+    ids: Tensor | None
+    mask: Tensor | None
+    positions: Tensor | None
+    documents: Tensor | None
+
+    def refuse(self) -> None:
+        """Raise UnsupportedError naming an argument that was given."""
+        parts = {"input_ids": self.ids, "attention_mask": self.mask}
+        for name, value in {**parts, "position_ids": self.positions, "document_ids": self.documents}.items():
+            if value is not None:
+                raise UnsupportedError(f"{self.side}{name} {ONE_STACK}")
+
+    def checked_ids(self) -> Tensor:
+        """The ids, (B, T)."""
+        assert self.ids is not None
+        if self.ids.dim() != 2:
+            raise LaminaError(f"{self.side}input_ids has shape {tuple(self.ids.shape)}; expected (batch, length)")
+        return self.ids
+
+    def read(self, marked: Tensor | None = None, cache: Cache | None = None) -> Tokens:
+        """The tokens that layers see."""
+        return read(self.checked_ids(), self.mask, self.positions, self.documents, marked, cache, self.side)
+
+
+def _refuse_another(cache: Cache, ids: Tensor | None, memory: Tensor | None) -> None:
+    """A cache holds one source. It may be given again with each step, and another one is refused."""
+    held = cache.memory
+    assert held is not None
+    one, other, what = (held, memory, "encoder_output") if ids is None else (cache.source, ids, "input_ids")
+    if other is None or one is other:
+        return
+    if other.shape[:2] != held.shape[:2] or (one is not None and not torch.equal(one, other)):
+        raise LaminaError(f"{what} is not the source that this cache holds; a new source needs a new cache")
 
 
 class Model(nn.Module):
@@ -176,110 +221,107 @@ class Model(nn.Module):
             known = [name for name in Model.forward.__annotations__ if name not in ("wrong", "return")]
             raise LaminaError(unknown("argument of a model", next(iter(wrong)), known))
         record = Record() if record is None else record
-        call = Call(tokens=NOTHING, cache=cache, backend=backend, record=record)
-        source = (input_ids, attention_mask, position_ids, document_ids)
-        target = (decoder_input_ids, decoder_attention_mask, decoder_position_ids, decoder_document_ids)
-        if self.reads_memory and self.decoder is not None:
-            if self.encoder is None:  # a decoder by itself: `input_ids` are its own, and what it reads may be given
-                source, target = (None, None, None, None), source
-                self._only_one_stack(decoder_input_ids, decoder_attention_mask, decoder_position_ids)
-            call = self._read_source(call, source, token_type_ids, encoder_output)
-            if target[0] is None:
-                raise LaminaError(
-                    "an encoder-decoder needs decoder_input_ids; `encode` gives the encoder's output alone"
-                )
-            source, token_type_ids = target, None if self.encoder is not None else token_type_ids
-        else:
-            self._only_one_stack(decoder_input_ids, decoder_attention_mask, encoder_output, decoder_position_ids)
-        ids, mask, positions, documents = source
-        side = "decoder_" if self.reads_memory and self.encoder is not None else ""
-        if ids is None:
-            raise LaminaError("input_ids is missing")
-        if ids.dim() != 2:
-            raise LaminaError(f"{side}input_ids has shape {tuple(ids.shape)}; expected (batch, length)")
+        source = Given("", input_ids, attention_mask, position_ids, document_ids)
+        target = Given(
+            "decoder_", decoder_input_ids, decoder_attention_mask, decoder_position_ids, decoder_document_ids
+        )
+        pair = self.spec.two_stacks
+        if not pair:
+            target.refuse()
+            if encoder_output is not None and not self.reads_memory:
+                raise UnsupportedError(f"encoder_output {ONE_STACK}")
+        given = target if pair else source
+        if given.ids is None:
+            raise LaminaError(
+                "an encoder-decoder needs decoder_input_ids; `encode` gives the encoder's output alone"
+                if pair
+                else "input_ids is missing"
+            )
+        ids = given.checked_ids()
         if cache is not None:
             self._check_cache(cache, ids)
-        call.tokens = tokens = read(ids, mask, positions, documents, marked, cache, side)
-        stack = self.encoder if self.decoder is None else self.decoder
-        assert stack is not None
-        if call.memory is not None and (call.memory.shape[0] < 1 or ids.shape[0] % call.memory.shape[0]):
+        memory, memory_tokens = None, None
+        if self.reads_memory:
+            reading = source if pair else Given("", None, None, None, None)
+            memory, memory_tokens = self._memory(reading, token_type_ids, encoder_output, cache, record, backend)
+        if memory is not None and (memory.shape[0] < 1 or ids.shape[0] % memory.shape[0]):
             raise LaminaError(
-                f"decoder_input_ids has {ids.shape[0]} rows and the source {call.memory.shape[0]}; as many are needed,"
+                f"{given.side}input_ids has {ids.shape[0]} rows and the source {memory.shape[0]}; as many are needed,"
                 " or a multiple of it (beams)"
             )
-        hidden = stack(self.embedding(ids), call, token_type_ids)
+        tokens = given.read(marked, cache)
+        call = Call(
+            tokens=tokens, cache=cache, memory=memory, memory_tokens=memory_tokens, backend=backend, record=record
+        )
+        stack = self.encoder if self.decoder is None else self.decoder
+        assert stack is not None
+        hidden = stack(self.embedding(ids), call, None if pair else token_type_ids)
         record.check()
         if cache is not None:
             cache.advance(tokens)
+            if cache.memory is None and memory is not None:  # now that its keys lie in the cache, and not before
+                cache.memory, cache.source = memory, source.ids
         out = self._heads(hidden, tokens, record, keep_logits)
-        out.encoder_output = call.memory
+        out.encoder_output = memory
         return out
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Tensor:
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        record: Record | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
         """(B, S) ids -> (B, S, width): the output of an encoder-decoder's encoder, for `encoder_output`.
 
         Raises UnsupportedError for other models, whose forward gives `hidden`.
         """
-        if self.encoder is None or self.decoder is None:
+        if not self.spec.two_stacks:
             raise UnsupportedError("encode is for encoder-decoders; the forward of this model gives its hidden states")
-        call = Call(tokens=NOTHING, record=more.pop("record", None) or Record(), backend=more.pop("backend", None))
-        source = (input_ids, attention_mask, more.pop("position_ids", None), more.pop("document_ids", None))
-        if more:
-            raise LaminaError(
-                unknown("argument of encode", next(iter(more)), ("position_ids", "document_ids", "record"))
-            )
-        memory = self._read_source(call, source, None, None).memory
+        record = Record() if record is None else record
+        source = Given("", input_ids, attention_mask, position_ids, document_ids)
+        memory, _ = self._memory(source, token_type_ids, None, None, record, backend)
         assert memory is not None
         return memory
 
-    def _read_source(
-        self, call: Call, source: tuple[Tensor | None, ...], segments: Tensor | None, encoder_output: Tensor | None
-    ) -> Call:
-        """The call of the decoder: with what the encoder makes of the source, or what was given or kept of it."""
-        ids, mask, positions, documents = source
-        cache = call.cache
+    def _memory(
+        self,
+        source: Given,
+        segments: Tensor | None,
+        encoder_output: Tensor | None,
+        cache: Cache | None,
+        record: Record,
+        backend: str | None,
+    ) -> tuple[Tensor | None, Tokens | None]:
+        """What cross-attention reads: what the cache has kept, what was given, or what the encoder makes of the source.
+
+        The tokens are None where the cache has them beside its keys, both where a decoder by itself is given nothing.
+        """
         if cache is not None and cache.memory is not None:
-            self._same_source(cache.memory, ids if encoder_output is None else encoder_output)
-            call.memory = cache.memory  # its tokens lie with its keys
-            return call
+            _refuse_another(cache, source.ids, encoder_output)
+            return cache.memory, None
         if encoder_output is not None:
             if encoder_output.dim() != 3:
                 raise LaminaError(
                     f"encoder_output has shape {tuple(encoder_output.shape)}; expected (batch, length, width)"
                 )
-            ids = encoder_output.new_zeros(encoder_output.shape[:2], dtype=torch.int64) if ids is None else ids
-            if ids.shape != encoder_output.shape[:2]:
-                raise LaminaError(
-                    f"encoder_output is of {tuple(encoder_output.shape[:2])} tokens, input_ids of {tuple(ids.shape)}"
-                )
-        if ids is None:
+            shape = encoder_output.shape[:2]
+            if source.ids is not None and source.ids.shape != shape:
+                raise LaminaError(f"encoder_output is of {tuple(shape)} tokens, input_ids of {tuple(source.ids.shape)}")
+            ids = encoder_output.new_zeros(shape, dtype=torch.int64)
+            return encoder_output, replace(source, ids=ids).read()
+        if source.ids is None:
             if self.encoder is None:
-                return call  # a decoder that may read a memory, and has none
+                return None, None
             raise LaminaError("an encoder-decoder needs input_ids or encoder_output")
-        if ids.dim() != 2:
-            raise LaminaError(f"input_ids has shape {tuple(ids.shape)}; expected (batch, length)")
-        tokens = read(ids, mask, positions, documents)
-        if encoder_output is None:
-            assert self.encoder is not None
-            reading = Call(tokens=tokens, backend=call.backend, record=call.record, memo=call.memo)
-            encoder_output = self.encoder(self.embedding(ids), reading, segments)
-        call.memory, call.memory_tokens = encoder_output, tokens
-        if cache is not None:
-            cache.memory = encoder_output
-        return call
-
-    def _same_source(self, memory: Tensor, given: Tensor | None) -> None:
-        if given is not None and given.shape[1] != memory.shape[1]:
-            raise LaminaError(
-                f"the cache holds a source of {memory.shape[1]} tokens, and one of {given.shape[1]} was given;"
-                " a new source needs a new cache"
-            )
-
-    def _only_one_stack(self, *given: Tensor | None) -> None:
-        if any(one is not None for one in given):
-            raise UnsupportedError(
-                "decoder_... and encoder_output are for encoder-decoders; this model has only one stack: use input_ids"
-            )
+        ids, tokens = source.checked_ids(), source.read()
+        assert self.encoder is not None
+        call = Call(tokens=tokens, backend=backend, record=record)
+        return self.encoder(self.embedding(ids), call, segments), tokens
 
     def _heads(self, hidden: Tensor, tokens: Tokens, record: Record, keep_logits: int | None) -> Output:
         out = Output(None, hidden, losses=record.losses)

@@ -37,6 +37,7 @@ class Cache:
         self.slots: dict[str, Slot] = {}
         self.ledgers: dict[object, Ledger] = {}
         self.memory: Tensor | None = None  # (texts, S, width): what the encoder made of the source
+        self.source: Tensor | None = None  # (texts, S): its ids, where they were given
 
     def add(self, path: str, retained: Retained) -> None:
         """Give the layer at `path`, whose pattern keeps `retained`, the slot that this kind of cache has for it."""
@@ -75,6 +76,7 @@ class Cache:
         memory = self.ledgers.get("memory")
         if self.memory is not None and isinstance(memory, MemoryLedger) and memory.parents is not None:
             self.memory = self.memory[memory.parents]
+            self.source = None if self.source is None else self.source[memory.parents]
         self.batch = index.shape[0]
 
     def trim(self, length: int) -> None:

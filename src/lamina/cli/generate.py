@@ -20,7 +20,7 @@ from lamina.cli.prompts import (
     standard_input,
     warn_of_lost,
 )
-from lamina.errors import LaminaError
+from lamina.errors import LaminaError, UnsupportedError
 
 if TYPE_CHECKING:
     from lamina.generation import Writing
@@ -130,7 +130,7 @@ def _cut(out: Output, model: Model, ids: list[int], most: int, given: dict[str, 
     context = model.spec.context
     if context is None or given["truncate"] is None:
         return ids, 0
-    keep = max(context - most, 1)
+    keep = context if model.spec.two_stacks else max(context - most, 1)  # a source is all that an encoder reads
     if len(ids) <= keep:
         return ids, 0
     if keep == 1 and most >= context:
@@ -143,6 +143,11 @@ def _cut(out: Output, model: Model, ids: list[int], most: int, given: dict[str, 
 def _prompt_itself(out: Output, model: Model, tokenizer: Tokenizer, source: str, ids: list[int]) -> None:
     from lamina.generation import log_probabilities
 
+    if model.spec.two_stacks:
+        raise UnsupportedError(
+            "an encoder-decoder reads its prompt and does not predict it, so the prompt has no likelihood:"
+            " --max-new-tokens must be at least 1"
+        )
     context = model.spec.context
     if context is not None and len(ids) > context:
         raise LaminaError(f"the prompt has {len(ids)} tokens; this model reads {context}: shorten it")

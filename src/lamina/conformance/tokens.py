@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lamina.cache import KINDS
 from lamina.conformance.report import Difference, Row, gap, judged, left_out
-from lamina.conformance.trial import TOKENS, SelfAttentionSpec, random_ids, read, text_length, two_stacks
+from lamina.conformance.trial import TOKENS, SelfAttentionSpec, random_ids, read, text_length
 from lamina.errors import UnsupportedError
 from lamina.layers import CrossAttention, Record
 from lamina.model import Model
@@ -78,7 +78,7 @@ def padding(model: Model) -> Iterator[Row]:
             for ours, alone in zip(together, read(model, ids[row : row + 1, span]), strict=True):
                 worst.add(ours[row : row + 1, span], alone)
         yield worst.row(f"padded on the {side} = alone", f"rows of {lengths} tokens in one batch")
-        if two_stacks(model):
+        if model.spec.two_stacks:
             yield _padded_sources(model, ids, lengths, side)
 
 
@@ -98,7 +98,7 @@ def _padded_sources(model: Model, sources: Tensor, lengths: list[int], side: str
 def packing(model: Model) -> Iterator[Row]:
     length = text_length(model)
     lengths = [length // 2, 3, length - length // 2 - 3]
-    ids, worst, pairs = random_ids(model, 1, length), Difference(), two_stacks(model)
+    ids, worst, pairs = random_ids(model, 1, length), Difference(), model.spec.two_stacks
     source, sizes = random_ids(model, 1, length, seed=98), [3, length // 2, length - length // 2 - 3]
     told = {"input_ids": source, "document_ids": _documents(sizes, ids)} if pairs else None
     more = {f"{'decoder_' if pairs else ''}document_ids": _documents(lengths, ids)}
@@ -125,7 +125,7 @@ def empty_rows(model: Model) -> Iterator[Row]:
     size = ids.shape[1]
     # Of two stacks the decoder's own: what is empty here is its row, and the source is not.
     others = [part.path for part in model.modules() if isinstance(part, CrossAttention)]
-    others += ["encoder."] if two_stacks(model) else []
+    others += ["encoder."] if model.spec.two_stacks else []
     own = {name: value for name, value in record.values.items() if not name.startswith(tuple(others))}
     shares = [value[1] for value in own.values() if value.shape[-2:] == (size, size)]
     worst = max((float(share.abs().max()) for share in shares), default=0.0)

@@ -30,7 +30,7 @@ def read(
     In an encoder-decoder `ids` are the decoder's, and the encoder reads `source`, the arguments of its side, or one
     text that stays the same.
     """
-    if two_stacks(model):
+    if model.spec.two_stacks:
         if source is None:
             length = min(TOKENS, model.spec.context or TOKENS)
             source = {"input_ids": random_ids(model, 1, length, seed=99).expand(ids.shape[0], -1)}
@@ -38,11 +38,6 @@ def read(
     else:
         out = model(ids, mask, **more)
     return [out.hidden] if out.logits is None or out.logits.dim() != 3 else [out.hidden, out.logits]
-
-
-def two_stacks(model: Model) -> bool:
-    """Whether it is an encoder-decoder."""
-    return model.encoder is not None and model.decoder is not None
 
 
 def text_length(model: Model) -> int:

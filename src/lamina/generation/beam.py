@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lamina.errors import LaminaError
 from lamina.generation.feeder import Feeder, check_finite, warn_of_context
-from lamina.generation.limits import Limits, start_ids, two_stacks
+from lamina.generation.limits import Limits, begun_with
 from lamina.generation.sample import Sampling
 from lamina.model import Model
 
@@ -77,9 +77,7 @@ def search(
     (early_stopping=True); else when the best running one could no longer beat the worst of them, judged by the length
     that it has now (False), or by the length that would suit it best ("never").
     """
-    if two_stacks(model) and decoder_input_ids is None:
-        decoder_input_ids = start_ids(model, input_ids.shape[0])
-    begun = input_ids if decoder_input_ids is None else decoder_input_ids
+    begun = begun_with(model, input_ids, decoder_input_ids)
     feeder, logits, room = Feeder.begin(
         model, input_ids, attention_mask, limits, cache, decoder_input_ids, engine=False
     )

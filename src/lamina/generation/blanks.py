@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.generation.loop import two_stacks
 from lamina.model import Model
 from lamina.text import Tokenizer
 
@@ -44,7 +43,7 @@ def fill(model: Model, text: str, tokenizer: Tokenizer, *, top: int = 5) -> Fill
 
     Raises UnsupportedError for a model that cannot fill, LaminaError for a text without a mask or one that is too long.
     """
-    if two_stacks(model):
+    if model.spec.two_stacks:
         raise UnsupportedError("an encoder-decoder fills blanks by writing the text again: use lamina generate")
     if model.encoder is None or model.decoder is not None or model.head is None:
         raise UnsupportedError(

@@ -8,7 +8,6 @@ from typing import Any
 from lamina.cache import Cache
 from lamina.errors import UnsupportedError
 from lamina.generation.compiled import Reader
-from lamina.generation.loop import two_stacks
 from lamina.generation.sample import Sampling
 from lamina.generation.text import Writing
 from lamina.model import Model
@@ -72,7 +71,7 @@ class Chat:
         self.cache, self._read = None, []
 
     def _prepared(self, ids: list[int]) -> Cache | Reader | str | None:
-        if self.kind is None or self.kind == "none" or two_stacks(self.model):
+        if self.kind is None or self.kind == "none" or self.model.spec.two_stacks:
             return self.kind  # an encoder reads its whole source anew
         same = 0
         if self.cache is not None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lamina.errors import CheckpointError, LaminaError
-from lamina.generation.loop import two_stacks
 from lamina.model import Model
 from lamina.weights.files import read_json
 
@@ -84,7 +83,9 @@ def _vectors(model: Model, rows: list[list[int]], pooling: Pooling) -> Tensor:
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
     # Of two stacks the encoder reads: Sentence-T5, arXiv:2108.08877, section 3.
-    hidden = model.encode(ids, mask) if two_stacks(model) else model(ids, mask, keep_logits=0).hidden  # (B, T, width)
+    hidden = (
+        model.encode(ids, mask) if model.spec.two_stacks else model(ids, mask, keep_logits=0).hidden
+    )  # (B, T, width)
     if pooling.mode == "first":
         vectors = hidden[:, 0]
     else:

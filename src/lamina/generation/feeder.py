@@ -12,7 +12,7 @@ from torch import Tensor
 from lamina.cache import Cache
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.generation.compiled import Reader
-from lamina.generation.limits import Limits, start_ids, two_stacks
+from lamina.generation.limits import Limits, begun_with
 from lamina.layers import LearnedPositionSpec
 from lamina.model import Model, Output
 
@@ -82,14 +82,10 @@ class Feeder:
         engine: bool = True,
     ) -> tuple[Feeder, Tensor, int]:
         """A feeder that has read the prompt, the (B, vocabulary) logits after it, and how many new tokens fit."""
-        source = None
-        if two_stacks(model):
-            if decoder_input_ids is None:
-                decoder_input_ids = start_ids(model, input_ids.shape[0])
-            source = Source.of(model, input_ids, attention_mask)
-            ids, mask = checked(model, decoder_input_ids, None)
-        else:
-            ids, mask = checked(model, input_ids, attention_mask)
+        begun, source = begun_with(model, input_ids, decoder_input_ids), None
+        if model.spec.two_stacks:
+            source, attention_mask = Source.of(model, input_ids, attention_mask), None
+        ids, mask = checked(model, begun, attention_mask)
         used = cache.length if isinstance(cache, Cache | Reader) else 0
         room = room_for(model, ids, mask, limits, cache, used)
         feeder = cls(model, cache, ids.shape, room, source, engine)
@@ -157,7 +153,8 @@ def room_for(model: Model, ids: Tensor, mask: Tensor | None, limits: Limits, cac
     context = model.spec.context
     prompt = used + (ids.shape[1] if mask is None else int(mask.sum(dim=1).max()))
     position = model.decoder.spec.position if model.decoder is not None else None
-    endless = cache == "sinks" and not isinstance(position, LearnedPositionSpec)
+    # Relative positions have no end: an encoder-decoder was trained at its context and goes on beyond it (T5).
+    endless = (cache == "sinks" or model.spec.two_stacks) and not isinstance(position, LearnedPositionSpec)
     if context is None or endless or limits.most == 0:
         return limits.most
     if prompt >= context:

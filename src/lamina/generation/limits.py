@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lamina.errors import LaminaError
+from lamina.errors import LaminaError, UnsupportedError
 from lamina.model import Model
 
 Stop = int | Sequence[int]
@@ -35,11 +35,6 @@ class Limits:
         return self.last if count + 1 == self.most else None
 
 
-def two_stacks(model: Model) -> bool:
-    """Whether it is an encoder-decoder: what it writes does not continue what it reads."""
-    return model.spec.encoder is not None and model.spec.decoder is not None
-
-
 def start_ids(model: Model, batch: int) -> Tensor:
     """(batch, 1): the id that an encoder-decoder begins with. Raises LaminaError where the checkpoint names none."""
     said = {} if model.origin is None else model.origin.generation
@@ -49,6 +44,18 @@ def start_ids(model: Model, batch: int) -> Tensor:
     if start is None:
         raise LaminaError("this checkpoint names no decoder_start_token_id: give decoder_input_ids")
     return torch.full((batch, 1), start, dtype=torch.int64, device=model.embedding.weight.device)
+
+
+def begun_with(model: Model, input_ids: Tensor, decoder_input_ids: Tensor | None) -> Tensor:
+    """(B, T) ids that new ones follow: the prompt, or what an encoder-decoder has written of its text.
+
+    Raises LaminaError where the checkpoint names no start id, UnsupportedError for decoder_input_ids of one stack.
+    """
+    if model.spec.two_stacks:
+        return start_ids(model, input_ids.shape[0]) if decoder_input_ids is None else decoder_input_ids
+    if decoder_input_ids is not None:
+        raise UnsupportedError("decoder_input_ids is for encoder-decoders; this model continues input_ids")
+    return input_ids
 
 
 def limits_of(model: Model, most: int, least: int = 0, stop: Sequence[Stop] = ()) -> Limits:
@@ -67,6 +74,6 @@ def limits_of(model: Model, most: int, least: int = 0, stop: Sequence[Stop] = ()
     ends = tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
     pad = said.get("pad_token_id", special.pad)
     pad = pad if pad is not None else ends[0] if ends else 0
-    first, last = said.get("forced_bos_token_id") if two_stacks(model) else None, said.get(FORCED_END)
+    first, last = said.get("forced_bos_token_id") if model.spec.two_stacks else None, said.get(FORCED_END)
     last = last[0] if isinstance(last, list) else last
     return Limits(most=most, least=least, ends=ends, pad=pad, stops=stops, first=first, last=last)

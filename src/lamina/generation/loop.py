@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lamina.cache import Cache
-from lamina.errors import LaminaError, UnsupportedError
+from lamina.errors import LaminaError
 from lamina.generation import beam
 from lamina.generation.compiled import Reader
 from lamina.generation.feeder import Feeder, check_finite, warn_of_context
-from lamina.generation.limits import Limits, Stop, limits_of, start_ids, two_stacks
+from lamina.generation.limits import Limits, Stop, begun_with, limits_of
 from lamina.generation.sample import Sampling
 from lamina.model import Model
 from lamina.specs import unknown
@@ -70,15 +70,11 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     beam.check_alone(beaming, sampling)
     limits = limits_of(model, max_new_tokens, min_new_tokens, stop)
-    if two_stacks(model):
-        decoder_input_ids = start_ids(model, input_ids.shape[0]) if decoder_input_ids is None else decoder_input_ids
-    elif decoder_input_ids is not None:
-        raise UnsupportedError("decoder_input_ids is for encoder-decoders; this model continues input_ids")
+    begun = begun_with(model, input_ids, decoder_input_ids)
     given: dict[str, Any] = {"limits": limits, "cache": cache, "decoder_input_ids": decoder_input_ids}
     if beams > 1:
         return beam.search(model, input_ids, attention_mask, beaming=beaming, **given).ids
     steps = stream(model, input_ids, attention_mask, sampling=sampling, **given)
-    begun = input_ids if decoder_input_ids is None else decoder_input_ids
     return torch.cat([begun, *(step.ids[:, None] for step in steps)], dim=1)
 
 

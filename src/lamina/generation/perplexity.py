@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.generation.loop import two_stacks
 from lamina.model import Model
 
 LONGEST = 2048
@@ -84,7 +83,7 @@ def score(
     """
     if model.decoder is None or model.head is None:
         raise UnsupportedError("this model does not predict the next token, so its texts have no perplexity")
-    if two_stacks(model):
+    if model.spec.two_stacks:
         raise UnsupportedError("an encoder-decoder predicts a text from its source, so a text alone has no perplexity")
     window, stride = window_of(model, window, stride)
     opening = [] if begin is None else [begin]

@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lamina.errors import UnsupportedError
 from lamina.layers.call import Call
 from lamina.layers.rotary import RotarySpec, phases, rotate
+from lamina.patterns import Pattern, Retained
 from lamina.tokens import Tokens
+
+
+def retained(path: str, pattern: Pattern) -> Retained:
+    """What a cache has to keep for the layer at `path`. Raises UnsupportedError where tokens see later ones."""
+    if pattern.looks_ahead():
+        raise UnsupportedError(f"{path}: its tokens see later ones, so it cannot read in pieces with a cache")
+    return pattern.retained()
 
 
 def with_cache(

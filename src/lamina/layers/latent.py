@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from lamina.attend import Request, attend, weights
-from lamina.errors import LaminaError, UnsupportedError
-from lamina.layers.cached import with_cache
+from lamina.errors import LaminaError
+from lamina.layers.cached import retained, with_cache
 from lamina.layers.call import Call
 from lamina.layers.linear import Linear
 from lamina.layers.norm import RMSNormSpec
@@ -89,9 +89,7 @@ class LatentAttention(nn.Module):
 
     def retained(self) -> Retained:
         """What a cache has to keep for this layer. Raises UnsupportedError where tokens see later ones."""
-        if self.spec.pattern.looks_ahead():
-            raise UnsupportedError(f"{self.path}: its tokens see later ones, so it cannot read in pieces with a cache")
-        return self.spec.pattern.retained()
+        return retained(self.path, self.spec.pattern)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         small = x if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x))

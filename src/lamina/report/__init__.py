@@ -15,7 +15,7 @@ from typing import Any
 import lamina.pictures as pictures
 from lamina.accounting import Account, account
 from lamina.generation import Writing
-from lamina.generation.loop import start_ids, two_stacks
+from lamina.generation.limits import start_ids
 from lamina.model import Model
 from lamina.report.attention import Attention, attention_of
 from lamina.words import shape_of
@@ -157,7 +157,7 @@ def _pieces(writing: Writing) -> list[str]:
 
 
 def _map(model: Model, writing: Writing) -> str:
-    pairs = two_stacks(model)
+    pairs = model.spec.two_stacks
     ids = [*(start_ids(model, 1)[0].tolist() if pairs else writing.prompt_ids), *writing.ids]
     if model.spec.context is not None:
         ids = ids[: model.spec.context]

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamina.generation.loop import two_stacks
 from lamina.layers import CrossAttention, Record
 from lamina.model import Model
 
@@ -62,7 +61,7 @@ def attention_of(
     count = min(layers, len(names))
     chosen = [names[round(i * (len(names) - 1) / max(count - 1, 1))] for i in range(count)]
     record = Record(*(f"{side}.{name}.weights" for name in chosen))
-    read = {"decoder_input_ids": ids, "input_ids": source} if two_stacks(model) else {"input_ids": ids}
+    read = {"decoder_input_ids": ids, "input_ids": source} if model.spec.two_stacks else {"input_ids": ids}
     device = model.embedding.weight.device
     model(
         **{n: torch.tensor([list(one or ())], device=device) for n, one in read.items()}, record=record, keep_logits=0
