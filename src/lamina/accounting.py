@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lamina.cache import Cache, GrowingLedger, RingLedger, Slot
 from lamina.errors import LaminaError
-from lamina.layers import BranchSpec, LayerSpec, StackSpec, StepSpec, SumSpec
+from lamina.layers import BranchSpec, ExpertsSpec, LayerSpec, StackSpec, StepSpec, SumSpec
 from lamina.model import Model, ModelSpec, Output
 from lamina.source import spec as spec_of
 from lamina.specs import Spec, unknown
@@ -388,4 +388,7 @@ def _parts(spec: Any) -> Sequence[tuple[str, str, Any]]:
         return [(name, name, part) for name, part in sides if part is not None]
     if isinstance(spec, SumSpec):
         return [(f"branches.{branch.name}", branch.name, branch) for branch in spec.branches]
+    if isinstance(spec, ExpertsSpec):
+        sides = [("router", spec.router), ("experts", spec.expert), ("shared", spec.shared)]
+        return [(name, name, part) for name, part in sides if part is not None]
     return []

@@ -55,7 +55,8 @@ def fill(
             count = int((~torch.isfinite(tensor)).sum())
             bad.extend([f"{name} ({count} of {tensor.numel()})"] if count else [])
         path, _, leaf = name.rpartition(".")
-        homes[path]._parameters[leaf] = nn.Parameter(tensor)
+        old = homes[path]._parameters[leaf]
+        homes[path]._parameters[leaf] = nn.Parameter(tensor, requires_grad=old is None or old.requires_grad)
 
     present = [move for move in moves if not any(name in missing for name in move.theirs)]
     rules.load(present, shapes, opened.checkpoint.read, put)

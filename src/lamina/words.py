@@ -12,9 +12,12 @@ from lamina.layers import (
     AttentionSpec,
     BranchSpec,
     BucketBiasSpec,
+    CapacitySpec,
     CrossAttentionSpec,
     DifferentialSpec,
     EmbeddingSpec,
+    ExpertChoiceSpec,
+    ExpertsSpec,
     FeedForwardSpec,
     LabelHeadSpec,
     LanguageHeadSpec,
@@ -25,11 +28,13 @@ from lamina.layers import (
     PoolerSpec,
     RMSNormSpec,
     RotarySpec,
+    RouterLossSpec,
     SegmentSpec,
     ShawSpec,
     SinusoidalPositionSpec,
     StepSpec,
     SumSpec,
+    TopKSpec,
     TransformerXLSpec,
     TransformSpec,
 )
@@ -202,6 +207,33 @@ def _feedforward(spec: FeedForwardSpec) -> str:
     return ", ".join(parts + ([f"dropout {spec.dropout:g}"] if spec.dropout else []))
 
 
+def _experts(spec: ExpertsSpec) -> str:
+    parts = [say(spec.router), f"each {say(spec.expert)}"]
+    parts += [f"{'gated ' if spec.shared_gate else ''}shared {say(spec.shared)}"] if spec.shared is not None else []
+    parts += [say(part) for part in (spec.capacity, spec.losses) if part is not None]
+    return ", ".join(parts)
+
+
+def _top_k(spec: TopKSpec) -> str:
+    parts = [f"{spec.chosen} of {spec.experts} experts", spec.score + (" normalised" if spec.normalise else "")]
+    parts += [f"times {spec.scale:g}"] if spec.scale != 1.0 else []
+    parts += [f"in {spec.limit.kept} of {spec.limit.groups} groups"] if spec.limit is not None else []
+    said = {"corrected choice": spec.correction, "router bias": spec.bias, "noisy": spec.noise}
+    parts += [name for name, there in said.items() if there]
+    return ", ".join(parts + ([f"jitter {spec.jitter:g}"] if spec.jitter else []))
+
+
+def _capacity(spec: CapacitySpec) -> str:
+    unit = " places" if spec.places else ""
+    later = "dropless" if spec.evaluation is None else f"{spec.evaluation:g}{unit}"
+    return f"capacity {spec.training:g}{unit} in training, {later} in evaluation"
+
+
+def _router_losses(spec: RouterLossSpec) -> str:
+    kinds = {name: getattr(spec, name) for name in ("balance", "z", "importance", "load")}
+    return " and ".join(f"{name} loss {value:g}" for name, value in kinds.items() if value) or "no losses"
+
+
 def _rms_norm(spec: RMSNormSpec) -> str:
     said = " (1 + weight)" if spec.plus_one else "" if spec.weight else " without weight"
     return f"RMSNorm{said} eps {spec.eps:g}"
@@ -258,12 +290,15 @@ WORDS: dict[type, Callable[[Any], str]] = {
     BranchSpec: _branch,
     Both: _pattern,
     BucketBiasSpec: _bucket_bias,
+    CapacitySpec: _capacity,
     Causal: lambda spec: "causal",
     CrossAttentionSpec: _cross,
     DifferentialSpec: _differential,
     Either: _pattern,
     EmbeddingSpec: _embedding,
     Everything: lambda spec: "bidirectional",
+    ExpertChoiceSpec: lambda spec: f"{spec.experts} experts that choose, {spec.capacity:g} a token",
+    ExpertsSpec: _experts,
     FeedForwardSpec: _feedforward,
     LabelHeadSpec: _labels,
     LanguageHeadSpec: _head,
@@ -275,12 +310,14 @@ WORDS: dict[type, Callable[[Any], str]] = {
     Prefix: _pattern,
     RMSNormSpec: _rms_norm,
     RotarySpec: _rotary,
+    RouterLossSpec: _router_losses,
     SegmentSpec: lambda spec: f"{spec.count} segments",
     ShawSpec: lambda spec: f"Shaw positions to {spec.clip}",
     Sinks: _pattern,
     SinusoidalPositionSpec: lambda spec: f"sinusoidal positions ({spec.order})",
     StepSpec: residual,
     SumSpec: _sum,
+    TopKSpec: _top_k,
     TransformerXLSpec: lambda spec: "Transformer-XL positions",
     Window: _pattern,
 }

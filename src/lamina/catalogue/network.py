@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from lamina.catalogue.kind import Correction, Counted, Example, Kind, Question, Source, Variant, has, named, planned
-from lamina.layers import FeedForwardSpec
+from collections.abc import Callable
+
+from lamina.catalogue.kind import Correction, Counted, Example, Kind, Question, Source, Variant, has
+from lamina.layers import ExpertChoiceSpec, ExpertsSpec, FeedForwardSpec, TopKSpec
 
 
 def _gated(*acts: str) -> Question:
@@ -12,6 +14,10 @@ def _gated(*acts: str) -> Question:
 
 def _plain(*acts: str) -> Question:
     return has(FeedForwardSpec, lambda part: not part.gated and part.act in acts)
+
+
+def _tokens_choose(test: Callable[[TopKSpec], bool]) -> Question:
+    return has(TopKSpec, test)
 
 
 def _feedforward() -> None:
@@ -147,12 +153,20 @@ GATED = Kind(
 def _experts() -> None:
     import torch
 
-    logits = torch.log(torch.tensor([1.0, 3.0, 5.0, 1.0]))  # W_r x
-    p = logits.softmax(-1)  # 0.1, 0.3, 0.5, 0.1
-    outputs = torch.tensor([10.0, 20.0, 30.0, 40.0])  # F_e(x) of each e
-    gates, chosen = p.topk(2)
-    print(round((gates / gates.sum() @ outputs[chosen]).item(), 4))  # top-2
-    print(round((p.max() * outputs[p.argmax()]).item(), 4))  # Switch
+    from lamina.layers import Call, ExpertsSpec, FeedForwardSpec, TopKSpec
+    from lamina.tokens import plain
+
+    expert = FeedForwardSpec(hidden=1, act="identity", gated=False)
+    for k in (2, 1):  # GShard, Switch
+        router = TopKSpec(experts=4, chosen=k, normalise=k > 1)
+        layer = ExpertsSpec(router=router, expert=expert).build(width=1)
+        p = torch.tensor([[0.1], [0.3], [0.5], [0.1]])  # of a token of 1
+        layer.router.weight.data = p.log()
+        layer.experts.up.weight.data.fill_(1.0)
+        outputs = torch.tensor([10.0, 20.0, 30.0, 40.0])
+        layer.experts.down.weight.data = outputs.view(4, 1, 1)
+        y = layer(torch.ones(1, 1, 1), Call(tokens=plain(1, 1)))
+        print(round(y.item(), 4))
 
 
 EXPERTS = Kind(
@@ -168,14 +182,30 @@ EXPERTS = Kind(
         ("F_e", "a feed-forward network, plain or gated, one of E"),
         ("k", "experts a token: 1 in Switch, 2 in GShard, GLaM and Mixtral, 8 in DeepSeek-V3"),
     ),
-    files=("layers/experts.py",),
-    used=named("ExpertsSpec"),
+    files=("layers/experts.py", "layers/router.py", "layers/dispatch.py"),
+    used=has(ExpertsSpec),
     variants=(
-        planned("Switch", "k = 1, the gate as it is"),
-        planned("top-k", "k = 2 or more, gates that sum to 1"),
-        planned("shared experts", "some experts see every token"),
-        planned("sigmoid router", "chosen with a bias, weighted without it (DeepSeek-V3)"),
-        planned("expert choice", "each expert takes its best tokens"),
+        Variant("Switch", "k = 1, the gate as it is", _tokens_choose(lambda r: r.chosen == 1 and not r.normalise)),
+        Variant("top-k", "k = 2 or more, gates that sum to 1", _tokens_choose(lambda r: r.chosen > 1 and r.normalise)),
+        Variant(
+            "top-k, gates as they are", "k = 2 or more", _tokens_choose(lambda r: r.chosen > 1 and not r.normalise)
+        ),
+        Variant("noisy top-k", "noise on the logits in training", _tokens_choose(lambda r: r.noise)),
+        Variant("shared experts", "some experts see every token", has(ExpertsSpec, lambda e: e.shared is not None)),
+        Variant(
+            "sigmoid router",
+            "chosen with a bias, weighted without it (DeepSeek-V3)",
+            _tokens_choose(lambda r: r.score == "sigmoid"),
+        ),
+        Variant(
+            "group limits",
+            "experts of the best few groups only (DeepSeek)",
+            _tokens_choose(lambda r: r.limit is not None),
+        ),
+        Variant(
+            "capacity", "what comes when an expert is full gets 0", has(ExpertsSpec, lambda e: e.capacity is not None)
+        ),
+        Variant("expert choice", "each expert takes its best tokens", has(ExpertChoiceSpec)),
     ),
     cost="E times the parameters of a network and E d for the router; the arithmetic of k networks.",
     pitfalls=(
@@ -186,6 +216,7 @@ EXPERTS = Kind(
         "Where experts have a capacity, tokens beyond it get 0 from the layer and only their residual goes on.",
         "Switch does not renormalise its gate: with one expert it is p, not 1.",
         "When experts choose tokens, a token's fate depends on later ones: not for decoders.",
+        "With a capacity in evaluation a text depends on its batch and on how it is read in pieces; here it is off.",
     ),
     corrections=(
         Correction(
@@ -201,6 +232,8 @@ EXPERTS = Kind(
         Source("Switch Transformers", "arXiv:2101.03961", "section 2"),
         Source("GLaM", "arXiv:2112.06905", "section 4"),
         Source("Mixtral of Experts", "arXiv:2401.04088", "section 2"),
+        Source("DeepSeek-V3", "arXiv:2412.19437", "section 2.1.2"),
+        Source("Mixture-of-Experts with Expert Choice Routing", "arXiv:2202.09368", "section 3"),
     ),
     example=Example(
         "Four experts that give 10, 20, 30, 40, with probabilities 0.1, 0.3, 0.5, 0.1. Top-2: (0.5 x 30 + 0.3 x 20)"

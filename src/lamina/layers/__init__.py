@@ -9,6 +9,7 @@ from lamina.layers.call import Call, Record
 from lamina.layers.cross import CrossAttention, CrossAttentionSpec
 from lamina.layers.differential import Differential, DifferentialSpec
 from lamina.layers.embedding import Embedding, EmbeddingSpec, Segment, SegmentSpec
+from lamina.layers.experts import Experts, ExpertsSpec, rebalance
 from lamina.layers.feedforward import FeedForward, FeedForwardSpec
 from lamina.layers.head import (
     LabelHead,
@@ -32,6 +33,7 @@ from lamina.layers.rotary import (
     RotarySpec,
     YarnScaling,
 )
+from lamina.layers.router import CapacitySpec, ExpertChoiceSpec, GroupLimitSpec, RouterLossSpec, TopKSpec
 from lamina.layers.stack import Stack, StackSpec
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "BranchSpec",
     "BucketBiasSpec",
     "Call",
+    "CapacitySpec",
     "CrossAttention",
     "CrossAttentionSpec",
     "Differential",
@@ -48,8 +51,12 @@ __all__ = [
     "DynamicNTKScaling",
     "Embedding",
     "EmbeddingSpec",
+    "ExpertChoiceSpec",
+    "Experts",
+    "ExpertsSpec",
     "FeedForward",
     "FeedForwardSpec",
+    "GroupLimitSpec",
     "LabelHead",
     "LabelHeadSpec",
     "LanguageHead",
@@ -72,6 +79,7 @@ __all__ = [
     "RMSNormSpec",
     "Record",
     "RotarySpec",
+    "RouterLossSpec",
     "Segment",
     "SegmentSpec",
     "ShawSpec",
@@ -80,7 +88,9 @@ __all__ = [
     "StackSpec",
     "StepSpec",
     "SumSpec",
+    "TopKSpec",
     "TransformSpec",
     "TransformerXLSpec",
     "YarnScaling",
+    "rebalance",
 ]

@@ -19,7 +19,8 @@ class Record:
     """What a forward is asked to keep, by name: `Record("decoder.layers.3.attention.op.weights", "*.output")`.
 
     Names are the path of a layer and what it shows: `.weights` of an attention (B, H, T, S), `.output` of a layer
-    (B, T, width). Asking changes no output bit. `values` holds what matched; `losses` the auxiliary losses by layer.
+    (B, T, width); of experts `.scores` (B, T, E), `.load` (E,), how many chose each, and `.used`, how many it served.
+    Asking changes no output bit. `values` holds what matched; `losses` the auxiliary losses by layer.
     Where each layer of a stack runs several times (ALBERT), names count the runs: with 2 layers of 3 runs each,
     encoder.layers.4 is the second run of the second layer.
     """

@@ -15,6 +15,8 @@ from lamina.layers.embedding import SegmentSpec
 from lamina.layers.linear import Linear
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
+from lamina.layers.router import ExpertChoiceSpec
+from lamina.patterns import Pattern
 from lamina.specs import Spec
 
 
@@ -36,6 +38,13 @@ class StackSpec(Spec):
     def check(self) -> None:
         if self.repeat < 1 or (self.input_width is not None and self.input_width < 1):
             raise LaminaError(f"repeat={self.repeat} and input_width={self.input_width} must be at least 1")
+        chooses = [part for _, part in self.walk() if isinstance(part, ExpertChoiceSpec) and not part.causal]
+        patterns = [part.pattern for _, part in self.walk() if isinstance(getattr(part, "pattern", None), Pattern)]  # pyright: ignore[reportAttributeAccessIssue]
+        if chooses and not all(pattern.looks_ahead() for pattern in patterns):
+            raise LaminaError(
+                "experts that choose their tokens (ExpertChoiceSpec) let a token see later ones, and this stack is"
+                " causal; use TopKSpec, or causal=True if that is meant"
+            )
 
     def build(self, width: int) -> Stack:
         return Stack(self, width)

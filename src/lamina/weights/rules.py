@@ -78,19 +78,33 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """One of ours, whose first axis counts experts, stored as a tensor for each of them."""
+
+    def load(self, theirs: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        return [torch.stack(list(theirs))]
+
+    def save(self, ours: Sequence[Tensor]) -> list[Tensor]:
+        return list(ours[0].unbind(0))
+
+
+Op = Same | Turn | OneRow | Fused | Stacked
+
+
+@dataclass(frozen=True)
 class Rule:
     """Our names and theirs, with placeholders such as {i} for the number of a layer."""
 
     ours: str | tuple[str, ...]
     theirs: str | tuple[str, ...]
-    op: Same | Turn | OneRow | Fused = field(default_factory=Same)
+    op: Op = field(default_factory=Same)
 
 
 def pairs(
     ours: str,
     theirs: str,
     names: Mapping[str, str] | Mapping[tuple[str, ...], str],
-    op: Same | Turn | Fused | None = None,
+    op: Op | None = None,
 ) -> tuple[Rule, ...]:
     """Rules for the weight and the bias of each part: our names (of several that are one there) and theirs, below the
     two prefixes. A rule for what a model does not have is not used, so parts without a bias need no others."""
@@ -108,7 +122,7 @@ class Move:
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
-    op: Same | Turn | OneRow | Fused
+    op: Op
 
 
 def bind(rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> list[Move]:
