@@ -127,7 +127,11 @@ def test_users_are_those_whose_specs_have_it():
     assert asked("multi-head", "GQA") == by_hand(lambda op: isinstance(op, attention) and 1 < op.key_heads < op.heads)
     assert asked("multi-head", "MQA") == by_hand(lambda op: isinstance(op, attention) and op.key_heads == 1 < op.heads)
     assert asked("self-attention", "soft-cap") == by_hand(lambda op: isinstance(op, attention) and bool(op.softcap))
-    assert set(page(kind("rotary"))["families"]) == by_hand(lambda op: isinstance(op, attention) and bool(op.rotary))
+    assert set(page(kind("rotary"))["families"]) == by_hand(lambda op: bool(getattr(op, "rotary", None)))
+    assert asked("experts", "Switch") == {"switch"}
+    assert asked("experts", "shared experts") == {"deepseek-v2", "deepseek-v3", "qwen1.5-moe", "qwen2-moe"}
+    assert asked("experts", "sigmoid router") == {"deepseek-v3"}
+    assert asked("experts", "group limits") == {"deepseek-v2", "deepseek-v3"}
     swiglu = by_hand(lambda op: isinstance(op, FeedForwardSpec) and op.gated and op.act == "silu")
     assert asked("gated", "SwiGLU") == swiglu
     tied = {

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.core_model_loading import revert_weight_conversion
 
 import lamina
 from lamina.attend import BACKENDS
 from lamina.cache import KINDS
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.families import family
-from lamina.layers import AlibiSpec, AttentionSpec, RotarySpec
+from lamina.layers import AlibiSpec, AttentionSpec, ExpertsSpec, RotarySpec
 from lamina.layers.rotary import phases
 from lamina.patterns import Both, Window
 from lamina.tokens import plain
@@ -236,13 +237,15 @@ def test_gradients_are_those_of_transformers(case: Case):
         for parameter in ours.parameters():
             parameter.copy_(torch.zeros(()) if parameter.grad is None else parameter.grad)
     named = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    named = revert_weight_conversion(theirs, named)  # matrices of experts are one there, and one each in files
     for old, new in case.ours.origin.family.renamed:
         named = {re.sub(old, new, name): gradient for name, gradient in named.items()}
     moved = their_names(ours, case)
     assert moved.keys() >= named.keys()
     for name, gradient in named.items():
         assert close(moved[name], gradient, 1e-4), name
-        assert float(gradient.abs().max()) > 0 or name.endswith(("key.bias", "k_proj.bias")), name
+        unused = name.endswith(("key.bias", "k_proj.bias")) or ".experts." in name  # no token may have chosen one
+        assert float(gradient.abs().max()) > 0 or unused, name
 
 
 def their_names(model: lamina.Model, case: Case) -> dict[str, torch.Tensor]:
@@ -443,7 +446,11 @@ def test_what_comes_later_changes_no_bit_of_what_came_before(case: Case):
         changed = case.ids.clone()
         changed[:, place] = (changed[:, place] - 3) % 90 + 4
         after = result(case.run(changed))
-        assert torch.equal(after[:, :place], before[:, :place])
+        if any(isinstance(part, ExpertsSpec) for _, part in case.ours.spec.walk()):
+            # An expert's product has other rows beside it then, and may round otherwise; not more than that.
+            assert close(after[:, :place], before[:, :place], 1e-6)
+        else:
+            assert torch.equal(after[:, :place], before[:, :place])
         assert not torch.equal(after[:, place:], before[:, place:])
 
 

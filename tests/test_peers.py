@@ -5,19 +5,23 @@ Each test says what the other library did on the same small models (transformers
 
 from __future__ import annotations
 
+import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache, EncoderDecoderCache
 
 import lamina
 from lamina.attend import BACKENDS
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.layers import RotarySpec
+from lamina.layers import CapacitySpec, ExpertsSpec, RotarySpec
 from lamina.layers.rotary import phases
+from lamina.specs import edit
 from lamina.tokens import plain
-from tests.families import LENGTH, ROWS, Case, close, row, tokens
+from tests.families import LENGTH, ROWS, Case, Row, close, row, tokens
 from tests.test_families import DECODERS, Cases, cases, quiet, result  # noqa: F401  (two are fixtures)
 
 CACHELESS = ("llama-dynamic", "llama-longrope")
@@ -87,6 +91,107 @@ def test_r3_a_cast_rounds_weights_only(case: Case):
             exact, half = (phases(rotary, size, tokens, dtype, {}) for dtype in (torch.float32, torch.bfloat16))
             for one, other in zip(exact, half, strict=True):
                 assert float((one - other.float()).abs().max()) < 2**-7 * max(1.0, float(one.abs().max()))
+
+
+# R4: Switch drops tokens in evaluation too, and lets padding take places: the same text in steps or padded on the left
+# gives other logits, by more than their own spread
+
+
+TIGHT = {"expert_capacity": 2}
+
+
+def tight(folder: Path) -> tuple[Case, lamina.Model]:
+    """A Switch of few places, and ours with the published capacity switched on in evaluation."""
+    one = row("switch")
+    case = Case(Row("tight", one.model, one.config, one.fields | TIGHT, one.more), folder)
+    spec = edit(case.ours.spec, CapacitySpec, lambda path, part: part.replace(evaluation=part.training))
+    model = spec.build().eval()
+    model.load_state_dict(case.ours.state_dict())
+    return case, model
+
+
+@torch.no_grad()
+def test_r4_steps_padding_and_companions_change_nothing_whatever_the_capacity(tmp_path: Path):
+    case, _ = tight(tmp_path)
+    whole = result(case.run(case.ids))
+    cache = case.ours.new_cache(batch=2)
+    steps = [result(case.run(part, cache=cache)) for part in case.ids.split(1, dim=1)]
+    assert close(torch.cat(steps, dim=1), whole)
+    source, mask = case_left(case.sources[:2])
+    assert close(result(case.run(case.ids, source={"input_ids": source, "attention_mask": mask})), whole)
+    assert close(result(case.run(case.ids[1:], rows=[1])), whole[1:])
+    written = lamina.generate(case.ours, case.sources[:2], max_new_tokens=8, min_new_tokens=8)
+    for row_, source in zip(written, case.sources[:2], strict=True):
+        alone = lamina.generate(case.ours, source[None], max_new_tokens=8, min_new_tokens=8)
+        assert torch.equal(alone[0], row_)
+
+
+@torch.no_grad()
+def test_r4_with_the_capacity_switched_on_results_are_those_of_transformers_where_it_binds(tmp_path: Path):
+    case, model = tight(tmp_path)
+    theirs = result(case.theirs_on(case.ids))
+    assert close(result(case.run(case.ids, model=model)), theirs)
+    assert not close(result(case.run(case.ids)), theirs, 1e-2)  # it does bind
+    record = lamina.Record("*.used", "*.load")
+    case.run(case.ids, model=model, record=record)
+    used, load = (sum(int(v.sum()) for n, v in record.values.items() if n.endswith(end)) for end in ("used", "load"))
+    assert used < load == 2 * (11 + LENGTH)
+
+
+@torch.no_grad()
+def test_r4_transformers_still_does_it(tmp_path: Path):
+    case, _ = tight(tmp_path)
+    whole = case.theirs_on(case.ids).logits
+    kept = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    steps = [case.theirs_on(part, past_key_values=kept).logits for part in case.ids.split(1, dim=1)]
+    assert not close(torch.cat(steps, dim=1), whole, 1e-2)
+    source, mask = case_left(case.sources[:2])
+    assert not close(case.theirs(source, mask, decoder_input_ids=case.ids).logits, whole, 1e-2)
+
+
+@pytest.mark.parametrize("name", [one.name for one in ROWS if "Moe" in one.model or "Mixtral" in one.model])
+@torch.no_grad()
+def test_r4_what_stands_in_padding_takes_no_place(name: str, cases: Cases):  # noqa: F811
+    """Where nothing limits an expert transformers is fine; here also where something does, in training."""
+    case = cases(name)
+    limited = edit(
+        case.ours.spec, ExpertsSpec, lambda path, part: part.replace(capacity=CapacitySpec(training=0.7, least=1))
+    )
+    model = limited.build()
+    model.load_state_dict(case.ours.state_dict())
+    model.train()
+    mask = torch.ones_like(case.ids)
+    mask[:, :5] = 0
+    padded, alone = model(case.ids, mask), model(case.ids[:, 5:])
+    assert close(result(padded)[:, 5:], result(alone))
+    assert not close(result(alone), result(case.ours(case.ids[:, 5:])), 1e-3)  # it binds
+
+
+# R10: Mixtral trained with labels at the defaults has no balance loss, although its coefficient is not 0
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe", "switch"])
+def test_r10_balance_losses_are_there_by_default(name: str, cases: Cases):  # noqa: F811
+    case = cases(name)
+    model = copy.deepcopy(case.ours).train()
+    found = {loss for loss in case.run(case.ids, model=model).losses if loss.endswith("balance")}
+    sides = {loss.partition(".")[0] for loss in found}
+    assert sides == ({"encoder", "decoder"} if case.two_stacks else {"decoder"})
+    sum(case.run(case.ids, model=model).losses.values()).backward()  # pyright: ignore[reportAttributeAccessIssue]
+    routers = [p for n, p in model.named_parameters() if n.endswith("router.weight")]
+    assert routers and all(p.grad is not None and float(p.grad.abs().max()) > 0 for p in routers)
+
+
+def test_r10_no_loss_where_the_coefficient_is_zero(cases: Cases):  # noqa: F811
+    case = cases("mixtral-tied")
+    assert case.theirs.config.router_aux_loss_coef == 0
+    assert case.ours(case.ids).losses == {}
+
+
+def test_r10_transformers_still_does_it(cases: Cases):  # noqa: F811
+    case = cases("mixtral")
+    out = case.theirs(case.ids, labels=case.ids)
+    assert case.theirs.config.router_aux_loss_coef > 0 and out.aux_loss is None
 
 
 # R12: output_attentions under SDPA gives a warning and nothing

@@ -58,7 +58,13 @@ def tests_of(file: str) -> tuple[str, ...]:
     name = Path(file).stem
     folder = Path(file).parent.name
     if folder == "layers":
-        shared = {"stack": "block", "call": "attention", "cached": "attention"}
+        shared = {
+            "router": "experts",
+            "dispatch": "experts",
+            "stack": "block",
+            "call": "attention",
+            "cached": "attention",
+        }
         return (f"tests/layers/test_{shared.get(name, name)}.py",)
     if folder == "generation":
         return (f"tests/generation/test_{ {'limits': 'beam', 'feeder': 'loop'}.get(name, name) }.py",)

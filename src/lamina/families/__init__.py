@@ -26,13 +26,17 @@ FAMILIES = {
     "gptj": "gptj:GPTJ",
     "llama": "llama:LLAMA",
     "mistral": "llama:MISTRAL",
+    "mixtral": "mixtral:MIXTRAL",
     "mpt": "mpt:MPT",
     "opt": "opt:OPT",
     "palm": "palm:PALM",
     "qwen2": "llama:QWEN2",
+    "qwen2_moe": "mixtral:QWEN2_MOE",
     "qwen3": "llama:QWEN3",
+    "qwen3_moe": "mixtral:QWEN3_MOE",
     "roberta": "bert:ROBERTA",
     "smollm3": "llama:SMOLLM3",
+    "switch_transformers": "switch:SWITCH",
     "t5": "t5:T5",
     "mt5": "t5:MT5",  # after T5, which is what a new model is written as
 }

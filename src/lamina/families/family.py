@@ -13,6 +13,7 @@ from lamina.layers import (
     AttentionSpec,
     BranchSpec,
     CrossAttentionSpec,
+    ExpertsSpec,
     FeedForwardSpec,
     LayerNormSpec,
     LayerSpec,
@@ -22,7 +23,7 @@ from lamina.layers import (
     SumSpec,
 )
 from lamina.model import ModelSpec, SpecialTokens
-from lamina.weights.rules import Rule, Shape
+from lamina.weights.rules import Rule, Shape, Stacked
 
 T = TypeVar("T")
 Norm = LayerNormSpec | RMSNormSpec
@@ -243,6 +244,25 @@ def in_parallel(
     branches = tuple(BranchSpec(name=n, op=op, pre=own, dropout=dropout) for n, op in ops.items())
     step = StepSpec(name="parallel", op=SumSpec(branches=branches), pre=shared, dropout=sum_dropout)
     return LayerSpec(steps=(step,))
+
+
+def experts_of(spec: ModelSpec) -> ExpertsSpec | None:
+    """The first mixture of experts; all of a model have as many."""
+    return next((part for _, part in spec.walk() if isinstance(part, ExpertsSpec)), None)
+
+
+def stacked(spec: ModelSpec, ours: str, theirs: str, names: Mapping[str, str]) -> tuple[Rule, ...]:
+    """Rules for the matrices of all experts, below `ours`, which a file holds as one of each expert; {e} in `theirs`
+    or in their names is its number."""
+    found = experts_of(spec)
+    numbers = range(0 if found is None else found.router.experts)
+
+    def rule(our: str, their: str, kind: str) -> Rule:
+        return Rule(
+            f"{ours}{our}.{kind}", tuple(f"{theirs}{their}.{kind}".replace("{e}", str(e)) for e in numbers), Stacked()
+        )
+
+    return tuple(rule(our, their, kind) for our, their in names.items() for kind in ("weight", "bias") if numbers)
 
 
 def parts(spec: ModelSpec, side: str = "decoder") -> tuple[StackSpec, AttentionSpec, FeedForwardSpec]:

@@ -106,10 +106,20 @@ def config(spec: ModelSpec, *, model_type: str, name: str) -> dict[str, Any]:
 
 def with_attentions(spec: ModelSpec, change: Callable[[Any, int], Spec]) -> ModelSpec:
     """The same decoder with the attention of each layer replaced by `change(attention, depth)`, depth from 0."""
+    return _with_ops(spec, 0, change)
+
+
+def with_feedforwards(spec: ModelSpec, change: Callable[[Any, int], Spec]) -> ModelSpec:
+    """The same with what comes after the attention."""
+    return _with_ops(spec, -1, change)
+
+
+def _with_ops(spec: ModelSpec, place: int, change: Callable[[Any, int], Spec]) -> ModelSpec:
     stack, layers = the(StackSpec, spec.decoder, "decoder"), []
     for depth, layer in enumerate(stack.layers):
-        first, *others = layer.steps
-        layers.append(layer.replace(steps=(first.replace(op=change(first.op, depth)), *others)))
+        steps = list(layer.steps)
+        steps[place] = steps[place].replace(op=change(steps[place].op, depth))
+        layers.append(layer.replace(steps=tuple(steps)))
     return spec.replace(decoder=stack.replace(layers=tuple(layers)))
 
 
@@ -241,7 +251,7 @@ def _smollm3_config(spec: ModelSpec) -> dict[str, Any]:
     return said | {"no_rope_layers": [int(rotary is not None) for rotary in rotaries]}
 
 
-def _size(layers: int, width: int, heads: int, key_heads: int, hidden: int, vocabulary: int, context: int, **more: Any):
+def size(layers: int, width: int, heads: int, key_heads: int, hidden: int, vocabulary: int, context: int, **more: Any):
     return {
         "num_hidden_layers": layers,
         "hidden_size": width,
@@ -272,21 +282,21 @@ LLAMA = Family(
     aliases={"lm_head.weight": "model.embed_tokens.weight"},
     ignored=("*.rotary_emb.inv_freq",),
     sizes={
-        "llama/7b": _size(32, 4096, 32, 32, 11008, 32000, 2048, **V1),
-        "llama/13b": _size(40, 5120, 40, 40, 13824, 32000, 2048, **V1),
-        "llama/33b": _size(60, 6656, 52, 52, 17920, 32000, 2048, **V1),
-        "llama/65b": _size(80, 8192, 64, 64, 22016, 32000, 2048, **V1),
-        "llama2/7b": _size(32, 4096, 32, 32, 11008, 32000, 4096, **V2),
-        "llama2/13b": _size(40, 5120, 40, 40, 13824, 32000, 4096, **V2),
-        "llama2/70b": _size(80, 8192, 64, 8, 28672, 32000, 4096, **V2),
-        "llama3/8b": _size(32, 4096, 32, 8, 14336, 128256, 8192, **V3),
-        "llama3/70b": _size(80, 8192, 64, 8, 28672, 128256, 8192, **V3),
-        "llama3.1/8b": _size(32, 4096, 32, 8, 14336, 128256, 131072, **V31),
-        "llama3.1/70b": _size(80, 8192, 64, 8, 28672, 128256, 131072, **V31),
-        "llama3.1/405b": _size(126, 16384, 128, 8, 53248, 128256, 131072, **V31),
-        "llama3.2/1b": _size(16, 2048, 32, 8, 8192, 128256, 131072, head_dim=64, **V32),
-        "llama3.2/3b": _size(28, 3072, 24, 8, 8192, 128256, 131072, head_dim=128, **V32),
-        "smollm2/135m": _size(30, 576, 9, 3, 1536, 49152, 8192, **SMOL),
+        "llama/7b": size(32, 4096, 32, 32, 11008, 32000, 2048, **V1),
+        "llama/13b": size(40, 5120, 40, 40, 13824, 32000, 2048, **V1),
+        "llama/33b": size(60, 6656, 52, 52, 17920, 32000, 2048, **V1),
+        "llama/65b": size(80, 8192, 64, 64, 22016, 32000, 2048, **V1),
+        "llama2/7b": size(32, 4096, 32, 32, 11008, 32000, 4096, **V2),
+        "llama2/13b": size(40, 5120, 40, 40, 13824, 32000, 4096, **V2),
+        "llama2/70b": size(80, 8192, 64, 8, 28672, 32000, 4096, **V2),
+        "llama3/8b": size(32, 4096, 32, 8, 14336, 128256, 8192, **V3),
+        "llama3/70b": size(80, 8192, 64, 8, 28672, 128256, 8192, **V3),
+        "llama3.1/8b": size(32, 4096, 32, 8, 14336, 128256, 131072, **V31),
+        "llama3.1/70b": size(80, 8192, 64, 8, 28672, 128256, 131072, **V31),
+        "llama3.1/405b": size(126, 16384, 128, 8, 53248, 128256, 131072, **V31),
+        "llama3.2/1b": size(16, 2048, 32, 8, 8192, 128256, 131072, head_dim=64, **V32),
+        "llama3.2/3b": size(28, 3072, 24, 8, 8192, 128256, 131072, head_dim=128, **V32),
+        "smollm2/135m": size(30, 576, 9, 3, 1536, 49152, 8192, **SMOL),
     },
 )
 
@@ -299,8 +309,8 @@ MISTRAL = Family(
     aliases=LLAMA.aliases,
     ignored=LLAMA.ignored,
     sizes={
-        "mistral/7b": _size(32, 4096, 32, 8, 14336, 32000, 32768, sliding_window=4096, rms_norm_eps=1e-5),
-        "mistral/7b-v0.3": _size(32, 4096, 32, 8, 14336, 32768, 32768, rms_norm_eps=1e-5, rope_theta=1e6),
+        "mistral/7b": size(32, 4096, 32, 8, 14336, 32000, 32768, sliding_window=4096, rms_norm_eps=1e-5),
+        "mistral/7b-v0.3": size(32, 4096, 32, 8, 14336, 32768, 32768, rms_norm_eps=1e-5, rope_theta=1e6),
     },
 )
 
@@ -316,13 +326,13 @@ QWEN2 = Family(
     aliases=LLAMA.aliases,
     ignored=LLAMA.ignored,
     sizes={
-        "qwen2.5/0.5b": _size(24, 896, 14, 2, 4864, 151936, 32768, **TIED),
-        "qwen2.5/1.5b": _size(28, 1536, 12, 2, 8960, 151936, 131072, **TIED),
-        "qwen2.5/3b": _size(36, 2048, 16, 2, 11008, 151936, 32768, **TIED),
-        "qwen2.5/7b": _size(28, 3584, 28, 4, 18944, 152064, 131072, **Q25),
-        "qwen2.5/14b": _size(48, 5120, 40, 8, 13824, 152064, 131072, **Q25),
-        "qwen2.5/32b": _size(64, 5120, 40, 8, 27648, 152064, 131072, **Q25),
-        "qwen2.5/72b": _size(80, 8192, 64, 8, 29568, 152064, 131072, **Q25),
+        "qwen2.5/0.5b": size(24, 896, 14, 2, 4864, 151936, 32768, **TIED),
+        "qwen2.5/1.5b": size(28, 1536, 12, 2, 8960, 151936, 131072, **TIED),
+        "qwen2.5/3b": size(36, 2048, 16, 2, 11008, 151936, 32768, **TIED),
+        "qwen2.5/7b": size(28, 3584, 28, 4, 18944, 152064, 131072, **Q25),
+        "qwen2.5/14b": size(48, 5120, 40, 8, 13824, 152064, 131072, **Q25),
+        "qwen2.5/32b": size(64, 5120, 40, 8, 27648, 152064, 131072, **Q25),
+        "qwen2.5/72b": size(80, 8192, 64, 8, 29568, 152064, 131072, **Q25),
     },
 )
 
@@ -335,12 +345,12 @@ QWEN3 = Family(
     aliases=LLAMA.aliases,
     ignored=LLAMA.ignored,
     sizes={
-        "qwen3/0.6b": _size(28, 1024, 16, 8, 3072, 151936, 40960, **TIED),
-        "qwen3/1.7b": _size(28, 2048, 16, 8, 6144, 151936, 40960, **TIED),
-        "qwen3/4b": _size(36, 2560, 32, 8, 9728, 151936, 40960, **TIED),
-        "qwen3/8b": _size(36, 4096, 32, 8, 12288, 151936, 40960, **Q25),
-        "qwen3/14b": _size(40, 5120, 40, 8, 17408, 151936, 40960, **Q25),
-        "qwen3/32b": _size(64, 5120, 64, 8, 25600, 151936, 40960, **Q25),
+        "qwen3/0.6b": size(28, 1024, 16, 8, 3072, 151936, 40960, **TIED),
+        "qwen3/1.7b": size(28, 2048, 16, 8, 6144, 151936, 40960, **TIED),
+        "qwen3/4b": size(36, 2560, 32, 8, 9728, 151936, 40960, **TIED),
+        "qwen3/8b": size(36, 4096, 32, 8, 12288, 151936, 40960, **Q25),
+        "qwen3/14b": size(40, 5120, 40, 8, 17408, 151936, 40960, **Q25),
+        "qwen3/32b": size(64, 5120, 64, 8, 25600, 151936, 40960, **Q25),
     },
 )
 
@@ -354,5 +364,5 @@ SMOLLM3 = Family(
     base="model.",
     aliases=LLAMA.aliases,
     ignored=LLAMA.ignored,
-    sizes={"smollm3/3b": _size(36, 2048, 16, 4, 11008, 128256, 65536, eos_token_id=128012, **SMOL3)},
+    sizes={"smollm3/3b": size(36, 2048, 16, 4, 11008, 128256, 65536, eos_token_id=128012, **SMOL3)},
 )

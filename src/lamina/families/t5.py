@@ -138,14 +138,12 @@ def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
     }
 
 
-def _layers(stack: str, steps: tuple[tuple[str, str], ...]) -> tuple[Rule, ...]:
-    """`steps`: our name, and what the file calls the attention; the feed-forward comes after them."""
+def _layers(stack: str, steps: tuple[tuple[str, str], ...], network: str) -> tuple[Rule, ...]:
+    """`steps`: our name, and what the file calls the attention; after them the feed-forward, called `network`."""
     ours, theirs = f"{stack}.layers.{{i}}.", f"{stack}.block.{{i}}.layer."
     pairs = [(f"{n}.op.{p}", f"{at}.{called}.{p}") for at, (n, called) in enumerate(steps) for p in "qkvo"]
     pairs += [(f"{n}.pre", f"{at}.layer_norm") for at, (n, _) in enumerate((*steps, ("feedforward", "")))]
-    pairs += [
-        (f"feedforward.op.{n}", f"{len(steps)}.DenseReluDense.{t}") for n, t in (("gate", "wi_0"), ("down", "wo"))
-    ]
+    pairs += [(f"feedforward.op.{n}", f"{len(steps)}.{network}.{t}") for n, t in (("gate", "wi_0"), ("down", "wo"))]
     return (
         *(Rule(f"{ours}{a}.weight", f"{theirs}{b}.weight") for a, b in pairs),
         Rule(f"{stack}.score_bias.weight", f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
@@ -153,26 +151,41 @@ def _layers(stack: str, steps: tuple[tuple[str, str], ...]) -> tuple[Rule, ...]:
     )
 
 
-WEIGHTS = (
-    Rule("embedding.weight", "shared.weight"),
-    *_layers("encoder", (("attention", "SelfAttention"),)),
-    *_layers("decoder", (("attention", "SelfAttention"), ("cross", "EncDecAttention"))),
-    Rule("head.weight", "lm_head.weight"),
-)
+PLACES = {"encoder": 1, "decoder": 2}
+"""Which of a layer's steps is the feed-forward."""
 
 
-def up(spec: ModelSpec) -> tuple[Rule, ...]:
+def weights(network: str) -> tuple[Rule, ...]:
+    """The table, where the file calls the feed-forward `network`."""
+    return (
+        Rule("embedding.weight", "shared.weight"),
+        *_layers("encoder", (("attention", "SelfAttention"),), network),
+        *_layers("decoder", (("attention", "SelfAttention"), ("cross", "EncDecAttention")), network),
+        Rule("head.weight", "lm_head.weight"),
+    )
+
+
+def inner(spec: ModelSpec) -> str:
     """The name of the matrix that a gate multiplies, or that stands alone."""
     gated = spec.encoder is not None and any(
         isinstance(part, FeedForwardSpec) and part.gated for _, part in spec.encoder.walk()
     )
+    return "wi_1" if gated else "wi"
+
+
+def up(spec: ModelSpec, network: str = "DenseReluDense") -> tuple[Rule, ...]:
+    """The rules for that matrix."""
     return tuple(
         Rule(
             f"{stack}.layers.{{i}}.feedforward.op.up.weight",
-            f"{stack}.block.{{i}}.layer.{at}.DenseReluDense.{'wi_1' if gated else 'wi'}.weight",
+            f"{stack}.block.{{i}}.layer.{at}.{network}.{inner(spec)}.weight",
         )
-        for stack, at in (("encoder", 1), ("decoder", 2))
+        for stack, at in PLACES.items()
     )
+
+
+ALIASES = {"lm_head.weight": "shared.weight"}
+COPIES = {f"{stack}.embed_tokens.weight": "shared.weight" for stack in PLACES}
 
 
 def _family(flavour: Flavour, sizes: dict[str, dict[str, Any]]) -> Family:
@@ -180,16 +193,16 @@ def _family(flavour: Flavour, sizes: dict[str, dict[str, Any]]) -> Family:
         model_type=flavour.model_type,
         spec=partial(spec, flavour=flavour),
         config=partial(config, flavour=flavour),
-        weights=WEIGHTS,
+        weights=weights("DenseReluDense"),
         heads=up,
-        aliases={"lm_head.weight": "shared.weight"},
-        copies={f"{stack}.embed_tokens.weight": "shared.weight" for stack in ("encoder", "decoder")},
+        aliases=ALIASES,
+        copies=COPIES,
         ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),  # 1.0's, never read
         sizes=sizes,
     )
 
 
-def _size(layers: int, width: int, head_dim: int, heads: int, hidden: int, **more: Any) -> dict[str, Any]:
+def size(layers: int, width: int, head_dim: int, heads: int, hidden: int, **more: Any) -> dict[str, Any]:
     shape = {"num_layers": layers, "d_model": width, "d_kv": head_dim, "num_heads": heads, "d_ff": hidden}
     return {**shape, "n_positions": 512, **more}
 
@@ -206,12 +219,12 @@ SHAPES = {
 T5 = _family(
     T5_FLAVOUR,
     {
-        "t5/small": _size(6, 512, 64, 8, 2048),
-        "t5/base": _size(12, 768, 64, 12, 3072),
-        "t5/large": _size(24, 1024, 64, 16, 4096),
-        "t5/3b": _size(24, 1024, 128, 32, 16384),
-        "t5/11b": _size(24, 1024, 128, 128, 65536),
-        **{f"{name}/{size}": _size(*s, **NEWER) for name in ("t5-v1.1", "flan-t5") for size, s in SHAPES.items()},
+        "t5/small": size(6, 512, 64, 8, 2048),
+        "t5/base": size(12, 768, 64, 12, 3072),
+        "t5/large": size(24, 1024, 64, 16, 4096),
+        "t5/3b": size(24, 1024, 128, 32, 16384),
+        "t5/11b": size(24, 1024, 128, 128, 65536),
+        **{f"{name}/{of}": size(*s, **NEWER) for name in ("t5-v1.1", "flan-t5") for of, s in SHAPES.items()},
     },
 )
-MT5 = _family(MT5_FLAVOUR, {f"mt5/{size}": _size(*shape, vocab_size=250112, **NEWER) for size, shape in SHAPES.items()})
+MT5 = _family(MT5_FLAVOUR, {f"mt5/{of}": size(*s, vocab_size=250112, **NEWER) for of, s in SHAPES.items()})
