@@ -14,7 +14,7 @@ import lamina
 from lamina.catalogue import CATALOGUE, Kind, families, kind, published, users
 from lamina.catalogue.kind import Example, Variant, by_class, planned
 from lamina.catalogue.page import page
-from lamina.layers import AttentionSpec, FeedForwardSpec, RMSNormSpec
+from lamina.layers import AttentionSpec, ExpertsSpec, FeedForwardSpec, RMSNormSpec
 
 KINDS = [pytest.param(one, id=one.name) for one in CATALOGUE]
 
@@ -117,6 +117,7 @@ def by_hand(test) -> set[str]:
             for layer in () if stack is None else stack.layers:
                 ops = [step.op for step in layer.steps]
                 ops += [branch.op for op in ops for branch in getattr(op, "branches", ())]
+                ops += [network for op in ops if isinstance(op, ExpertsSpec) for network in (op.expert, op.shared)]
                 if any(test(op) for op in ops):
                     found.add(name.split("/")[0])
     return found

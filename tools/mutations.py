@@ -853,7 +853,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("capacity: of a row", 'rows = batch if spec.group == "row" else 1', "rows = 1"),
         ("capacity: a second choice by chance", "if spec.second is not None and training", "if False and training"),
         ("capacity: the first is not by chance", "lost[..., 0] = False", "pass"),
-        ("losses: f is constant", "(shares.detach() * means)", "(shares * means)"),
         ("losses: E", "each = routing.experts * (", "each = ("),
         ("losses: first choices", 'expert[..., :1] if spec.choices == "first" else expert', "expert"),
         ("losses: mean of the choices", 'chosen if spec.choices == "mean" else 1', "1"),

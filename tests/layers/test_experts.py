@@ -337,6 +337,30 @@ def test_a_second_choice_is_kept_by_chance_and_leaves_its_place_to_others():
     assert record.values[f"{module.path}.used"].tolist() == [4000, 4000, 0, 0, 0]
 
 
+def test_a_first_choice_is_kept_however_small_its_gate_is():
+    module = built(
+        TopKSpec(experts=EXPERTS, normalise=False), capacity=CapacitySpec(training=1000.0, second=1.0)
+    ).train()
+    with torch.no_grad():
+        module.router.weight.zero_()  # every gate is 0.2
+    record = Record("*.used")
+    module(some(1, 500, WIDTH), Call(tokens=plain(1, 500), record=record))
+    used = int(record.values[f"{module.path}.used"].sum())
+    assert abs(used - 600) < 5 * (500 * 0.16) ** 0.5
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("rows", [3, 40])  # by the kernel for few rows, and by oneDNN
+def test_without_a_gradient_the_numbers_are_the_same(gated: bool, rows: int):
+    spec = ExpertsSpec(router=TopKSpec(experts=3), expert=FeedForwardSpec(hidden=64, gated=gated, bias=True))
+    module = spec.build(32)
+    shake(module)
+    x, call = some(1, rows, 32).float(), Call(tokens=plain(1, rows))
+    out = module(x, call).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(module(x, call), out, rtol=1e-5, atol=1e-5)
+
+
 def test_jitter_is_of_the_router_and_of_training_alone():
     module = built(TopKSpec(experts=EXPERTS, chosen=EXPERTS, jitter=0.5))
     x, call = some(1, 6, WIDTH), Call(tokens=plain(1, 6))

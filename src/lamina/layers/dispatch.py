@@ -112,16 +112,35 @@ def _slices(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
 
 def _forward(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[1])
-    few = not torch.is_grad_enabled()
-    for start, stop, e in _parts(sizes):
-        if few and stop - start <= FEW:
-            out[start:stop] = linear(x[start:stop], weight[e])
+    for start, stop, e in parts(sizes):
+        if stop - start < MANY:
+            out[start:stop] = one(x[start:stop], weight[e])
         else:
             torch.mm(x[start:stop], weight[e].t(), out=out[start:stop])
     return out
 
 
-def _parts(sizes: list[int]) -> list[tuple[int, int, int]]:
+MANY = 512
+"""From so many rows on torch's product is as fast as oneDNN's, which does not repack the matrix for each product."""
+
+
+def one(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (n, in) times W (out, in) transposed, without a gradient: the fastest there is for few rows and a cold matrix.
+
+    128 rows of 512 to 1,792 features, 64 matrices in turn, on two cores: 96 ms by oneDNN, 144 ms by MKL.
+    """
+    if x.shape[0] <= FEW or not _onednn(x, weight):
+        return linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _onednn(x: Tensor, weight: Tensor) -> bool:
+    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    same = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    return known and same and type(x) is Tensor and weight.is_contiguous()
+
+
+def parts(sizes: list[int]) -> list[tuple[int, int, int]]:
     """(start, stop, expert) of every expert that has rows."""
     found, start = [], 0
     for e, size in enumerate(sizes):
@@ -150,7 +169,7 @@ class _Slices(torch.autograd.Function):
         gradient = gradient.contiguous()
         of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for start, stop, e in _parts(ctx.sizes):
+        for start, stop, e in parts(ctx.sizes):
             if of_x is not None:
                 torch.mm(gradient[start:stop], weight[e], out=of_x[start:stop])
             if of_weight is not None:

@@ -364,7 +364,7 @@ def _losses(spec: RouterLossSpec, routing: Routing, chosen: int, name: str, memo
     count = tokens.clamp(min=1)
     if spec.balance:
         shares, means = rest[0] / count[:, None], rest[1] / count[:, None]
-        each = routing.experts * (shares.detach() * means).sum(-1)  # of each row; 0 where there is no token
+        each = routing.experts * (shares * means).sum(-1)  # of each row; 0 where there is no token
         found["balance"] = spec.balance * each.sum() / (tokens > 0).sum().clamp(min=1)
     if spec.z:
         found["z"] = spec.z * rest[-1].sum() / tokens.sum().clamp(min=1)
