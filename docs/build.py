@@ -168,6 +168,30 @@ second, medians of {found["rounds"]} rounds:
 """
 
 
+def experts_figures() -> str:
+    """Seconds of benchmarks/experts.py, medians, and ratios within a round."""
+    found = results("experts")
+
+    def row(title: str, name: str, what: str) -> str:
+        libraries = found["models"][name][what]
+        cells = [f"{libraries[library]['median']:.2f}" for library in ("transformers", "lamina")]
+        ratio = found["ratios"][f"{name}, {what}: transformers / lamina"]
+        return f"| {title}, {what} | {' | '.join(cells)} | {ratio:.2f} |"
+
+    titles = {"switch": "Switch (base-8's layers)", "mixtral": "Mixtral-like"}
+    rows = [row(title, name, what) for name, title in titles.items() for what in ("forward", "forward and backward")]
+    table = "\n".join(["| | transformers | lamina | ratio |", "|---|---|---|---|", *rows])
+    more = found["ratios"]["one layer, 64 / 8 experts"]
+    return f"""Mixtures of experts, width 512, 8 experts, float32, {found["threads"]} threads of the same machine
+([benchmarks/experts.py](benchmarks/experts.py), [results](benchmarks/results/experts.json)); seconds for 4 x 256
+tokens, medians of {found["rounds"]} rounds, and the median of the rounds' own ratios:
+
+{table}
+
+A layer of 64 experts, two of them for each of 4,096 tokens, takes {more:.2f} times as long as one of 8.
+"""
+
+
 def startup_figures() -> str:
     """Seconds of benchmarks/startup.py, medians."""
     found = results("startup")
@@ -199,6 +223,7 @@ def pages() -> dict[Path, str]:
         "layers": layers_table,
         "families": families_table,
         "decoding": decoding_figures,
+        "experts": experts_figures,
         "startup": startup_figures,
     }
     for name, part in parts.items():

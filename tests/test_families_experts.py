@@ -48,6 +48,43 @@ def test_published_sizes_have_their_published_parameters_and_active_ones(name: s
     assert (found.parameters, found.active_parameters) == COUNTS[name]
 
 
+# Parameters and active ones in billions, as table 4 of the paper rounds them, where they fit a vocabulary.
+GLAM = {
+    "glam/1.7b-64e": (27, 1.879), "glam/1.7b-128e": (53, 1.881), "glam/8b": (8.7, 8.7), "glam/8b-64e": (143, 9.8),
+    "glam/137b": (137, 137), "glam/64b-64e": (1162, 96.6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GLAM)
+def test_glam_is_within_a_hundredth_of_its_paper(name: str):
+    found = lamina.account(name, context=8)
+    total, active = GLAM[name]
+    assert found.parameters / 1e9 == pytest.approx(total, rel=0.01)
+    assert found.active_parameters / 1e9 == pytest.approx(active, rel=0.01)
+    spec = lamina.spec(name)
+    assert spec.decoder is not None
+    size, depth, width = family("glam").sizes[name], len(spec.decoder.layers), spec.width
+    sparse = depth // 2 if "experts" in size else 0
+    count, hidden = size.get("experts", 0), size["hidden"]
+    closed = spec.embedding.vocabulary * width + depth * 4 * width * size["heads"] * 128
+    closed += (depth - sparse) * 3 * width * hidden + sparse * (2 * count * width * hidden + width * count)
+    assert found.parameters == closed + (2 * depth + 1) * width + 32 * size["heads"]  # norms and position biases
+
+
+def test_glam_in_words():
+    spec = lamina.spec("glam/64b-64e")
+    assert spec.decoder is not None
+    there = [isinstance(layer.steps[1].op, ExpertsSpec) for layer in spec.decoder.layers]
+    assert there == [False, True] * 32
+    assert say(spec.decoder.layers[0].steps[1].op) == "GEGLU 32768"
+    assert say(spec.decoder.layers[1].steps[1].op) == (
+        "2 of 64 experts, softmax normalised, each GELU 32768, capacity 2 in training, dropless in evaluation,"
+        " balance loss 0.01"
+    )
+    tiny = {"layers": 3, "width": 20, "hidden": 28, "heads": 2, "head_dim": 8, "experts": 4, "vocabulary": 40}
+    assert lamina.verify(family("glam").spec(Fields(tiny)).build()).passed
+
+
 @pytest.mark.parametrize("name", ["switch/base-8", "switch/large-128", "switch/c-2048"])
 def test_where_the_experts_of_switch_are(name: str):
     spec = lamina.spec(name)

@@ -21,6 +21,7 @@ FAMILIES = {
     "gemma2": "gemma:GEMMA2",
     "gemma3_text": "gemma:GEMMA3",
     "gemma3": "gemma:GEMMA3_MULTIMODAL",
+    "glam": "glam:GLAM",
     "gpt2": "gpt2:GPT2",
     "gpt_neox": "gpt_neox:GPT_NEOX",
     "gptj": "gptj:GPTJ",
