@@ -33,7 +33,7 @@ ROWS = (
     "attend",
     "cache",
     "patterns",
-    "specs tokens weights dispatch text packaged",
+    "specs tokens weights text packaged",
     "errors",
 )
 FLOOR = {name: floor for floor, row in enumerate(reversed(ROWS)) for name in row.split()}

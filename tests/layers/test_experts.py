@@ -566,6 +566,28 @@ def test_experts_that_choose_are_refused_in_a_causal_stack_and_caught_where_they
     assert "later tokens change no earlier bit" in failed
 
 
+@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)`:FutureWarning")
+def test_an_exported_decoding_step_is_the_model_and_8_bits_are_refused():
+    from lamina.errors import UnsupportedError
+    from lamina.generation.compiled import Decode, prepare
+
+    made = model(ExpertsSpec(router=TopKSpec(experts=EXPERTS), expert=EXPERT))
+    ids = torch.tensor([[3, 17, 5, 8]])
+    step = Decode(made, 8).eval()
+    state = step.state()
+    with torch.no_grad():
+        program = torch.export.export(step, (ids[:, :1], *state), strict=False).run_decompositions().module()
+        found = []
+        for i in range(4):
+            out = program(ids[:, i : i + 1], *state)
+            found.append(out[0] if isinstance(out, tuple | list) else out)
+        whole = made(ids).logits
+    assert whole is not None
+    torch.testing.assert_close(torch.cat([one.view(1, 1, -1) for one in found], dim=1), whole, rtol=0, atol=1e-6)
+    with pytest.raises(UnsupportedError, match="not built for mixtures of experts"):
+        prepare(made, quantize="int8")
+
+
 def test_a_model_of_experts_holds_everything():
     op = ExpertsSpec(
         router=TopKSpec(experts=EXPERTS, chosen=1, normalise=False, jitter=0.01),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lamina.errors import UnsupportedError
 from lamina.generation.package import dots
-from lamina.layers import Embedding, LanguageHead
+from lamina.layers import Embedding, Experts, LanguageHead
 from lamina.layers.linear import linear
 from lamina.model import Model
 
@@ -85,10 +85,14 @@ def quantize_int8(model: Model) -> None:
     """Round every matrix of `model` in place; norms, biases and position tables stay as they are, and so do matrices
     that a layer says it also reads whole (`READ_WHOLE`: the up-projections of latent attention).
 
-    Raises UnsupportedError for models without a decoder with a language head.
+    Raises UnsupportedError for models without a decoder with a language head, and for mixtures of experts.
     """
     if model.decoder is None or not isinstance(model.head, LanguageHead):
         raise UnsupportedError("quantize='int8' is for models that generate: a decoder with a language head")
+    if any(isinstance(module, Experts) for module in model.modules()):
+        raise UnsupportedError(
+            "quantize='int8' is not built for mixtures of experts, whose matrices would stay as they are"
+        )
     for module in list(model.decoder.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and name not in getattr(module, "READ_WHOLE", ()):

@@ -1,0 +1,88 @@
+"""Two processes with half of the experts each give what one with all of them gives, gradients too."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+import lamina
+from lamina.errors import LaminaError
+from lamina.layers import (
+    CapacitySpec,
+    EmbeddingSpec,
+    ExpertsSpec,
+    FeedForwardSpec,
+    LanguageHeadSpec,
+    LayerSpec,
+    StackSpec,
+    StepSpec,
+    TopKSpec,
+)
+
+RANKS = 2
+
+
+def spec(experts: int = 4) -> lamina.ModelSpec:
+    op = ExpertsSpec(
+        router=TopKSpec(experts=experts),
+        expert=FeedForwardSpec(hidden=10, bias=True),
+        capacity=CapacitySpec(training=0.9, least=1),
+    )
+    layer = LayerSpec(steps=(StepSpec(name="feedforward", op=op),))
+    return lamina.ModelSpec(
+        width=6,
+        embedding=EmbeddingSpec(vocabulary=30),
+        decoder=StackSpec(layers=(layer,) * 2),
+        head=LanguageHeadSpec(),
+        context=16,
+    )
+
+
+def run(model: lamina.Model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    out = model(ids, mask).logits
+    assert out is not None
+    (out * torch.linspace(-1, 1, 30)).sum().backward()
+    return out.detach()
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    """A row for each rank; the second is padded, and shorter."""
+    ids = torch.randint(30, (RANKS, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    return ids, mask
+
+
+def work(rank: int, folder: str) -> None:
+    from lamina.parallel import spread_experts
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+    model = spec().build(dtype=torch.float64, seed=3)
+    with pytest.raises(LaminaError, match="has 5 experts, which 2 ranks cannot share out evenly"):
+        spread_experts(spec(5).build())
+    spread_experts(model)
+    ids, mask = inputs()
+    out = run(model, ids[rank : rank + 1], mask[rank : rank + 1])
+    torch.save({"out": out, **{name: p.grad for name, p in model.named_parameters()}}, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one():
+    one = spec().build(dtype=torch.float64, seed=3)
+    ids, mask = inputs()
+    expected = run(one, ids, mask)
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(work, (folder,), nprocs=RANKS)  # pyright: ignore
+        found = [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)]
+    torch.testing.assert_close(torch.cat([part["out"] for part in found])[mask.bool()], expected[mask.bool()])
+    for name, parameter in one.named_parameters():
+        both = [part[name] for part in found]
+        whole = torch.cat(both) if ".experts." in name else both[0] + both[1]
+        torch.testing.assert_close(whole, parameter.grad, msg=name)
