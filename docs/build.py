@@ -169,7 +169,9 @@ second, medians of {found["rounds"]} rounds:
 
 
 def experts_figures() -> str:
-    """Seconds of benchmarks/experts.py, medians, and ratios within a round."""
+    """Seconds of benchmarks/experts.py, medians, and ratios within a round; nothing before it has been run."""
+    if not (ROOT / "benchmarks/results/experts.json").is_file():
+        return ""
     found = results("experts")
 
     def row(title: str, name: str, what: str) -> str:
