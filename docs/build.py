@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -157,29 +158,40 @@ def decoding_figures() -> str:
     table = "\n".join(
         ["| | transformers | llama.cpp | lamina | lamina, compiled step |", "|---|---|---|---|---|", *rows]
     )
-    return f"""SmolLM2-135M, one text, {found["threads"]} threads of a two-core AVX-512 machine, every variant in
-the same run ([benchmarks/decode.py](benchmarks/decode.py), [results](benchmarks/results/decode.json)); tokens per
-second, medians of {found["rounds"]} rounds:
+    before = f"""SmolLM2-135M, one text, {found["threads"]} threads of a two-core AVX-512 machine, every variant in the
+    same run ([benchmarks/decode.py](benchmarks/decode.py), [results](benchmarks/results/decode.json)); tokens per
+    second, medians of {found["rounds"]} rounds:"""
+    ratios = found["ratios"]
 
-{table}
+    def of(pair: str, *dtypes: str) -> str:
+        return " and ".join(f"{ratios[f'{dtype}: {pair}']:.2f}" for dtype in dtypes)
 
-8-bit weights take the perplexity of 20 kB of documentation from {perplexity["float32"]:.2f} to
-{perplexity["int8"]:.2f}.
-"""
+    decode, prefill = ("decode float32", "decode bfloat16"), ("prefill float32", "prefill bfloat16")
+    after = f"""Medians of the rounds' own ratios, float32 and bfloat16: the compiled step decodes at
+    {of("compiled / llama.cpp", *decode)} times the speed of llama.cpp ({of("compiled / llama.cpp Q8_0", "decode int8")}
+    with 8-bit weights) and {of("compiled / transformers", *decode)} times that of transformers; without compiling it is
+    {of("eager / transformers", *decode)} times; reading is {of("lamina / transformers", *prefill)} times. 8-bit weights
+    take the perplexity of 20 kB of documentation from {perplexity["float32"]:.2f} to {perplexity["int8"]:.2f}."""
+    return f"{filled(before)}\n\n{table}\n\n{filled(after)}\n"
+
+
+def filled(text: str) -> str:
+    """A paragraph in lines of the width that the rest of the page has; a name or a link is never broken."""
+    return textwrap.fill(" ".join(text.split()), 119, break_long_words=False, break_on_hyphens=False)
 
 
 def startup_figures() -> str:
     """Seconds of benchmarks/startup.py, medians."""
     found = results("startup")
     seconds = {name: f"{value:.2f} s" for name, value in found.items() if name.endswith("_s")}
-    return f"""`lamina --help` takes {seconds["help_s"]} and `import lamina` {seconds["import_lamina_s"]};
-`lamina account llama3.1/405b` takes {seconds["account_405b_beyond_torch_s"]} beyond `import torch`. Loading 540 MB of
-float32 takes {seconds["lamina_load_s"]} (transformers {seconds["transformers_load_s"]}), and every weight has then been
-read once, to warn of values that are not finite; until the first token it is
-{seconds["lamina_load_and_first_token_s"]} (transformers {seconds["transformers_load_and_first_token_s"]}). The peak is
-{found["peak_over_weights"]:.2f} times the size of the weights ([benchmarks/startup.py](benchmarks/startup.py),
-[results](benchmarks/results/startup.json)).
-"""
+    said = f"""`lamina --help` takes {seconds["help_s"]} and `import lamina` {seconds["import_lamina_s"]};
+    `lamina account llama3.1/405b` takes {seconds["account_405b_beyond_torch_s"]} beyond `import torch`.
+    Loading 540 MB of float32 takes {seconds["lamina_load_s"]} (transformers {seconds["transformers_load_s"]}), and
+    every weight has then been read once, to warn of values that are not finite; until the first token it is
+    {seconds["lamina_load_and_first_token_s"]} (transformers {seconds["transformers_load_and_first_token_s"]}).
+    The peak is {found["peak_over_weights"]:.2f} times the size of the weights
+    ([benchmarks/startup.py](benchmarks/startup.py), [results](benchmarks/results/startup.json))."""
+    return filled(said) + "\n"
 
 
 def placed(text: str, name: str, content: str) -> str:

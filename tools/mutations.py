@@ -19,6 +19,8 @@ ALSO: dict[str, tuple[str, ...]] = {
     "reading.py": MODEL,
     "cache/growing.py": ("tests/generation/test_beam.py",),
     "generation/limits.py": ("tests/generation/test_loop.py",),
+    "generation/feeder.py": ("tests/test_encoder_decoder.py",),
+    "generation/text.py": ("tests/cli/test_writing.py",),
     "model.py": ("tests/test_encoder_decoder.py",),
     "families/rope.py": ("tests/test_families_gemma.py",),
     "families/gemma.py": ("tests/test_families_gemma.py",),
@@ -1105,6 +1107,13 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "generation/limits.py": [
         ("the first is forced after the start id alone", "count == 0 and begun == 1 and", "count == 0 and"),
         ("the last is forced", "return self.last if count + 1 == self.most else None", "return None"),
+    ],
+    "generation/feeder.py": [
+        ("relative positions go on", 'cache == "sinks" or model.spec.two_stacks', 'cache == "sinks"'),
+        ("learned positions end", "two_stacks) and not isinstance(position, LearnedPositionSpec)", "two_stacks)"),
+    ],
+    "generation/text.py": [
+        ("beams: the length of each", "new = row[begun : begun + length]", "new = row[begun:]"),
     ],
     "generation/beam.py": [
         ("the ends of the best alone are kept", "each[:, :beams] for each in", "each for each in"),

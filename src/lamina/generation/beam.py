@@ -57,6 +57,7 @@ class Beams:
 
     ids: Tensor  # (B * best, length): the prompt, what was written, and the pad id after its end
     scores: Tensor  # (B * best,): log-probability / new tokens ** length_penalty; -inf where no sequence was left
+    lengths: Tensor  # (B * best,): new tokens of each, its end token included
 
 
 @torch.inference_mode()
@@ -105,8 +106,8 @@ def search(
         logits = feeder.read(token.flatten()[:, None], None)
     else:
         warn_of_context(model, room, limits)
-    new, scores = ended.best()
-    return Beams(torch.cat([begun.repeat_interleave(beaming.best, dim=0), new], dim=1), scores)
+    new, scores, lengths = ended.best()
+    return Beams(torch.cat([begun.repeat_interleave(beaming.best, dim=0), new], dim=1), scores, lengths)
 
 
 @dataclass
@@ -148,11 +149,11 @@ class _Ended:
             length = most
         return running / length**self.beaming.length_penalty > worst
 
-    def best(self) -> tuple[Tensor, Tensor]:
-        """(B * best, longest) ids and (B * best,) scores."""
+    def best(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(B * best, longest) ids, (B * best,) scores and (B * best,) lengths."""
         best = self.beaming.best
-        longest = int(self.lengths[:, :best].max())
-        return self.ids[:, :best, :longest].flatten(0, 1), self.scores[:, :best].flatten()
+        lengths = self.lengths[:, :best].flatten()
+        return self.ids[:, :best, : int(lengths.max())].flatten(0, 1), self.scores[:, :best].flatten(), lengths
 
 
 def _candidates(
