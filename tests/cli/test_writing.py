@@ -38,7 +38,7 @@ def bert(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory) -> str:
-    return str(tiny.checkpoint(tmp_path_factory.mktemp("models") / "t5", tiny.T5 | {"n_positions": 8}))
+    return str(tiny.checkpoint(tmp_path_factory.mktemp("models") / "t5", tiny.T5 | {"n_positions": 8, "eos_token_id": 39}))
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_an_encoder_decoder_writes_from_its_start_id(run, t5):
     wrong(run("generate", t5, "one two", "--max-new-tokens", 0), "an encoder-decoder reads its prompt")
 
 
-@pytest.mark.parametrize("penalty, early, theirs_early", [(1, "no", False), (0.4, "yes", True), (2, "never", "never")])
+@pytest.mark.parametrize("penalty, early, theirs_early", [(0, "no", False), (0.4, "yes", True), (2, "never", "never")])
 def test_beams_give_the_likeliest_texts_and_their_scores(run, t5, penalty, early, theirs_early):
     options = ("--beams", 4, "--best", 3, "--length-penalty", penalty, "--early-stopping", early)
     status, out, err = run("generate", t5, "one two", "--max-new-tokens", 7, *options, "--json")
@@ -220,6 +220,7 @@ def test_beams_give_the_likeliest_texts_and_their_scores(run, t5, penalty, early
     for each, ids in zip(document["texts"], theirs.sequences[:, 1:].tolist(), strict=True):
         assert each["ids"] == ids[: len(each["ids"])] and set(ids[len(each["ids"]) :]) <= {256}
         assert each["text"] == tokenizer.decode(each["ids"])
+    assert (len({len(each["ids"]) for each in document["texts"]}) > 1) == (penalty < 1)  # some end sooner
     assert document["ids"] == document["texts"][0]["ids"] and document["text"] == document["texts"][0]["text"]
     lines = run("generate", t5, "one two", "--max-new-tokens", 7, *options)[1]
     assert all(f"{each['score']:9.4f}  {each['text']}" in lines for each in document["texts"])
