@@ -13,6 +13,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "families/diffllama.py": ("tests/test_families_latent.py",),
     "families/llama.py": ("tests/test_families_latent.py",),
     "layers/stack.py": (*MODEL, "tests/test_encoder_decoder.py"),
+    "layers/cross.py": ("tests/test_encoder_decoder.py",),
     "layers/embedding.py": ("tests/test_encoder_decoder.py",),
     "layers/head.py": ("tests/test_encoder_decoder.py",),
     "layers/block.py": ("tests/layers/test_cross.py",),
@@ -567,6 +568,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("linear: bias", "return linear(input, self.weight, self.bias)", "return linear(input, self.weight)"),
     ],
     "layers/cross.py": [
+        ("only what a cache holds has clean holes", "x.shape[1] == 1 and call.cache is not None", "x.shape[1] == 1"),
         ("scale", "if spec.scale is None else spec.scale", "if True else spec.scale"),
         ("bias of k", 'bias=spec.bias in ("qkv", "all"))', "bias=bias)"),
         ("bias of o", 'bias=spec.bias in ("all", "qvo"))', 'bias=spec.bias == "all")'),

@@ -38,7 +38,9 @@ def bert(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory) -> str:
-    return str(tiny.checkpoint(tmp_path_factory.mktemp("models") / "t5", tiny.T5 | {"n_positions": 8, "eos_token_id": 39}))
+    return str(
+        tiny.checkpoint(tmp_path_factory.mktemp("models") / "t5", tiny.T5 | {"n_positions": 8, "eos_token_id": 39})
+    )
 
 
 @pytest.fixture
