@@ -2,7 +2,7 @@
 
 torch multiplies one row on one thread, and some tens of rows at a third to two thirds of what the machine can do. For
 them a small kernel (rows.c) reads the weight once, with all threads. It is built by the machine's C compiler when it is
-first needed, in a few seconds, and kept in the cache directory. Without a compiler, and wherever gradients, other
+first needed, in about a second, and kept in the cache directory. Without a compiler, and wherever gradients, other
 devices or other dtypes are asked for, torch does it all.
 """
 
@@ -27,7 +27,7 @@ from lamina.packaged import cache_directory, processor
 FEW = {torch.float32: 256, torch.bfloat16: 8, torch.int8: 64}
 """Up to so many rows the kernel is faster than torch's product, which has the machine's instructions for bfloat16."""
 
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-O2", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared")
 
 NAMES = {torch.float32: "rows_f32", torch.bfloat16: "rows_bf16", torch.int8: "rows_int8"}
 

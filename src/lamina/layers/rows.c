@@ -8,6 +8,7 @@
 typedef float floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 typedef int32_t ints __attribute__((vector_size(LANES * 4)));
+typedef int16_t shorts __attribute__((vector_size(LANES * 2)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
 typedef int8_t bytes __attribute__((vector_size(LANES)));
 #define INLINE static inline __attribute__((always_inline))
@@ -28,7 +29,8 @@ INLINE floats load_bf16(const uint16_t *p) { /* bfloat16 is the upper half of a 
 INLINE floats load_int8(const int8_t *p) {
   bytes v;
   memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(__builtin_convertvector(v, ints), floats);
+  shorts wide = __builtin_convertvector(v, shorts); /* in two steps, for which compilers know an instruction each */
+  return __builtin_convertvector(__builtin_convertvector(wide, ints), floats);
 }
 INLINE float one_f32(const float *p) { return *p; }
 INLINE float one_bf16(const uint16_t *p) {
@@ -122,9 +124,9 @@ INLINE void keep(float *flat, floats *sum) {
   *sum = (floats){0};
 }
 
-/* More rows: the rows of x lie in the lanes, 32 (pair) or 16 of them at a time, and the sums of 12, 4 or 1 outputs stay
-   in registers. `turned` is x transposed: for each 32 rows, k times 32 values. `wide` has 16 features of each output, as
-   float32 and side by side. */
+/* More rows: the rows of x lie in the lanes, 32 (pair) or 16 of them at a time, and the sums of 12, 4 or 1 outputs
+   stay in registers. `turned` is x transposed: for each 32 rows, k times 32 values. `wide` has 16 features of each
+   output, as float32 and side by side. */
 #define DO1(M) M(0)
 #define DO4(M) M(0) M(1) M(2) M(3)
 #define DO12(M) DO4(M) M(4) M(5) M(6) M(7) M(8) M(9) M(10) M(11)
