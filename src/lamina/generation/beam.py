@@ -71,7 +71,8 @@ def search(
     cache: str | None = "auto",
     decoder_input_ids: Tensor | None = None,
 ) -> Beams:
-    """The best continuations of each row of `input_ids` (B, T), as `lamina.generate` with `beams` writes them.
+    """The best continuations of each row of `input_ids` (B, T), as `lamina.generate` with `beams` writes them; for a
+    model with a stem `input_ids` are its features.
 
     The end token counts as a new one, the prompt (a start id) does not; a forced token costs nothing. A sequence that
     ends is kept if it is among the `beams` best of its step. A text is done as soon as `beams` sequences have ended
@@ -170,8 +171,8 @@ def _candidates(
         return scores, parent, torch.full_like(parent, forced)
     logits = logits.to(scores.dtype)
     before = scores - logits.logsumexp(dim=1).view(texts, rows)
-    if count < limits.least:
-        logits[:, list(limits.ends)] = -torch.inf  # after the sum: what is held back takes its probability along
+    if held_back := limits.held_back(count):
+        logits[:, held_back] = -torch.inf  # after the sum: what is held back takes its probability along
     most = beams * (1 + len({*limits.ends, *(stop[-1] for stop in limits.stops)}))
     return _top(logits.view(texts, rows, -1), before, most)
 
