@@ -31,6 +31,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "families/mpt.py": ("tests/test_families_alibi.py",),
     "families/albert.py": ("tests/test_families_bert.py",),
     "families/whisper.py": ("tests/test_families_whisper.py",),
+    "families/ctranslate2.py": ("tests/test_families_ctranslate2.py",),
     "families/t5.py": ("tests/test_families_t5.py",),
     "families/bart.py": ("tests/test_families_bart.py",),
     "opening.py": ("tests/test_families_t5.py",),
@@ -1061,6 +1062,45 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("padding on the left", "bool((mask[:, 1:] & ~mask[:, :-1]).any())", "False"),
         ("length", "-(-frames // math.prod(self.spec.strides))", "frames // math.prod(self.spec.strides)"),
         ("initial biases", "            nn.init.zeros_(convolution.bias)  # pyright: ignore[reportArgumentType]\n", ""),
+    ],
+    "families/ctranslate2.py": [
+        (
+            "q, k, v in one",
+            'f"{own}q.weight", f"{own}k.weight", f"{own}v.weight"',
+            'f"{own}k.weight", f"{own}q.weight", f"{own}v.weight"',
+        ),
+        ("k, v in one", 'f"{other}k.weight", f"{other}v.weight"', 'f"{other}v.weight", f"{other}k.weight"'),
+        (
+            "the cross-attention's output",
+            'f"{ours}cross.op.o": f"{theirs}attention/linear_2"',
+            'f"{ours}cross.op.o": f"{theirs}attention/linear_0"',
+        ),
+        ("settings", "if found != right:", "if False:"),
+        (
+            "settings that are left out",
+            'numbers.get(name, int(name == "decoder/pre_norm"))',
+            "numbers.get(name, right)",
+        ),
+        ("settings that are unknown", "if unknown := [", "if unknown := [] and ["),
+        ("a tied head", "tied = called[TABLE] == called[HEAD]", "tied = True"),
+        ("revisions", "if self.file.revision != REVISIONS[self.file.spec]:", "if False:"),
+        ("quantised weights", "if entry.shape and not entry.dtype.is_floating_point:", "if False:"),
+    ],
+    "weights/ctranslate2.py": [
+        ("aliases are copies", "return tensor.clone() if name in self.aliases else tensor", "return tensor"),
+        ("loops of aliases", "if name not in entries and name not in found:", "if name not in entries and False:"),
+        ("bytes of a shape", "if 0 in shape or prod(shape) * dtype.itemsize != size:", "if 0 in shape:"),
+        ("the end", "if header.left:", "if False:"),
+        ("counts", "if count * least > self.left:", "if False:"),
+        ("old versions", "VERSIONS = range(4, 7)", "VERSIONS = range(3, 7)"),
+    ],
+    "weights/mapped.py": [
+        ("the end of the file", "if length > self.left:", "if False:"),
+        ("numbers at odd bytes", "if offset % dtype.itemsize else raw)", "if False else raw)"),
+    ],
+    "weights/rules.py": [
+        ("biases that are not ours", "if not ours and bool(part.any()):", "if False:"),
+        ("zeros are written", "torch.zeros_like(ours[0]) for held", "ours[0] for held"),
     ],
     "families/whisper.py": [
         ("bins", 'bins=fields.count("num_mel_bins")', "bins=80"),
