@@ -136,6 +136,7 @@ def test_users_are_those_whose_specs_have_it():
         if (head := lamina.spec(name).head) is not None and head.tied
     }  # fmt: skip
     assert asked("embedding", "tied") == tied
+    assert asked("embedding", "convolution stem") == {"whisper"}
 
 
 def test_users_that_are_known_from_the_papers():

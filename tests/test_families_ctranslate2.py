@@ -184,6 +184,27 @@ def test_it_is_saved_for_transformers(theirs: Any, tmp_path: Path, recwarn: pyte
     assert lamina.spec(tmp_path / "saved") == lamina.spec(directory)
 
 
+def test_a_repository_of_the_hub_that_holds_one(theirs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    directory = write(tmp_path / "model", converted(theirs))
+    asked: list[Any] = []
+
+    def snapshot(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repository, revision, "model.bin" in allow_patterns))
+        return str(directory)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    for source in ("hf:owner/name@v1", "owner/name@v1"):
+        assert lamina.spec(source) == lamina.spec(directory)
+    assert asked == [("owner/name", "v1", True)] * 2
+
+
+def test_other_layouts_go_before_it(theirs: Any, tmp_path: Path):
+    directory = write(tmp_path / "model", converted(theirs))
+    theirs.save_pretrained(directory)
+    assert lamina.load(directory).origin.located.kind == "directory"
+    assert lamina.load(directory / "model.bin").origin.located.kind == "ctranslate2"
+
+
 def test_a_head_of_its_own(theirs: Any, tmp_path: Path):
     tensors = converted(theirs)
     tensors["decoder/projection/weight"] = tensors["decoder/projection/weight"] + 1

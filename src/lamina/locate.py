@@ -12,7 +12,7 @@ from lamina.specs import nearest
 from lamina.weights.ctranslate2 import MODEL_BIN, is_ctranslate2
 from lamina.weights.files import INDEX, SINGLE
 
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "1_Pooling/*", MODEL_BIN]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def locate(source: str | os.PathLike[str]) -> Located:
     if not name or "\0" in name:
         raise LaminaError(f"{name!r} is no source; give a directory, a file, hf:owner/name, or family/size")
     if name.startswith("hf:"):
-        return Located(name, "directory", _hub(name[3:]))
+        return _in_directory(name, _hub(name[3:]))
     path = Path(name).expanduser()
     if path.is_dir():
         return _in_directory(name, path)
@@ -58,7 +58,7 @@ def locate(source: str | os.PathLike[str]) -> Located:
     hint = f"; did you mean {near!r}?" if near else ""
     families = {size.split("/")[0] for size in sizes()}
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and name.split("/")[0] not in families:
-        return Located(name, "directory", _hub(name))
+        return _in_directory(name, _hub(name))
     if path.suffix in (".gguf", ".safetensors"):
         hint = ""
     raise LaminaError(f"no source {name!r}: it is no local path, packaged model or published size{hint}")
