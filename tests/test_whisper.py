@@ -152,3 +152,10 @@ def test_the_stored_half_precision_writes_the_same(example: dict[str, Any], whis
 def test_text_is_refused_by_name(whisper: tuple[lamina.Model, Any]):
     with pytest.raises(lamina.LaminaError, match="input_ids is for models without a stem; this one reads input_feat"):
         lamina.generate(whisper[0], torch.tensor([[1, 2]]), max_new_tokens=2)
+
+
+@pytest.mark.slow
+def test_it_passes_verify():
+    fetched("whisper-tiny.en")
+    report = lamina.verify(lamina.load("whisper-tiny.en"))
+    assert report.passed, str(report)

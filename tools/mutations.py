@@ -1272,7 +1272,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("padding of frames", "self.stem(given.features, given.mask)", "self.stem(given.features, None)"),
         ("the source is kept", "cache.memory, cache.source = memory, source.content", "pass"),
         ("another source is refused", "not torch.equal(one, other)", "False"),
-        ("frames of another source", "if size != held.shape[:2] or", "if"),
+        ("frames of another source", "if size != tuple(held.shape[:2]) or", "if"),
         ("the narrow stack", "spec.width if first.input_width is None else first.input_width", "spec.width"),
         (
             "pooled: the first real token",

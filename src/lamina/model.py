@@ -352,9 +352,11 @@ class Model(nn.Module):
         x, mask = self.stem(given.features, given.mask)
         return x, read(x[:, :, 0], mask)
 
-    def _size(self, content: Tensor) -> tuple[int, int]:
-        """(B, S) of what the encoder reads."""
-        return content.shape[0], content.shape[1] if self.stem is None else self.stem.length(content.shape[-1])
+    def _size(self, content: Tensor) -> tuple[int, ...]:
+        """(B, S) of what the encoder reads, or its shape where that is none that it could read."""
+        if self.stem is None or content.dim() != 3:
+            return tuple(content.shape)
+        return content.shape[0], self.stem.length(content.shape[2])
 
     def _refuse_another(self, cache: Cache, content: Tensor | None, memory: Tensor | None) -> None:
         """A cache holds one source. It may be given again with each step, and another one is refused."""
@@ -363,8 +365,8 @@ class Model(nn.Module):
         one, other, what = (held, memory, "encoder_output") if content is None else (cache.source, content, self.reads)
         if other is None or one is other:
             return
-        size = other.shape[:2] if content is None else self._size(other)
-        if size != held.shape[:2] or (one is not None and not torch.equal(one, other)):
+        size = tuple(other.shape[:2]) if content is None else self._size(other)
+        if size != tuple(held.shape[:2]) or (one is not None and not torch.equal(one, other)):
             raise LaminaError(f"{what} is not the source that this cache holds; a new source needs a new cache")
 
     def _heads(self, hidden: Tensor, tokens: Tokens, record: Record, keep_logits: int | None) -> Output:

@@ -117,6 +117,8 @@ def test_a_model_reads_features_whole_padded_and_from_its_memory(model: Model):
     model(encoder_output=memory, decoder_input_ids=ids[:, :1], cache=held)
     with pytest.raises(LaminaError, match="input_features is not the source that this cache holds"):
         model(input_features=features[:, :, :9], decoder_input_ids=ids[:, :1], cache=held)
+    with pytest.raises(LaminaError, match="input_features is not the source that this cache holds"):
+        model(input_features=features[0], decoder_input_ids=ids[:, :1], cache=held)
     model(input_features=features, decoder_input_ids=ids[:, :1], cache=held)
 
 
