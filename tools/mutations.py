@@ -22,7 +22,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "generation/limits.py": ("tests/generation/test_loop.py", "tests/test_families_whisper.py"),
     "generation/feeder.py": ("tests/test_encoder_decoder.py",),
     "generation/text.py": ("tests/cli/test_writing.py",),
-    "model.py": ("tests/test_encoder_decoder.py", "tests/layers/test_convolution.py"),
+    "model.py": ("tests/test_encoder_decoder.py", "tests/test_families_bart.py", "tests/layers/test_convolution.py"),
     "families/rope.py": ("tests/test_families_gemma.py",),
     "families/gemma.py": ("tests/test_families_gemma.py",),
     "families/bert.py": ("tests/test_families_bert.py",),
@@ -1260,6 +1260,14 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "model.py": [
         (
+            "a classifier's decoder: each text has its start",
+            "begins[:, 1:] &= ~tokens.real[:, :-1] | (tokens.document[:, 1:] != tokens.document[:, :-1])",
+            "begins[:, 1:] &= ~tokens.real[:, :-1]",
+        ),
+        ("a classifier's decoder: padding on the left", "&= ~tokens.real[:, :-1] |", "&="),
+        ("a classifier's decoder: one place on", "ids.roll(1, dims=1)", "ids"),
+        ("pooled: the last real token", 'self.pooler.spec.token == "last"', "False"),
+        (
             "padding of the source",
             "encoder_output, replace(source, ids=ids).read()",
             "encoder_output, replace(source, ids=ids, mask=None).read()",
@@ -1276,8 +1284,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("the narrow stack", "spec.width if first.input_width is None else first.input_width", "spec.width"),
         (
             "pooled: the first real token",
-            "first = tokens.real.to(torch.int8).argmax(dim=1)",
-            "first = torch.zeros(hidden.shape[0], dtype=torch.int64)",
+            "else real.argmax(dim=1)",
+            "else 0 * real.argmax(dim=1)",
         ),
         ("keep_logits", "hidden if keep_logits is None else hidden[:, hidden.shape[1] - keep_logits :]", "hidden"),
     ],

@@ -219,7 +219,8 @@ class Model(nn.Module):
 
         An encoder-decoder reads `input_ids`, with all that is said of them, in its encoder, or takes `encoder_output`
         (B, S, width) instead, and `decoder_input_ids` (B, T) in its decoder; there a document reads the source of the
-        same number. A cache that has seen the source keeps it, and needs only the decoder's side from then on.
+        same number. A cache that has seen the source keeps it, and needs only the decoder's side from then on. With a
+        label head the decoder reads the source too, one place on after the start id, unless it is told otherwise.
 
         A model with a stem reads `input_features` (B, bins, frames) in place of `input_ids`: each row is one text, and
         attention_mask is (B, frames) with padding on the right only. Beside `encoder_output` it is (B, S).
@@ -238,6 +239,8 @@ class Model(nn.Module):
             target.refuse()
             if encoder_output is not None and not self.reads_memory:
                 raise UnsupportedError(f"encoder_output {ONE_STACK}")
+        if pair and self.labels is not None and target == Given("decoder_") and source.ids is not None:
+            target = self._shifted(source)
         given = target if pair else source
         if given.content is None:
             raise LaminaError(
@@ -332,6 +335,17 @@ class Model(nn.Module):
         assert self.encoder is not None
         return self.encoder(x, Call(tokens=tokens, backend=backend, record=record), segments), tokens
 
+    def _shifted(self, source: Given) -> Given:
+        """What the decoder of a classifier reads (arXiv:1910.13461, section 3.1): the source, one place on after the
+        start id, which each text of a row has for itself."""
+        start = self.spec.special.decoder_start
+        if start is None:
+            raise LaminaError("this checkpoint names no decoder_start_token_id: give decoder_input_ids")
+        tokens, ids = source.read(), source.checked_ids()
+        begins = tokens.real.clone()
+        begins[:, 1:] &= ~tokens.real[:, :-1] | (tokens.document[:, 1:] != tokens.document[:, :-1])
+        return replace(source, side="decoder_", ids=ids.roll(1, dims=1).masked_fill(begins, start))
+
     def check_reads(self, input_ids: Tensor | None, input_features: Tensor | None) -> None:
         """Refuse, by name, the one of the two that this model does not read."""
         if self.stem is None and input_features is not None:
@@ -375,9 +389,10 @@ class Model(nn.Module):
             kept = hidden if keep_logits is None else hidden[:, hidden.shape[1] - keep_logits :]
             out.logits = self.head(kept, self.embedding.weight)
         if self.pooler is not None:
-            # The first real token: with padding on the left it is not in column 0.
-            first = tokens.real.to(torch.int8).argmax(dim=1)
-            out.pooled = self.pooler(hidden[torch.arange(hidden.shape[0], device=hidden.device), first])
+            # The first or last real token: with padding on that side it is not in the column at the end.
+            real, last = tokens.real.to(torch.int8), self.pooler.spec.token == "last"
+            at = real.shape[1] - 1 - real.flip(1).argmax(dim=1) if last else real.argmax(dim=1)
+            out.pooled = self.pooler(hidden[torch.arange(hidden.shape[0], device=hidden.device), at])
         if self.labels is not None:
             out.label_logits = self.labels(hidden if self.labels.spec.each_token else out.pooled)
             if self.head is None:

@@ -285,7 +285,7 @@ WORDS: dict[type, Callable[[Any], str]] = {
     LayerNormSpec: _layer_norm,
     LayerSpec: lambda spec: " and ".join(step.name for step in spec.steps),
     LearnedPositionSpec: lambda spec: f"learned positions, {spec.size}",
-    PoolerSpec: lambda spec: "tanh of the first token",
+    PoolerSpec: lambda spec: f"tanh of the {spec.token} token",
     Prefix: _pattern,
     RMSNormSpec: _rms_norm,
     RotarySpec: _rotary,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, parts, special_config, the
+from lamina.families.bert import labels
+from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, need, parts, special_config, the
 from lamina.layers import (
     AttentionSpec,
     CrossAttentionSpec,
@@ -15,6 +16,7 @@ from lamina.layers import (
     LayerNormSpec,
     LayerSpec,
     LearnedPositionSpec,
+    PoolerSpec,
     StackSpec,
     StepSpec,
 )
@@ -24,7 +26,7 @@ from lamina.weights.rules import OneRow, Rule, Shape, pairs
 
 OFFSET = 2  # rows of the position table before position 0: fairseq counts from the id of padding, which is 1
 BIAS = "final_logits_bias"
-KINDS = ("ForConditionalGeneration", "ForCausalLM", "ForQuestionAnswering", "Model")
+KINDS = ("ForConditionalGeneration", "ForCausalLM", "ForSequenceClassification", "ForQuestionAnswering", "Model")
 
 
 def spec(fields: Fields) -> ModelSpec:
@@ -45,6 +47,10 @@ def spec(fields: Fields) -> ModelSpec:
 
     encodes, kind = _parts(fields)
     generates = kind in ("ForConditionalGeneration", "ForCausalLM")
+    rate, classifies = fields.number("classifier_dropout"), kind == "ForSequenceClassification"
+    label = {"ForQuestionAnswering": LabelHeadSpec(labels=2, task="span")}
+    if classifies:
+        label[kind] = labels(fields, "sequence", rate)
     head = LanguageHeadSpec(tied=fields.flag("tie_word_embeddings", True), bias=fields.filled(BIAS))
     return ModelSpec(
         width=fields.count("d_model"),
@@ -56,7 +62,8 @@ def spec(fields: Fields) -> ModelSpec:
         encoder=stack("encoder") if encodes else None,
         decoder=stack("decoder"),
         head=head if generates else None,
-        labels=LabelHeadSpec(labels=2, task="span") if kind == "ForQuestionAnswering" else None,
+        pooler=PoolerSpec(token="last", dropout=rate) if classifies else None,
+        labels=label.get(kind),
         context=positions,
         special=special,
     )
@@ -103,6 +110,7 @@ DEFAULTS = (
         "max_position_embeddings": 1024,
         "activation_function": "gelu",
         "dropout": 0.1,
+        "classifier_dropout": 0.0,
     }
 )
 OLD: dict[str, Any] = {
@@ -126,8 +134,9 @@ def _parts(fields: Fields) -> tuple[bool, str]:
     if fields.names is None:
         return kind != "ForCausalLM", kind
     encodes = any(name.startswith("model.encoder.layers.") for name in fields.names)
-    if "qa_outputs.weight" in fields.names:
-        return encodes, "ForQuestionAnswering"
+    for name, one in (("qa_outputs.weight", KINDS[3]), ("classification_head.dense.weight", KINDS[2])):
+        if name in fields.names:
+            return encodes, one
     if BIAS in fields.names or "lm_head.weight" in fields.names:
         kind = "ForConditionalGeneration"
     return encodes, kind
@@ -135,7 +144,10 @@ def _parts(fields: Fields) -> tuple[bool, str]:
 
 def config(spec: ModelSpec) -> dict[str, Any]:
     """spec -> config.json."""
-    kind = "ForQuestionAnswering" if spec.labels is not None else "Model"
+    tasks = {None: "Model", "sequence": "ForSequenceClassification", "span": "ForQuestionAnswering"}
+    task = None if spec.labels is None else spec.labels.task
+    need(task in tasks, "labels", f"are of a {task}")
+    kind = tasks[task]
     if spec.head is not None:
         kind = "ForCausalLM" if spec.encoder is None else "ForConditionalGeneration"
     said: dict[str, Any] = {
@@ -151,6 +163,9 @@ def config(spec: ModelSpec) -> dict[str, Any]:
         **special_config(spec.special),
         "decoder_start_token_id": spec.special.decoder_start,
     }
+    if spec.labels is not None and spec.labels.task == "sequence":
+        count = spec.labels.labels
+        said |= {"classifier_dropout": spec.labels.dropout, "num_labels": count}
     for side in SIDES:
         stack, told = side_config(spec, side if spec.encoder is not None else "decoder", side)
         said |= told
@@ -188,13 +203,16 @@ WEIGHTS = (
     *(rule for side in SIDES for rule in pairs(f"{side}.", f"model.{side}.", {"input_norm": "layernorm_embedding"})),
     Rule("head.weight", "lm_head.weight"),
     Rule("head.bias", BIAS, OneRow()),
-    *(Rule(f"labels.dense.{p}", f"qa_outputs.{p}") for p in ("weight", "bias")),
 )
 
 
-def table(spec: ModelSpec) -> tuple[Rule, ...]:
-    """The name of the embedding: a decoder alone holds it under its own."""
-    return (Rule("embedding.weight", f"model.{'decoder.embed_tokens' if spec.encoder is None else 'shared'}.weight"),)
+def heads(spec: ModelSpec) -> tuple[Rule, ...]:
+    """The name of the embedding, which a decoder alone holds under its own, and those of the labels."""
+    table = f"model.{'decoder.embed_tokens' if spec.encoder is None else 'shared'}.weight"
+    spans = spec.labels is not None and spec.labels.task == "span"
+    names = {"labels.dense": "qa_outputs" if spans else "classification_head.out_proj"}
+    names |= {"pooler.dense": "classification_head.dense"}
+    return (Rule("embedding.weight", table), *pairs("", "", names))
 
 
 def unused(spec: ModelSpec) -> dict[str, Shape]:
@@ -208,7 +226,7 @@ BART = Family(
     spec=spec,
     config=config,
     weights=WEIGHTS,
-    heads=table,
+    heads=heads,
     base="model.",
     aliases={"lm_head.weight": "model.shared.weight"},
     copies={f"model.{side}.embed_tokens.weight": "model.shared.weight" for side in SIDES},
