@@ -6,6 +6,7 @@ from lamina.layers.attention import Attention, AttentionSpec
 from lamina.layers.bias import AlibiSpec, BucketBiasSpec
 from lamina.layers.block import BranchSpec, Layer, LayerSpec, StepSpec, SumSpec
 from lamina.layers.call import Call, Record
+from lamina.layers.convolution import ConvolutionStem, ConvolutionStemSpec
 from lamina.layers.cross import CrossAttention, CrossAttentionSpec
 from lamina.layers.differential import Differential, DifferentialSpec
 from lamina.layers.embedding import Embedding, EmbeddingSpec, Segment, SegmentSpec
@@ -44,6 +45,8 @@ __all__ = [
     "BucketBiasSpec",
     "Call",
     "CapacitySpec",
+    "ConvolutionStem",
+    "ConvolutionStemSpec",
     "CrossAttention",
     "CrossAttentionSpec",
     "Differential",

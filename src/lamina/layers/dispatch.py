@@ -129,7 +129,7 @@ def one(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     128 rows of 512 to 1,792 features, 64 matrices in turn, on two cores: 96 ms by oneDNN, 144 ms by MKL.
     """
-    if x.shape[0] <= FEW or not _onednn(x, weight):
+    if x.shape[0] <= FEW.get(weight.dtype, 0) or not _onednn(x, weight):
         return linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 

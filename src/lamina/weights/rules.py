@@ -88,7 +88,28 @@ class Stacked:
         return list(ours[0].unbind(0))
 
 
-Op = Same | Turn | OneRow | Fused | Stacked
+@dataclass(frozen=True)
+class FusedBias:
+    """Vectors of one length stored one after the other, of which `held` are ours and the others always zero.
+
+    Whisper's keys have no bias: in CTranslate2's files its q, k and v are (True, False, True).
+    """
+
+    held: tuple[bool, ...]
+
+    def load(self, theirs: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        parts = theirs[0].split(shapes[0][0])
+        for number, (part, ours) in enumerate(zip(parts, self.held, strict=True), start=1):
+            if not ours and bool(part.any()):
+                raise CheckpointError(f"part {number} of {len(parts)} is not zero, and this model has no such bias")
+        return [part.contiguous() for part, ours in zip(parts, self.held, strict=True) if ours]
+
+    def save(self, ours: Sequence[Tensor]) -> list[Tensor]:
+        parts = iter(ours)
+        return [torch.cat([next(parts) if held else torch.zeros_like(ours[0]) for held in self.held])]
+
+
+Op = Same | Turn | OneRow | Fused | FusedBias | Stacked
 
 
 @dataclass(frozen=True)
@@ -171,7 +192,11 @@ def load(
 ) -> None:
     """Read their tensors rule by rule and hand ours to `put`."""
     for move in moves:
-        ours = move.op.load([read(name) for name in move.theirs], [shapes[name] for name in move.ours])
+        try:
+            ours = move.op.load([read(name) for name in move.theirs], [shapes[name] for name in move.ours])
+        except CheckpointError as error:
+            where = "" if move.theirs[0] in str(error) else f"{move.theirs[0]}: "
+            raise CheckpointError(f"{where}{error}") from None
         for name, tensor in zip(move.ours, ours, strict=True):
             assert tuple(tensor.shape) == tuple(shapes[name]), (name, tensor.shape, shapes[name])
             put(name, tensor)
