@@ -55,7 +55,7 @@ SELF_ATTENTION = Kind(
         ("M", "(T, T): 0 where the pattern allows, minus infinity where not"),
         ("softmax", "over the keys: the weights of each query sum to 1"),
     ),
-    files=("layers/attention.py", "attend/dense.py", "patterns.py"),
+    files=("layers/attention.py", "attend/dense.py", "patterns/pattern.py"),
     used=named(*ATTENTIONS),
     variants=(
         Variant("causal", "key <= query", has(Causal)),
@@ -280,7 +280,7 @@ SPARSE = Kind(
         ("W", "keys that are seen, the token's own included"),
         ("w", "keys on each side: 2 w + 1 in all"),
     ),
-    files=("patterns.py",),
+    files=("patterns/pattern.py",),
     used=has((Window, Sinks)),
     variants=(
         Variant("window", "the last W keys", has(Window, lambda part: part.ahead is None)),
