@@ -8,6 +8,9 @@ CACHE = ("tests/test_cache.py",)
 
 ALSO: dict[str, tuple[str, ...]] = {
     "layers/attention.py": ("tests/test_cache.py",),
+    "layers/longformer.py": ("tests/test_families_longformer.py",),
+    "marks.py": ("tests/test_families_longformer.py",),
+    "families/longformer.py": ("tests/test_families_longformer.py",),
     "patterns/pattern.py": ("tests/test_blocks.py",),
     "patterns/near.py": ("tests/test_blocks.py",),
     "patterns/strided.py": ("tests/test_blocks.py",),
@@ -286,6 +289,17 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("blocks: not for small texts", "< LEAST or request", "< 0 or request"),
     ],
     "tokens.py": [
+        ("padding before counts nothing", "which.gather(1, order).to(torch.int64)", "torch.ones_like(kind)"),
+        (
+            "documents count apart",
+            "count = before - torch.where(starts, before, 0).cummax(dim=1).values",
+            "count = before",
+        ),
+        (
+            "documents alternate",
+            "order = documents.argsort(dim=1, stable=True)",
+            "order = torch.arange(documents.shape[1]).expand_as(documents)",
+        ),
         ("a hole is no token", "return self.position >= 0", "return self.position >= HOLE"),
         ("spans join end to start", "first.span[1] == second.span[0]", "True"),
         ("a joined span covers both", "span = (first.span[0], second.span[1])", "span = first.span"),
@@ -374,6 +388,63 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "key heads repeat in place",
             "torch.repeat_interleave(tensor, heads // tensor.shape[1], dim=1)",
             "tensor.repeat(1, heads // tensor.shape[1], 1, 1)",
+        ),
+    ],
+    "layers/longformer.py": [
+        ("longformer: itself and those behind", "Window(back=self.window + 1, ahead", "Window(back=self.window, ahead"),
+        ("longformer: those ahead", "ahead=self.window) | Prefix()", "ahead=self.window - 1) | Prefix()"),
+        ("longformer: global keys", "ahead=self.window) | Prefix()", "ahead=self.window)"),
+        ("longformer: scale", "self.scale = spec.head_dim**-0.5", "self.scale = 1.0"),
+        (
+            "longformer: global queries have their own matrix",
+            "query = self._split(self.global_q(some))\n",
+            "query = self._split(self.q(some))\n",
+        ),
+        (
+            "longformer: global keys have their own matrix",
+            "key, value = self._split(self.global_k(x)),",
+            "key, value = self._split(self.k(x)),",
+        ),
+        (
+            "longformer: global values, absorbed",
+            "for part in (self.global_k, self.global_v))",
+            "for part in (self.global_k, self.v))",
+        ),
+        ("longformer: the bias of the values", "return out if bias is None else out", "return out if True else out"),
+        ("longformer: padding is not global", "marked = tokens.marked & tokens.real", "marked = tokens.marked"),
+        ("longformer: rows with fewer", "torch.where(there, rows, out.gather(2, place))", "rows"),
+        (
+            "longformer: causal",
+            "return Causal() if self.spec.causal else",
+            "return Everything() if self.spec.causal else",
+        ),
+        ("longformer: marks of a later forward", "call.cache is not None and call.cache.length > 0", "False"),
+        ("longformer: dropout is not absorbed", "and not (self.training and self.spec.dropout)", ""),
+    ],
+    "marks.py": [
+        ("marks: the first of each document", "earlier(tokens.real, tokens.document) == 0", "tokens.position == 0"),
+        ("marks: a question ends before its end", "& ~ends & (follows > 0)", "& (follows > 0)"),
+        ("marks: no question", "& ~ends & (follows > 0)", "& ~ends"),
+        ("marks: the last block", "ends = (before < self.size) | (", "ends = (before < self.size) & ("),
+        ("marks: short texts", "return ends | (length <= self.short)", "return ends | (length < self.short)"),
+        ("marks: padding", "self.mark(ids, tokens) & tokens.real", "self.mark(ids, tokens)"),
+    ],
+    "families/longformer.py": [
+        ("longformer: half the window", "return [one // 2 for one in both]", "return [one for one in both]"),
+        (
+            "longformer: the question",
+            'marks = FirstToken() if task == "sequence" else question',
+            'marks = FirstToken() if task == "sequence" else None and question',
+        ),
+        (
+            "longformer: the first token",
+            'marks = FirstToken() if task == "sequence" else',
+            'marks = None if task == "sequence" else',
+        ),
+        (
+            "longformer: windows are written",
+            "both = [2 * one.window for one in found]",
+            "both = [one.window for one in found]",
         ),
     ],
     "attend/__init__.py": [
@@ -533,17 +604,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("restarts begin a document", "documents = document + _restarts(real, position, before - 1)", "pass"),
         ("an equal position is a restart", "position <= previous", "position < previous"),
         ("padding is no restart", "(real & (position", "((position"),
-        ("padding before counts nothing", "real.gather(1, order).to(torch.int64)", "torch.ones_like(kind)"),
-        (
-            "documents count apart",
-            "count = before - torch.where(starts, before, 0).cummax(dim=1).values",
-            "count = before",
-        ),
-        (
-            "documents alternate",
-            "order = documents.argsort(dim=1, stable=True)",
-            "order = torch.arange(documents.shape[1]).expand_as(documents)",
-        ),
         (
             "restart across chunks",
             "position.gather(1, latest.clamp(min=0)), last)",
@@ -1361,8 +1421,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
         (
             "documents of the source",
-            "source.checked_ids(), source.read()",
-            "source.checked_ids(), replace(source, documents=None).read()",
+            "self._marked(source, source.read())",
+            "self._marked(source, replace(source, documents=None).read())",
         ),
         ("the source is kept", "cache.memory, cache.source = memory, source.ids", "pass"),
         ("another source is refused", "not torch.equal(one, other)", "False"),

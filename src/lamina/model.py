@@ -21,6 +21,7 @@ from lamina.layers import (
     RotarySpec,
     StackSpec,
 )
+from lamina.marks import BeforeToken, EndBlocks, FirstToken
 from lamina.reading import read
 from lamina.specs import Spec, unknown
 from lamina.tokens import Tokens
@@ -49,6 +50,9 @@ class ModelSpec(Spec):
     labels: LabelHeadSpec | None = None
     context: int | None = None  # tokens that the model was trained to read
     special: SpecialTokens = field(default_factory=SpecialTokens)
+    marks: FirstToken | BeforeToken | EndBlocks | None = (
+        None  # of what is read, where the caller gives none: Longformer
+    )
 
     @property
     def two_stacks(self) -> bool:
@@ -100,6 +104,7 @@ class Given:
     mask: Tensor | None
     positions: Tensor | None
     documents: Tensor | None
+    marked: Tensor | None = None
 
     def refuse(self) -> None:
         """Raise UnsupportedError naming an argument that was given."""
@@ -115,9 +120,9 @@ class Given:
             raise LaminaError(f"{self.side}input_ids has shape {tuple(self.ids.shape)}; expected (batch, length)")
         return self.ids
 
-    def read(self, marked: Tensor | None = None, cache: Cache | None = None) -> Tokens:
+    def read(self, cache: Cache | None = None) -> Tokens:
         """The tokens that layers see."""
-        return read(self.checked_ids(), self.mask, self.positions, self.documents, marked, cache, self.side)
+        return read(self.checked_ids(), self.mask, self.positions, self.documents, self.marked, cache, self.side)
 
 
 def _refuse_another(cache: Cache, ids: Tensor | None, memory: Tensor | None) -> None:
@@ -210,8 +215,9 @@ class Model(nn.Module):
 
         attention_mask: (B, T), 1 for tokens and 0 for padding, on either side. position_ids: (B, T); where they
         restart, a new document begins. document_ids: (B, T); documents do not see each other. token_type_ids: (B, T)
-        segments. marked: (B, T), the prefix of a prefix-LM. cache: from `new_cache`; it is extended. record: what to
-        write down. backend: of attention, by name. keep_logits: only for that many last positions.
+        segments. marked: (B, T), the prefix of a prefix-LM, Longformer's global tokens; None: as `spec.marks` says. cache:
+        from `new_cache`; it is extended. record: what to write down. backend: of attention, by name. keep_logits: only
+        for that many last positions.
 
         An encoder-decoder reads `input_ids`, with all that is said of them, in its encoder, or takes `encoder_output`
         (B, S, width) instead, and `decoder_input_ids` (B, T) in its decoder; there a document reads the source of the
@@ -221,7 +227,7 @@ class Model(nn.Module):
             known = [name for name in Model.forward.__annotations__ if name not in ("wrong", "return")]
             raise LaminaError(unknown("argument of a model", next(iter(wrong)), known))
         record = Record() if record is None else record
-        source = Given("", input_ids, attention_mask, position_ids, document_ids)
+        source = Given("", input_ids, attention_mask, position_ids, document_ids, marked)
         target = Given(
             "decoder_", decoder_input_ids, decoder_attention_mask, decoder_position_ids, decoder_document_ids
         )
@@ -249,7 +255,7 @@ class Model(nn.Module):
                 f"{given.side}input_ids has {ids.shape[0]} rows and the source {memory.shape[0]}; as many are needed,"
                 " or a multiple of it (beams)"
             )
-        tokens = given.read(marked, cache)
+        tokens = given.read(cache) if pair else self._marked(given, given.read(cache))
         call = Call(
             tokens=tokens, cache=cache, memory=memory, memory_tokens=memory_tokens, backend=backend, record=record
         )
@@ -273,6 +279,7 @@ class Model(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        marked: Tensor | None = None,
         record: Record | None = None,
         backend: str | None = None,
     ) -> Tensor:
@@ -283,7 +290,7 @@ class Model(nn.Module):
         if not self.spec.two_stacks:
             raise UnsupportedError("encode is for encoder-decoders; the forward of this model gives its hidden states")
         record = Record() if record is None else record
-        source = Given("", input_ids, attention_mask, position_ids, document_ids)
+        source = Given("", input_ids, attention_mask, position_ids, document_ids, marked)
         memory, _ = self._memory(source, token_type_ids, None, None, record, backend)
         assert memory is not None
         return memory
@@ -318,10 +325,16 @@ class Model(nn.Module):
             if self.encoder is None:
                 return None, None
             raise LaminaError("an encoder-decoder needs input_ids or encoder_output")
-        ids, tokens = source.checked_ids(), source.read()
+        ids, tokens = source.checked_ids(), self._marked(source, source.read())
         assert self.encoder is not None
         call = Call(tokens=tokens, backend=backend, record=record)
         return self.encoder(self.embedding(ids), call, segments), tokens
+
+    def _marked(self, given: Given, tokens: Tokens) -> Tokens:
+        """What is read, marked by the model's own rule where the caller has not marked it."""
+        if self.spec.marks is None or given.marked is not None:
+            return tokens
+        return self.spec.marks.put(given.checked_ids(), tokens)
 
     def _heads(self, hidden: Tensor, tokens: Tokens, record: Record, keep_logits: int | None) -> Output:
         out = Output(None, hidden, losses=record.losses)

@@ -22,6 +22,7 @@ from lamina.layers import (
     LayerNormSpec,
     LayerSpec,
     LearnedPositionSpec,
+    LongformerSpec,
     PoolerSpec,
     RMSNormSpec,
     RotarySpec,
@@ -34,7 +35,7 @@ from lamina.layers import (
     TransformSpec,
 )
 from lamina.model import ModelSpec
-from lamina.patterns import Both, Causal, Either, Everything, Pattern, Prefix, Sinks, Window
+from lamina.patterns import Both, Causal, Either, Everything, Global, Pattern, Prefix, Sinks, Window
 from lamina.specs import Spec
 
 
@@ -135,6 +136,13 @@ def _latent(spec: LatentAttentionSpec) -> str:
     return ", ".join(parts + ([f"dropout {spec.dropout:g}"] if spec.dropout else []))
 
 
+def _longformer(spec: LongformerSpec) -> str:
+    near = f"{spec.window} back" if spec.causal else f"{spec.window} on each side"
+    parts = [f"Longformer, {spec.heads} heads of {spec.head_dim}, window of {near} and global tokens"]
+    parts += ["biases"] if spec.bias else []
+    return ", ".join(parts + ([f"dropout {spec.dropout:g}"] if spec.dropout else []))
+
+
 def _differential(spec: DifferentialSpec) -> str:
     heads = f"{spec.heads}" if spec.key_heads == spec.heads else f"{spec.heads}/{spec.key_heads}"
     parts = [f"differential, {heads} heads of 2 x {spec.head_dim}, lambda from {spec.start:.2f}", say(spec.pattern)]
@@ -156,15 +164,18 @@ def _pattern(spec: Pattern) -> str:
     if isinstance(spec, Both):
         causal = Causal() in (spec.first, spec.second)
         windows = [part for part in (spec.first, spec.second) if isinstance(part, Window) and part.ahead is None]
-        if causal and windows:
+        if causal and windows and windows[0].dilation == 1:
             return f"causal window of {windows[0].back}"
         return f"{say(spec.first)} and {say(spec.second)}"
     if isinstance(spec, Either):
         return f"({say(spec.first)}) or ({say(spec.second)})"
     if isinstance(spec, Window):
-        return f"window {spec.back - 1} back" + ("" if spec.ahead is None else f", {spec.ahead} ahead")
+        near = f"window {spec.back - 1} back" + ("" if spec.ahead is None else f", {spec.ahead} ahead")
+        return near + (f", {spec.dilation} apart" if spec.dilation > 1 else "")
     if isinstance(spec, Prefix):
         return "marked prefix" if spec.length is None else f"prefix of {spec.length}"
+    if isinstance(spec, Global):
+        return f"global tokens at {', '.join(map(str, spec.positions))}" if spec.positions else "global tokens"
     return f"{spec.count} sinks" if isinstance(spec, Sinks) else fields(spec)
 
 
@@ -265,11 +276,13 @@ WORDS: dict[type, Callable[[Any], str]] = {
     EmbeddingSpec: _embedding,
     Everything: lambda spec: "bidirectional",
     FeedForwardSpec: _feedforward,
+    Global: _pattern,
     LabelHeadSpec: _labels,
     LanguageHeadSpec: _head,
     LatentAttentionSpec: _latent,
     LayerNormSpec: _layer_norm,
     LayerSpec: lambda spec: " and ".join(step.name for step in spec.steps),
+    LongformerSpec: _longformer,
     LearnedPositionSpec: lambda spec: f"learned positions, {spec.size}",
     PoolerSpec: lambda spec: "tanh of the first token",
     Prefix: _pattern,

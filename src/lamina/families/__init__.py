@@ -25,6 +25,7 @@ FAMILIES = {
     "gpt_neox": "gpt_neox:GPT_NEOX",
     "gptj": "gptj:GPTJ",
     "llama": "llama:LLAMA",
+    "longformer": "longformer:LONGFORMER",
     "mistral": "llama:MISTRAL",
     "mpt": "mpt:MPT",
     "opt": "opt:OPT",

@@ -20,6 +20,7 @@ from lamina.layers.head import (
     TransformSpec,
 )
 from lamina.layers.latent import LatentAttention, LatentAttentionSpec
+from lamina.layers.longformer import Longformer, LongformerSpec
 from lamina.layers.norm import LayerNorm, LayerNormSpec, NormSpec, RMSNorm, RMSNormSpec
 from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
 from lamina.layers.relative import ShawSpec, TransformerXLSpec
@@ -64,6 +65,8 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",
+    "Longformer",
+    "LongformerSpec",
     "NTKScaling",
     "NormSpec",
     "Pooler",
