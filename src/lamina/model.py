@@ -215,9 +215,9 @@ class Model(nn.Module):
 
         attention_mask: (B, T), 1 for tokens and 0 for padding, on either side. position_ids: (B, T); where they
         restart, a new document begins. document_ids: (B, T); documents do not see each other. token_type_ids: (B, T)
-        segments. marked: (B, T), the prefix of a prefix-LM, Longformer's global tokens; None: as `spec.marks` says. cache:
-        from `new_cache`; it is extended. record: what to write down. backend: of attention, by name. keep_logits: only
-        for that many last positions.
+        segments. marked: (B, T), the prefix of a prefix-LM, Longformer's global tokens; None: as `spec.marks` says.
+        cache: from `new_cache`; it is extended. record: what to write down. backend: of attention, by name.
+        keep_logits: only for that many last positions.
 
         An encoder-decoder reads `input_ids`, with all that is said of them, in its encoder, or takes `encoder_output`
         (B, S, width) instead, and `decoder_input_ids` (B, T) in its decoder; there a document reads the source of the
