@@ -7,10 +7,10 @@ probabilities again instead of keeping them (arXiv:2205.14135, section 3.1), so 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -137,11 +137,14 @@ class _Row:
                     yield _Piece(start, stop, slice(group, last), heads, step, number)
                     number += 1
 
-    def gathered(self, x: Tensor, piece: _Piece) -> Tensor:
-        """(g, S, D) -> (g, K, D): the keys or values that the piece needs; a view where they lie together."""
-        runs, x = piece.step.runs, x[piece.groups]
-        touching = all(a[1] == b[0] for a, b in itertools.pairwise(runs))
-        found = x[:, runs[0][0] : runs[-1][1]] if touching else torch.cat([x[:, a:b] for a, b, _ in runs], dim=1)
+    def gathered(self, name: str, piece: _Piece) -> Tensor:
+        """(g, K, D): the keys or values that the piece needs; a view where they lie together."""
+        runs, x = piece.step.runs, (self.key if name == "key" else self.value)[piece.groups]
+        if all(a[1] == b[0] for a, b in pairwise(runs)):
+            found = x[:, runs[0][0] : runs[-1][1]]
+        else:
+            room = self.room(name, x.shape[0], piece.step.keys, x.shape[2])
+            found = torch.cat([x[:, a:b] for a, b, _ in runs], dim=1, out=room)
         blind = piece.step.blind
         return found if blind is None else found.masked_fill(blind[:, None], 0.0)
 
@@ -238,11 +241,11 @@ class _Blocks(torch.autograd.Function):
                 row = _Row(job, part, number, query, key, value)
                 for piece in row.pieces():
                     some = row.queries(piece)
-                    z = row.scores(piece, some, row.gathered(row.key, piece), bias, sink)
+                    z = row.scores(piece, some, row.gathered("key", piece), bias, sink)
                     p, _ = row.probabilities(piece, z, sink is not None)
                     kept = row.kept(piece, p.shape)
                     p = p if kept is None else p * kept
-                    row.put(out[number], piece, torch.bmm(p, row.gathered(row.value, piece)))
+                    row.put(out[number], piece, torch.bmm(p, row.gathered("value", piece)))
         ctx.save_for_backward(query, key, value, bias, sink, out)
         ctx.job = job
         return out
@@ -275,7 +278,7 @@ def _row_backward(
     job, order = row.job, row.part.key_order
     key_sum, value_sum = torch.zeros_like(row.key), torch.zeros_like(row.value)
     for piece in row.pieces():
-        query, key, value = row.queries(piece), row.gathered(row.key, piece), row.gathered(row.value, piece)
+        query, key, value = row.queries(piece), row.gathered("key", piece), row.gathered("value", piece)
         z = row.scores(piece, query, key, bias, sink)
         p, rest = row.probabilities(piece, z, sink is not None)
         groups = query.shape[0]

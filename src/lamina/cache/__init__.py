@@ -17,9 +17,9 @@ from lamina.cache.sinks import SinksLedger
 from lamina.cache.slot import Ledger, Slot
 
 KINDS = ("auto", "growing", "fixed", "ring", "sinks")
-"""auto: a ring where the layer's pattern is a window, one that forgets what no later token can see where the pattern tells
-(sinks, blocks, prefixes beside a window), growing elsewhere. fixed: preallocated, for compiled steps.
-ring: as auto, and refused where a layer looks back without limit. sinks: StreamingLLM, the first and the last keys."""
+"""auto: a ring where the layer's pattern is a window; one that forgets what no later token can see where the pattern
+tells (sinks, blocks, prefixes beside a window); growing elsewhere. fixed: preallocated, for compiled steps. ring: as
+auto, and refused where a layer looks back without limit. sinks: StreamingLLM, the first and the last keys."""
 
 __all__ = [
     "KINDS",
