@@ -10,6 +10,7 @@ from typing import Any
 from lamina.layers import (
     AlibiSpec,
     AttentionSpec,
+    BigBirdSpec,
     BranchSpec,
     BucketBiasSpec,
     CrossAttentionSpec,
@@ -143,6 +144,12 @@ def _longformer(spec: LongformerSpec) -> str:
     return ", ".join(parts + ([f"dropout {spec.dropout:g}"] if spec.dropout else []))
 
 
+def _bigbird(spec: BigBirdSpec) -> str:
+    parts = [f"BigBird, {spec.heads} heads of {spec.head_dim}, blocks of {spec.size} and global ends"]
+    parts += [f"the first counted {1 + spec.repeats} times"] if spec.repeats else []
+    return ", ".join(parts + BIASES[spec.bias] + ([f"dropout {spec.dropout:g}"] if spec.dropout else []))
+
+
 def _differential(spec: DifferentialSpec) -> str:
     heads = f"{spec.heads}" if spec.key_heads == spec.heads else f"{spec.heads}/{spec.key_heads}"
     parts = [f"differential, {heads} heads of 2 x {spec.head_dim}, lambda from {spec.start:.2f}", say(spec.pattern)]
@@ -266,6 +273,7 @@ def _alibi(spec: AlibiSpec) -> str:
 WORDS: dict[type, Callable[[Any], str]] = {
     AlibiSpec: _alibi,
     AttentionSpec: _attention,
+    BigBirdSpec: _bigbird,
     BranchSpec: _branch,
     Both: _pattern,
     BucketBiasSpec: _bucket_bias,

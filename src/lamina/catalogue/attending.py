@@ -288,7 +288,7 @@ SPARSE = Kind(
         Variant("sinks", "the first keys are always seen", has(Sinks)),
         by_class("global", "marked tokens see and are seen by all", "Global", "LongformerSpec"),
         by_class("strided", "every l-th key, or the last c of every l", "Strided", "Summary"),
-        by_class("blocks", "windows, tables and random draws of blocks", "BlockWindow", "BlockTable", "RandomBlocks"),
+        by_class("blocks", "windows, tables and random draws of blocks", "BlockWindow", "BlockTable", "RandomBlocks", "BigBirdSpec"),
     ),
     cost="No parameters beyond attention's. What may be skipped: all but T W of T^2 scores. The cache of a window"
     " keeps W tokens and no more. Here patterns are masks: the memory is saved, the arithmetic on long prompts is"

@@ -12,6 +12,7 @@ FAMILIES = {
     "albert": "albert:ALBERT",
     "bart": "bart:BART",
     "bert": "bert:BERT",
+    "big_bird": "bigbird:BIGBIRD",
     "bloom": "bloom:BLOOM",
     "deepseek_v2": "deepseek:V2",
     "deepseek_v3": "deepseek:V3",

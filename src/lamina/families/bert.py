@@ -7,7 +7,7 @@ sentence), next sentence alone, sequence or token classification, or question an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -38,7 +38,7 @@ from lamina.layers import (
 )
 from lamina.model import ModelSpec
 from lamina.patterns import Everything
-from lamina.weights.rules import Rule, pairs
+from lamina.weights.rules import Rule, Shape, pairs
 
 Task = Literal["sequence", "next_sentence", "token", "span"]
 
@@ -55,10 +55,11 @@ class Flavour:
     transform: tuple[str, str]  # its dense layer and its norm
     pooler: str = "pooler.dense"
     pair: str = "cls.seq_relationship"  # which sentence comes next
+    prefix: str = ""  # of what is not a head, where it is not the model type
 
     @property
     def base(self) -> str:
-        return f"{self.model_type}."
+        return self.prefix or f"{self.model_type}."
 
     @property
     def roberta(self) -> bool:
@@ -249,6 +250,7 @@ def family_of(
     *,
     spec: Callable[[Fields], ModelSpec] | None = None,
     config: Callable[[ModelSpec], dict[str, Any]] | None = None,
+    zeros: Callable[[ModelSpec], Mapping[str, Shape]] = lambda spec: {},
 ) -> Family:
     """The family of a flavour; `weights` are the names of what is not a head. `spec` and `config`: where the layers are
     not BERT's."""
@@ -267,6 +269,7 @@ def family_of(
         ignored=(f"{base}embeddings.position_ids", f"{base}{flavour.pooler}.*", f"{language}bias"),
         renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
         sizes=sizes,
+        zeros=zeros,
     )
 
 

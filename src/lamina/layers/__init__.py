@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lamina.layers.attention import Attention, AttentionSpec
+from lamina.layers.bigbird import BigBird, BigBirdSpec
 from lamina.layers.bias import AlibiSpec, BucketBiasSpec
 from lamina.layers.block import BranchSpec, Layer, LayerSpec, StepSpec, SumSpec
 from lamina.layers.call import Call, Record
@@ -39,6 +40,8 @@ __all__ = [
     "AlibiSpec",
     "Attention",
     "AttentionSpec",
+    "BigBird",
+    "BigBirdSpec",
     "BranchSpec",
     "BucketBiasSpec",
     "Call",
