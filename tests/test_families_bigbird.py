@@ -34,7 +34,9 @@ def test_many_blocks_are_those_of_transformers(case: Case, length: int):
         assert close(ours.hidden, theirs.hidden_states[-1])
         assert ours.logits is not None and close(ours.logits, theirs.logits)
     mask = torch.ones_like(ids)
-    mask[1, -3:] = 0  # their pattern is that of the longest row; of a row padded within the last block both are the same
+    mask[1, -3:] = (
+        0  # their pattern is that of the longest row; of a row padded within the last block both are the same
+    )
     if (length - 4) // 4 == (length - 1) // 4:
         theirs, ours = case.theirs_on(ids, attention_mask=mask), case.ours(ids, mask)
         assert close(ours.logits[mask.bool()], theirs.logits[mask.bool()])

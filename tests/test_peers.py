@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import lamina
-from lamina.attend import BACKENDS
+from lamina.attend import BACKENDS, Request, blocks
+from lamina.attend.plan import plan
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import RotarySpec
 from lamina.layers.rotary import phases
+from lamina.patterns import Causal, Window
 from lamina.tokens import plain
 from tests.families import LENGTH, ROWS, Case, close, row, tokens
 from tests.test_families import DECODERS, Cases, cases, quiet, result  # noqa: F401  (two are fixtures)
@@ -87,6 +89,36 @@ def test_r3_a_cast_rounds_weights_only(case: Case):
             exact, half = (phases(rotary, size, tokens, dtype, {}) for dtype in (torch.float32, torch.bfloat16))
             for one, other in zip(exact, half, strict=True):
                 assert float((one - other.float()).abs().max()) < 2**-7 * max(1.0, float(one.abs().max()))
+
+
+# R5: BigBird, a short batch between two long ones: transformers goes on dense, and the long one's outputs differ
+
+
+@torch.no_grad()
+def test_r5_a_short_batch_changes_nothing_for_the_next(cases: Cases):  # noqa: F811
+    case, short = cases("bigbird"), tokens(2, 5, seed=9)
+    first = result(case.theirs_on(case.ids))
+    assert not close(result([case.theirs(short), case.theirs(case.ids)][1]), first, 1e-3)
+    before = result(case.run(case.ids))
+    case.run(short)
+    assert torch.equal(result(case.run(case.ids)), before) and close(before, first)
+
+
+# R18: a window costs as much as none, and a smaller one of Longformer more than a larger one
+
+
+@pytest.mark.parametrize("window", [128, 512])
+def test_r18_what_a_window_leaves_out_is_not_computed(window: int):
+    """Scores of a forward at 4,096 tokens: those of the window and of the blocks that its edges cut."""
+    long = plain(1, 4096)
+    for pattern, width in (
+        (Causal() & Window(back=window), window),
+        (Window(back=window // 2 + 1, ahead=window // 2), window + 1),
+    ):
+        pairs = plan(pattern, long, long).pairs
+        assert 4096 * width * 0.9 < pairs < 4096 * (width + 256)
+        query = torch.zeros(1, 1, 4096, 8)
+        assert blocks.suits(Request(query, query, query, long, long, pattern, 1.0))
 
 
 # R12: output_attentions under SDPA gives a warning and nothing

@@ -10,6 +10,8 @@ ALSO: dict[str, tuple[str, ...]] = {
     "layers/attention.py": ("tests/test_cache.py",),
     "layers/longformer.py": ("tests/test_families_longformer.py",),
     "marks.py": ("tests/test_families_longformer.py",),
+    "layers/bigbird.py": ("tests/test_families_bigbird.py",),
+    "families/bigbird.py": ("tests/test_families_bigbird.py",),
     "families/longformer.py": ("tests/test_families_longformer.py",),
     "patterns/pattern.py": ("tests/test_blocks.py",),
     "patterns/near.py": ("tests/test_blocks.py",),
@@ -420,6 +422,16 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("longformer: marks of a later forward", "call.cache is not None and call.cache.length > 0", "False"),
         ("longformer: dropout is not absorbed", "and not (self.training and self.spec.dropout)", ""),
+    ],
+    "layers/bigbird.py": [
+        ("bigbird: the first block counts more", "math.log(1 + self.repeats)", "math.log(1 + 0 * self.repeats)"),
+        ("bigbird: for marked tokens it does not", "else ~queries.marked", "else queries.marked | True"),
+        ("bigbird: the whole first block", "(keys.position < self.size)", "(keys.position < 1)"),
+        ("bigbird: the block beside", "back=2, ahead=1) | Global()", "back=2, ahead=0) | Global()"),
+    ],
+    "families/bigbird.py": [
+        ("bigbird: short texts are dense", "short=(5 + 2 * repeats) * size", "short=0"),
+        ("bigbird: rescaled embeddings", 'scale = "root" if', 'scale = "none" if'),
     ],
     "marks.py": [
         ("marks: the first of each document", "earlier(tokens.real, tokens.document) == 0", "tokens.position == 0"),

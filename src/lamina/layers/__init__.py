@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lamina.layers.attention import Attention, AttentionSpec
-from lamina.layers.bigbird import BigBird, BigBirdSpec
 from lamina.layers.bias import AlibiSpec, BucketBiasSpec
+from lamina.layers.bigbird import BigBird, BigBirdSpec
 from lamina.layers.block import BranchSpec, Layer, LayerSpec, StepSpec, SumSpec
 from lamina.layers.call import Call, Record
 from lamina.layers.cross import CrossAttention, CrossAttentionSpec

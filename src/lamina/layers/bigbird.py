@@ -53,8 +53,14 @@ class BigBirdSpec(Spec):
     @property
     def dense(self) -> AttentionSpec:
         """The attention that has the same weights."""
-        shape = {"heads": self.heads, "key_heads": self.heads, "head_dim": self.head_dim}
-        return AttentionSpec(**shape, pattern=self.pattern, bias=self.bias, dropout=self.dropout)
+        return AttentionSpec(
+            heads=self.heads,
+            key_heads=self.heads,
+            head_dim=self.head_dim,
+            pattern=self.pattern,
+            bias=self.bias,
+            dropout=self.dropout,
+        )
 
     def build(self, width: int) -> BigBird:
         return BigBird(self, width)
