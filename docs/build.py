@@ -202,8 +202,8 @@ def sparse_figures() -> str:
         )
     table = "\n".join(["| | transformers or torch | lamina |", "|---|---|---|", *rows])
     most = max(found["kernels"]["times_linear"].values())
-    return f"""{found["threads"]} threads, float32, medians of {found["rounds"]} rounds in turns, peaks beyond the loaded
-model ([benchmarks/sparse.py](benchmarks/sparse.py), [results](benchmarks/results/sparse.json)):
+    return f"""{found["threads"]} threads, float32, medians of {found["rounds"]} rounds in turns, peaks beyond the
+loaded model ([benchmarks/sparse.py](benchmarks/sparse.py), [results](benchmarks/results/sparse.json)):
 
 {table}
 

@@ -168,7 +168,7 @@ class Row:
 
     @property
     def shows(self) -> bool:
-        """Whether transformers shows the weights of attention, query by key: Longformer's are a band, BigBird's lack keys."""
+        """Whether transformers shows what attention sees: Longformer's weights are a band, BigBird's lack keys."""
         return self.kernel == "eager" and not self.model.startswith(("Longformer", "BigBird"))
 
 
