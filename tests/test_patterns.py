@@ -267,3 +267,10 @@ def test_what_looks_ahead_has_no_cache(pattern: Pattern, ahead: bool) -> None:
             layer.retained()
     else:
         assert layer.retained() == pattern.retained()
+
+
+def test_random_blocks_are_drawn_once_and_differ_by_their_seed():
+    drawn = [RandomBlocks(size=2, count=2, seed=seed).rows(12) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0][:2] == ((), (0,)) and RandomBlocks(size=2, count=2).rows(20)[:12] == drawn[0]
+    assert len(RandomBlocks(size=2, count=2, blocks=6).rows(2)) == 6
