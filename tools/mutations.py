@@ -278,7 +278,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("blocks: softmax", "p = torch.softmax(z, dim=-1", "p = torch.softmax(0.5 * z, dim=-1"),
         ("blocks: a query that sees nothing", "masked_fill_(empty[:, None], 0.0)", "nan_to_num_(1.0)"),
         ("blocks: hidden values", "found if blind is None else found.masked_fill(blind[:, None], 0.0)", "found"),
-        ("blocks: hidden gradients", "new = new if blind is None else new.masked_fill_(blind[:, None], 0.0)", "pass"),
         ("blocks: dropout", "p = p if kept is None else p * kept\n", "pass\n"),
         ("blocks: dropout's gradient", "dp if kept is None else dp.mul_(kept)", "dp"),
         ("blocks: dropout of the values' gradient", "(p if kept is None else p * kept).transpose", "p.transpose"),

@@ -307,10 +307,8 @@ def _row_backward(
 
 
 def _add(total: Tensor, piece: _Piece, new: Tensor) -> None:
-    """Add (g, K, D) of a piece to (g, S, D); keys that nobody saw were zeros going forward, and have no gradient."""
+    """Add (g, K, D) of a piece to (g, S, D). What nobody sees has a probability of zero, and so a gradient of zero."""
     at = 0
-    blind = piece.step.blind
-    new = new if blind is None else new.masked_fill_(blind[:, None], 0.0)
     for start, stop, _ in piece.step.runs:
         total[:, start:stop] += new[:, at : at + stop - start]
         at += stop - start
