@@ -8,7 +8,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
-for name in ("startup", "decode", "sparse"):
+for name in ("startup", "decode", "encoder_decoder", "sparse"):
     print(f"== {name}", flush=True)
     subprocess.run(
         [sys.executable, str(HERE / f"{name}.py"), "--json", str(HERE / "results" / f"{name}.json")], check=True

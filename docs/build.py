@@ -1,5 +1,5 @@
 """Writes the parts of the documentation that come from the code and from measurements: docs/command-line.md,
-docs/layers.md, and tables and figures of README.md.
+docs/layers.md, the lines of docs/adding-a-family.md, and tables and figures of README.md.
 
     python docs/build.py            write them
     python docs/build.py --check    say which are not as the code is, and write nothing
@@ -10,9 +10,11 @@ They are generated so that they cannot say what the program does not do; tests/t
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import statistics
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,35 @@ def families_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+SHARED = ("family", "gguf", "gguf_config", "ctranslate2", "rope", "undisclosed")
+"""Files of families/ that are no family."""
+
+
+def family_lines() -> str:
+    """What each file of a family is made of, in lines of code."""
+    rows = [("file", "lines", "read a configuration", "write one", "names of weights, sizes, variants")]
+    for path in sorted((ROOT / "src/lamina/families").glob("[!_]*.py")):
+        if path.stem in SHARED:
+            continue
+        tree = ast.parse(text := path.read_text(encoding="utf-8"))
+        said = [node for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+        imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        left_out = _lines_of(said) | _lines_of(imports)
+        lines = (line.strip() for line in text.splitlines())
+        code = {at for at, line in enumerate(lines, 1) if line and not line.startswith("#")} - left_out
+        parts = [
+            len(code & _lines_of(node for node in tree.body if getattr(node, "name", "") == name))
+            for name in ("spec", "config")
+        ]
+        counts = (len(code), *parts, len(code) - sum(parts))
+        rows.append((f"[{path.name}](../src/lamina/families/{path.name})", *map(str, counts)))
+    return _table(rows[0], rows[1:]) + "\n"
+
+
+def _lines_of(nodes: Iterable[ast.stmt]) -> set[int]:
+    return {at for node in nodes for at in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+
+
 def results(name: str) -> dict[str, Any]:
     """What a benchmark measured last."""
     return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
@@ -158,29 +189,56 @@ def decoding_figures() -> str:
     table = "\n".join(
         ["| | transformers | llama.cpp | lamina | lamina, compiled step |", "|---|---|---|---|---|", *rows]
     )
-    return f"""SmolLM2-135M, one text, {found["threads"]} threads of a two-core AVX-512 machine, every variant in
-the same run ([benchmarks/decode.py](benchmarks/decode.py), [results](benchmarks/results/decode.json)); tokens per
-second, medians of {found["rounds"]} rounds:
+    before = f"""SmolLM2-135M, one text, {found["threads"]} threads of a two-core AVX-512 machine, every variant in the
+    same run ([benchmarks/decode.py](benchmarks/decode.py), [results](benchmarks/results/decode.json)); tokens per
+    second, medians of {found["rounds"]} rounds:"""
+    ratios = found["ratios"]
 
-{table}
+    def of(pair: str, *dtypes: str) -> str:
+        return " and ".join(f"{ratios[f'{dtype}: {pair}']:.2f}" for dtype in dtypes)
 
-8-bit weights take the perplexity of 20 kB of documentation from {perplexity["float32"]:.2f} to
-{perplexity["int8"]:.2f}.
-"""
+    decode, prefill = ("decode float32", "decode bfloat16"), ("prefill float32", "prefill bfloat16")
+    after = f"""Medians of the rounds' own ratios, float32 and bfloat16: the compiled step decodes at
+    {of("compiled / llama.cpp", *decode)} times the speed of llama.cpp ({of("compiled / llama.cpp Q8_0", "decode int8")}
+    with 8-bit weights) and {of("compiled / transformers", *decode)} times that of transformers; without compiling it is
+    {of("eager / transformers", *decode)} times; reading is {of("lamina / transformers", *prefill)} times. 8-bit weights
+    take the perplexity of 20 kB of documentation from {perplexity["float32"]:.2f} to {perplexity["int8"]:.2f}."""
+    return f"{filled(before)}\n\n{table}\n\n{filled(after)}\n"
+
+
+def pair_figures() -> str:
+    """Tokens per second of benchmarks/encoder_decoder.py, medians."""
+    found = results("encoder_decoder")
+    rows = [("texts, beams", "T5-small: transformers", "lamina", "ratio", "BART-base: transformers", "lamina", "ratio")]
+    for shape in found["t5/small"]:
+        cells = [found[model][shape]["decoding"][name] for model in ("t5/small", "bart/base") for name in COLUMNS]
+        rows.append((shape, *(f"{cell:.2f}" if at % 3 == 2 else f"{cell:.0f}" for at, cell in enumerate(cells))))
+    before = f"""What encoder-decoders write, tokens per second in {found["dtype"]}, {found["rounds"]} rounds, the same
+    ids from both ([benchmarks/encoder_decoder.py](benchmarks/encoder_decoder.py),
+    [results](benchmarks/results/encoder_decoder.json)):"""
+    return f"{filled(before)}\n\n{_table(rows[0], rows[1:])}\n"
+
+
+COLUMNS = ("transformers", "lamina", "ratio")
+
+
+def filled(text: str) -> str:
+    """A paragraph in lines of the width that the rest of the page has; a name or a link is never broken."""
+    return textwrap.fill(" ".join(text.split()), 119, break_long_words=False, break_on_hyphens=False)
 
 
 def startup_figures() -> str:
     """Seconds of benchmarks/startup.py, medians."""
     found = results("startup")
     seconds = {name: f"{value:.2f} s" for name, value in found.items() if name.endswith("_s")}
-    return f"""`lamina --help` takes {seconds["help_s"]} and `import lamina` {seconds["import_lamina_s"]};
-`lamina account llama3.1/405b` takes {seconds["account_405b_beyond_torch_s"]} beyond `import torch`. Loading 540 MB of
-float32 takes {seconds["lamina_load_s"]} (transformers {seconds["transformers_load_s"]}), and every weight has then been
-read once, to warn of values that are not finite; until the first token it is
-{seconds["lamina_load_and_first_token_s"]} (transformers {seconds["transformers_load_and_first_token_s"]}). The peak is
-{found["peak_over_weights"]:.2f} times the size of the weights ([benchmarks/startup.py](benchmarks/startup.py),
-[results](benchmarks/results/startup.json)).
-"""
+    said = f"""`lamina --help` takes {seconds["help_s"]} and `import lamina` {seconds["import_lamina_s"]};
+    `lamina account llama3.1/405b` takes {seconds["account_405b_beyond_torch_s"]} beyond `import torch`.
+    Loading 540 MB of float32 takes {seconds["lamina_load_s"]} (transformers {seconds["transformers_load_s"]}), and
+    every weight has then been read once, to warn of values that are not finite; until the first token it is
+    {seconds["lamina_load_and_first_token_s"]} (transformers {seconds["transformers_load_and_first_token_s"]}).
+    The peak is {found["peak_over_weights"]:.2f} times the size of the weights
+    ([benchmarks/startup.py](benchmarks/startup.py), [results](benchmarks/results/startup.json))."""
+    return filled(said) + "\n"
 
 
 def sparse_figures() -> str:
@@ -216,7 +274,7 @@ def placed(text: str, name: str, content: str) -> str:
     """`text` with what stands between the two marks of `name` replaced."""
     begin, end = f"<!-- generated: {name} -->\n", f"<!-- end: {name} -->\n"
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise SystemExit(f"README.md must have the lines {begin.strip()} and {end.strip()} once each")
+        raise SystemExit(f"the page must have the lines {begin.strip()} and {end.strip()} once each")
     before, _, rest = text.partition(begin)
     return f"{before}{begin}{content}{end}{rest.partition(end)[2]}"
 
@@ -229,12 +287,19 @@ def pages() -> dict[Path, str]:
         "layers": layers_table,
         "families": families_table,
         "decoding": decoding_figures,
+        "pairs": pair_figures,
         "startup": startup_figures,
         "sparse": sparse_figures,
     }
     for name, part in parts.items():
         text = placed(text, name, part())
-    return {ROOT / "docs/command-line.md": command_line(), ROOT / "docs/layers.md": layers_page(), readme: text}
+    adding = ROOT / "docs/adding-a-family.md"
+    return {
+        ROOT / "docs/command-line.md": command_line(),
+        ROOT / "docs/layers.md": layers_page(),
+        adding: placed(adding.read_text(encoding="utf-8"), "lines", family_lines()),
+        readme: text,
+    }
 
 
 def main() -> int:

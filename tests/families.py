@@ -131,6 +131,23 @@ BART = {
     "decoder_start_token_id": 3,
 }
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+WHISPER = {
+    "vocab_size": VOCABULARY,
+    "num_mel_bins": 7,
+    "d_model": 36,
+    "encoder_layers": 3,
+    "encoder_attention_heads": 3,
+    "encoder_ffn_dim": 50,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 6,
+    "decoder_ffn_dim": 30,
+    "max_source_positions": 11,  # transformers reads twice as many frames, and no other number
+    "max_target_positions": 40,
+    "decoder_start_token_id": 1,
+    "bos_token_id": 1,
+    "eos_token_id": 96,
+    "pad_token_id": 0,
+}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
@@ -374,6 +391,12 @@ ROWS = [
     *_rows("BartForQuestionAnswering", "BartConfig", {"bart-span-bare": BART}),
     *_rows("BartForCausalLM", "BartConfig", {"bart-decoder": BART | {"encoder_layers": 2}}),
     *_rows("MT5ForConditionalGeneration", "MT5Config", {"mt5": T5 | GATED}),
+    *_rows("WhisperForConditionalGeneration", "WhisperConfig", {
+        "whisper": WHISPER,
+        "whisper-dropout": WHISPER | {"dropout": 0.1, "attention_dropout": 0.2, "activation_dropout": 0.3,
+                                      "activation_function": "relu", "decoder_layers": 3, "num_mel_bins": 5},
+    }),
+    *_rows("WhisperModel", "WhisperConfig", {"whisper-bare": WHISPER}),
 ]  # fmt: skip
 
 
@@ -381,6 +404,8 @@ ENCODERS = ("albert", "bert", "bigbird", "longformer", "roberta", "t5-encoder")
 """How the names of rows that only read begin."""
 PAIRS = ("t5", "mt5", "bart")
 """How the names of rows begin that read one text and write another; those that only read aside."""
+HEARING = ("whisper",)
+"""How the names of rows begin whose encoder reads a spectrogram: each row one text, padded on the right only."""
 COUNTING = ("T5", "MT5", "Bart")
 """How the names of those classes of transformers begin that count positions themselves and take none."""
 
@@ -416,8 +441,16 @@ class Case:
 
     @cached_property
     def sources(self) -> torch.Tensor:
-        """(4, 11): what row i of a batch reads, where there is an encoder for it."""
+        """(4, 11): what row i of a batch reads, where there is an encoder for it; (4, bins, 22) where it has a stem."""
+        stem = self.ours.spec.stem
+        if stem is not None:
+            return torch.randn(4, stem.bins, 22, generator=torch.Generator().manual_seed(21))
         return tokens(4, 11, seed=21)
+
+    @property
+    def reads(self) -> str:
+        """The argument that `sources` are."""
+        return "input_ids" if self.ours.spec.stem is None else "input_features"
 
     def run(
         self,
@@ -438,7 +471,7 @@ class Case:
         if not self.two_stacks:
             return model(ids, **told, **more)
         told = {f"decoder_{name}": value for name, value in told.items()}
-        reads = {"input_ids": self.sources[rows or list(range(len(ids)))], **(source or {})}
+        reads = {self.reads: self.sources[rows or list(range(len(ids)))], **(source or {})}
         return model(**reads, decoder_input_ids=ids, **told, **more)
 
     def theirs_on(self, ids: torch.Tensor, model: Any = None, **more: Any) -> Any:
@@ -450,7 +483,7 @@ class Case:
             more.setdefault("global_attention_mask", torch.zeros_like(ids))
         if not self.two_stacks:
             return model(ids, **more)
-        return model(input_ids=self.sources[: len(ids)], decoder_input_ids=ids, **more)
+        return model(**{self.reads: self.sources[: len(ids)]}, decoder_input_ids=ids, **more)
 
     @property
     def offset(self) -> int:

@@ -136,6 +136,7 @@ def test_users_are_those_whose_specs_have_it():
         if (head := lamina.spec(name).head) is not None and head.tied
     }  # fmt: skip
     assert asked("embedding", "tied") == tied
+    assert asked("embedding", "convolution stem") == {"whisper"}
 
 
 def test_users_that_are_known_from_the_papers():
@@ -181,7 +182,8 @@ def test_costs_are_those_of_the_model():
     assert attention["flops_per_token"] == 12 * (8 * 768 * 768 + 4 * 1024 * 768)
     assert attention["parameters_of_model"] == gpt.parameters
     assert attention["cache_bytes"] == gpt.cache_bytes == 2 * 12 * 768 * 1024 * 2
-    tied, untied = found["embedding"]
+    tied, untied, stem = found["embedding"]
+    assert stem["parameters"] == 384 * (3 * 80 + 1) + 384 * (3 * 384 + 1)
     assert tied["parameters"] == 50257 * 768 and untied["parameters"] == 2 * 128256 * 4096
     assert found["feed-forward"][0]["parameters"] == 12 * (2 * 768 * 3072 + 3072 + 768)
     assert found["gated"][0]["parameters"] == 32 * 3 * 4096 * 11008

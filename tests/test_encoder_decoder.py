@@ -210,6 +210,26 @@ def test_a_cache_holds_one_source_which_may_be_given_again(model: Model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("cached", [True, False])
+def test_steps_of_beams_do_not_read_what_padding_holds(model: Model, cached: bool):
+    """What the encoder gives for padding may be NaN; steps of one token read the cached keys without a copy."""
+    source, text = small.ids(2, 6), small.ids(4, 3)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+    memory = model.encode(source, mask)
+    expected = model(None, mask, encoder_output=memory, decoder_input_ids=text).logits
+    memory = memory.masked_fill(mask[:, :, None] == 0, torch.nan)
+    given = {"attention_mask": mask, "encoder_output": memory}
+    if not cached:
+        found = model(**given, decoder_input_ids=text[:, :1]).logits
+    else:
+        cache = model.new_cache(batch=4)
+        found = torch.cat(
+            [model(**given, decoder_input_ids=one, cache=cache).logits for one in text.split(1, 1)], dim=1
+        )
+    torch.testing.assert_close(found, expected[:, : found.shape[1]], **CLOSE)
+
+
+@torch.no_grad()
 def test_a_forward_that_fails_leaves_no_source_behind(model: Model):
     source, other, text = small.ids(2, 6), small.ids(2, 6, seed=3), small.ids(2, 3)
     cache = model.new_cache(batch=2)

@@ -17,7 +17,7 @@ import lamina
 from lamina.errors import CheckpointError
 from lamina.families import Fields, family
 from lamina.layers import AttentionSpec, CrossAttentionSpec, FeedForwardSpec
-from tests.families import Case, close, row, same_files, tokens
+from tests.families import BART, Case, Row, close, row, same_files, tokens
 from tests.test_families_t5 import Change, Made, altered, comes_back, same_numbers
 
 BIAS = "final_logits_bias"
@@ -136,6 +136,78 @@ def test_what_an_index_says_beside_the_places_comes_back(made: Made, tmp_path: P
     assert again["total_size"] < said["metadata"]["total_size"] and "total_parameters" in again
 
 
+CLASSIFIER = Row("bart-sequence", "BartForSequenceClassification", "BartConfig",
+                 BART | {"num_labels": 3, "classifier_dropout": 0.25})  # fmt: skip
+END = 96
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(CLASSIFIER, tmp_path_factory.mktemp("bart-sequence"))
+
+
+def ended(length: int, seed: int) -> torch.Tensor:
+    """(1, length) ids of two sentences, an end after each: labels are of the last one."""
+    ids = tokens(1, length, seed=seed).clamp(4, END - 1)
+    ids[0, [length // 2, length - 1]] = END
+    return ids
+
+
+def test_a_classifier_reads_its_source_again_one_place_on(classifier: Case):
+    """Ids alone are enough, as in transformers; padding on either side and packing change nothing here."""
+    texts = [ended(11, 1), ended(7, 2)]
+    with torch.no_grad():
+        alone = torch.cat([classifier.theirs(text).logits for text in texts])
+        for text, expected in zip(texts, alone):
+            assert close(classifier.ours(text).logits[0], expected)
+        filled, packed = torch.full((1, 4), 1), torch.cat(texts, dim=1)
+        for order in (1, -1):
+            short = torch.cat([texts[1], filled][::order], dim=1)
+            mask = torch.cat([torch.ones_like(texts[1]), 0 * filled][::order], dim=1)
+            ids, mask = torch.cat([texts[0], short]), torch.cat([torch.ones_like(texts[0]), mask])
+            assert close(classifier.ours(ids, mask).logits, alone)
+            if order == 1:
+                assert close(classifier.theirs(ids, mask).logits, alone)
+        documents = torch.tensor([[0] * 11 + [1] * 7])
+        hidden = classifier.ours(packed, document_ids=documents).hidden
+        each = torch.cat([classifier.ours(text).hidden for text in texts], dim=1)
+        assert close(hidden, each)
+        assert not close(classifier.ours(packed).hidden, each)
+        given = classifier.ours(texts[0], decoder_input_ids=texts[0]).logits
+        assert not close(given, alone[:1])  # who gives the decoder ids of his own is taken at his word
+
+
+def test_a_classifier_has_the_gradients_of_transformers(classifier: Case):
+    ours, theirs, text = copy.deepcopy(classifier.ours), copy.deepcopy(classifier.theirs), ended(9, 3)
+    for model in (ours, theirs):
+        torch.nn.functional.cross_entropy(model(text).logits, torch.tensor([2])).backward()
+    pairs = (
+        (ours.pooler.dense.weight, theirs.classification_head.dense.weight),
+        (ours.labels.dense.weight, theirs.classification_head.out_proj.weight),
+        (ours.embedding.weight, theirs.model.shared.weight),
+        (ours.encoder.layers[0].attention.op.q.weight, theirs.model.encoder.layers[0].self_attn.q_proj.weight),
+        (ours.decoder.layers[1].cross.op.v.weight, theirs.model.decoder.layers[1].encoder_attn.v_proj.weight),
+    )
+    for mine, other in pairs:
+        assert close(mine.grad, other.grad, 1e-4)
+
+
+def test_a_classifier_comes_back_and_a_new_one_opens_in_transformers(classifier: Case, tmp_path: Path):
+    assert comes_back(classifier.ours, classifier.folder)
+    fresh = classifier.ours.spec.build(seed=3)
+    lamina.save(fresh, tmp_path / "fresh")
+    assert lamina.spec(tmp_path / "fresh") == classifier.ours.spec
+    again, said = transformers.BartForSequenceClassification.from_pretrained(
+        tmp_path / "fresh", output_loading_info=True
+    )
+    assert not said["missing_keys"] and not said["unexpected_keys"] and again.config.num_labels == 3
+    with torch.no_grad():
+        assert close(fresh.eval()(ended(8, 5)).logits, again.eval()(ended(8, 5)).logits)
+    torch.manual_seed(0)
+    fresh.train()
+    assert not torch.equal(fresh(ended(8, 5)).logits, fresh(ended(8, 5)).logits)  # dropout before both matrices
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -145,7 +217,7 @@ def test_what_an_index_says_beside_the_places_comes_back(made: Made, tmp_path: P
         ({"static_position_embeddings": True}, "static_position_embeddings is True"),
         ({"extra_pos_embeddings": 1}, "extra_pos_embeddings is 1"),
         ({"d_model": 30, "decoder_attention_heads": 7}, "d_model=30 is not a multiple of .*_attention_heads=16"),
-        ({"architectures": ["BartForSequenceClassification"]}, "known here: Bart with ForConditionalGeneration"),
+        ({"architectures": ["BartForTokenClassification"]}, "known here: Bart with ForConditionalGeneration"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(fields: dict[str, Any], message: str):

@@ -319,9 +319,20 @@ def _measure(tally: _Tally, model: Model, batch: int, context: int) -> None:
 def _run(
     model: Model, ids: Tensor, cache: Cache | None = None, source: Tensor | None = None, memory: Tensor | None = None
 ) -> Output:
-    if model.encoder is None or model.decoder is None:
-        return model(ids, cache=cache)
-    return model(ids if source is None else source, decoder_input_ids=ids, encoder_output=memory, cache=cache)
+    if memory is not None:
+        return model(decoder_input_ids=ids, encoder_output=memory, cache=cache)
+    two, reads = model.spec.two_stacks, ids if source is None else source
+    told = {model.reads: _features(model, ids)} if model.stem is not None else {"input_ids": reads if two else ids}
+    return model(**told, **({"decoder_input_ids": ids} if two else {}), cache=cache)
+
+
+def _features(model: Model, ids: Tensor) -> Tensor:
+    """(B, bins, frames): as many as the encoder has positions for, whatever the decoder writes: 30 seconds in Whisper.
+    Without learned positions as many as make the tokens of `ids`."""
+    assert model.stem is not None and model.encoder is not None
+    size = getattr(model.encoder.spec.position, "size", ids.shape[1])
+    shape = (ids.shape[0], model.stem.spec.bins, size * math.prod(model.stem.spec.strides))
+    return torch.empty(shape, device="meta", dtype=model.embedding.weight.dtype)
 
 
 def _scalar(out: Output) -> Tensor:

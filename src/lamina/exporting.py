@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.families import FAMILIES, Family, Fields, family
-from lamina.locate import Located
 from lamina.model import Model, ModelSpec
 from lamina.opening import NATIVE, Origin, gguf_tokenizer
 from lamina.specs import diff, unknown
@@ -44,7 +43,7 @@ def save(
     origin: Origin | None = model.origin
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    files = {} if origin is None else _companions(origin.located)
+    files = {} if origin is None else _companions(origin)
     shards = None
     if format == "native":
         moves = rules.bind([Rule(name, name) for name in shapes], shapes)
@@ -160,7 +159,8 @@ COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "1_Pooling/config.json")
 """Files beside the weights that are copied as they are: tokenizers, templates, generation settings, pooling."""
 
 
-def _companions(located: Located) -> dict[str, bytes]:
+def _companions(origin: Origin) -> dict[str, bytes]:
+    located = origin.located
     directory = located.path if located.path.is_dir() else located.path.parent
     if located.kind == "gguf":
         with tempfile.TemporaryDirectory() as folder:
@@ -172,6 +172,9 @@ def _companions(located: Located) -> dict[str, bytes]:
             name = path.relative_to(directory).as_posix()
             if path.is_file() and not name.endswith(".index.json") and name not in (NATIVE, "config.json"):
                 found[name] = path.read_bytes()
+    if located.kind == "ctranslate2":  # its own lists of tokens, which tokenizer.json says too
+        found = {name: data for name, data in found.items() if not name.startswith("vocabulary.")}
+        found["generation_config.json"] = (json.dumps(origin.generation, indent=2) + "\n").encode()
     return found
 
 

@@ -58,7 +58,10 @@ def fill(
         homes[path]._parameters[leaf] = nn.Parameter(tensor)
 
     present = [move for move in moves if not any(name in missing for name in move.theirs)]
-    rules.load(present, shapes, opened.checkpoint.read, put)
+    try:
+        rules.load(present, shapes, opened.checkpoint.read, put)
+    except CheckpointError as error:
+        raise CheckpointError(str(error) if where.name in str(error) else f"{where}: {error}") from None
     if bad:
         message = f"{where}: weights that are not finite: {_some(bad)}"
         if strict:

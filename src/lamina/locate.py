@@ -9,8 +9,10 @@ from pathlib import Path
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.packaged import PACKAGED, packaged_path
 from lamina.specs import nearest
+from lamina.weights.ctranslate2 import MODEL_BIN, is_ctranslate2
+from lamina.weights.files import INDEX, SINGLE
 
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "1_Pooling/*", MODEL_BIN]
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Located:
     """What a SOURCE turned out to be."""
 
     name: str  # as the user wrote it
-    kind: str  # "directory", "safetensors", "gguf" or "published"
+    kind: str  # "directory", "safetensors", "gguf", "ctranslate2" or "published"
     path: Path  # empty for "published"
 
 
@@ -28,22 +30,23 @@ def locate(source: str | os.PathLike[str]) -> Located:
     if not name or "\0" in name:
         raise LaminaError(f"{name!r} is no source; give a directory, a file, hf:owner/name, or family/size")
     if name.startswith("hf:"):
-        return Located(name, "directory", _hub(name[3:]))
+        return _in_directory(name, _hub(name[3:]))
     path = Path(name).expanduser()
     if path.is_dir():
-        return Located(name, "directory", path)
+        return _in_directory(name, path)
     if path.is_file():
-        kind = path.suffix.lstrip(".")
-        if kind not in ("gguf", "safetensors"):
+        kind = "ctranslate2" if is_ctranslate2(path) else path.suffix.lstrip(".")
+        if kind not in ("gguf", "safetensors", "ctranslate2"):
             raise LaminaError(
-                f"{name} is a file of another kind; a directory, a .safetensors or a .gguf file is needed"
+                f"{name} is a file of another kind; a directory, a .safetensors or a .gguf file, or a model.bin of"
+                " CTranslate2 is needed"
             )
         return Located(name, kind, path)
     if name in PACKAGED:
         found = packaged_path(name)
         if found is None:
             raise LaminaError(f"{name!r} is a packaged model that is not here yet; get it with: lamina fetch {name}")
-        return Located(name, "gguf" if found.suffix == ".gguf" else "directory", found)
+        return Located(name, "gguf", found) if found.suffix == ".gguf" else _in_directory(name, found)
     from lamina.families import sizes
     from lamina.families.undisclosed import GPT4, undisclosed
 
@@ -55,10 +58,17 @@ def locate(source: str | os.PathLike[str]) -> Located:
     hint = f"; did you mean {near!r}?" if near else ""
     families = {size.split("/")[0] for size in sizes()}
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and name.split("/")[0] not in families:
-        return Located(name, "directory", _hub(name))
+        return _in_directory(name, _hub(name))
     if path.suffix in (".gguf", ".safetensors"):
         hint = ""
     raise LaminaError(f"no source {name!r}: it is no local path, packaged model or published size{hint}")
+
+
+def _in_directory(name: str, path: Path) -> Located:
+    """A directory, or the model.bin of CTranslate2 that it holds in place of the layouts that go before it."""
+    if not any((path / one).exists() for one in ("spec.json", SINGLE, INDEX)) and is_ctranslate2(path / MODEL_BIN):
+        return Located(name, "ctranslate2", path / MODEL_BIN)
+    return Located(name, "directory", path)
 
 
 def _hub(name: str) -> Path:

@@ -12,6 +12,7 @@ from lamina.cache import KINDS, Cache
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import (
     Call,
+    ConvolutionStemSpec,
     CrossAttentionSpec,
     EmbeddingSpec,
     LabelHeadSpec,
@@ -48,11 +49,10 @@ class ModelSpec(Spec):
     head: LanguageHeadSpec | None = None
     pooler: PoolerSpec | None = None
     labels: LabelHeadSpec | None = None
+    stem: ConvolutionStemSpec | None = None  # what the encoder reads with, in place of ids: Whisper
     context: int | None = None  # tokens that the model was trained to read
     special: SpecialTokens = field(default_factory=SpecialTokens)
-    marks: FirstToken | BeforeToken | EndBlocks | None = (
-        None  # of what is read, where the caller gives none: Longformer
-    )
+    marks: FirstToken | BeforeToken | EndBlocks | None = None  # where the caller gives none: Longformer
 
     @property
     def two_stacks(self) -> bool:
@@ -65,6 +65,8 @@ class ModelSpec(Spec):
         reads = self.decoder is not None and any(
             isinstance(part, CrossAttentionSpec) for _, part in self.decoder.walk()
         )
+        if self.stem is not None and self.encoder is None:
+            raise LaminaError("stem is for an encoder, and this model has none")
         if self.two_stacks and not reads:
             raise LaminaError("the decoder has no CrossAttentionSpec, so it would never read what the encoder gives")
 
@@ -100,11 +102,17 @@ class Given:
     """What a forward is told of the text of one stack; `side` is "decoder_" where the names of arguments begin so."""
 
     side: str
-    ids: Tensor | None
-    mask: Tensor | None
-    positions: Tensor | None
-    documents: Tensor | None
+    ids: Tensor | None = None
+    mask: Tensor | None = None
+    positions: Tensor | None = None
+    documents: Tensor | None = None
     marked: Tensor | None = None
+    features: Tensor | None = None
+
+    @property
+    def content(self) -> Tensor | None:
+        """What is read: ids (B, T), or features (B, bins, frames)."""
+        return self.ids if self.features is None else self.features
 
     def refuse(self) -> None:
         """Raise UnsupportedError naming an argument that was given."""
@@ -125,17 +133,6 @@ class Given:
         return read(self.checked_ids(), self.mask, self.positions, self.documents, self.marked, cache, self.side)
 
 
-def _refuse_another(cache: Cache, ids: Tensor | None, memory: Tensor | None) -> None:
-    """A cache holds one source. It may be given again with each step, and another one is refused."""
-    held = cache.memory
-    assert held is not None
-    one, other, what = (held, memory, "encoder_output") if ids is None else (cache.source, ids, "input_ids")
-    if other is None or one is other:
-        return
-    if other.shape[:2] != held.shape[:2] or (one is not None and not torch.equal(one, other)):
-        raise LaminaError(f"{what} is not the source that this cache holds; a new source needs a new cache")
-
-
 class Model(nn.Module):
     """A model built from its spec. Parameter names are paths in the spec: decoder.layers.0.attention.op.q.weight."""
 
@@ -145,8 +142,12 @@ class Model(nn.Module):
         self.origin: Any = None  # where it was loaded from, as `lamina.source` keeps it
         self.engine: Any = None  # a compiled decoding step, as `lamina.generation.compiled` makes it
         first = spec.encoder or spec.decoder
-        inner = None if first is None else first.input_width
-        self.embedding = spec.embedding.build(spec.width if inner is None else inner)
+        assert first is not None
+        inner = spec.width if first.input_width is None else first.input_width
+        self.stem = None if spec.stem is None else spec.stem.build(inner)
+        self.embedding = spec.embedding.build(inner if spec.stem is None else spec.width)
+        self.reads = "input_ids" if spec.stem is None else "input_features"
+        """The argument that the first stack reads."""
         self.encoder = None if spec.encoder is None else spec.encoder.build(spec.width)
         self.decoder = None if spec.decoder is None else spec.decoder.build(spec.width)
         self.head = None if spec.head is None else spec.head.build(spec.width, spec.embedding.vocabulary)
@@ -199,6 +200,7 @@ class Model(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        input_features: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         decoder_position_ids: Tensor | None = None,
@@ -221,13 +223,18 @@ class Model(nn.Module):
 
         An encoder-decoder reads `input_ids`, with all that is said of them, in its encoder, or takes `encoder_output`
         (B, S, width) instead, and `decoder_input_ids` (B, T) in its decoder; there a document reads the source of the
-        same number. A cache that has seen the source keeps it, and needs only the decoder's side from then on.
+        same number. A cache that has seen the source keeps it, and needs only the decoder's side from then on. With a
+        label head the decoder reads the source too, one place on after the start id, unless it is told otherwise.
+
+        A model with a stem reads `input_features` (B, bins, frames) in place of `input_ids`: each row is one text, and
+        attention_mask is (B, frames) with padding on the right only. Beside `encoder_output` it is (B, S).
         """
         if wrong:
             known = [name for name in Model.forward.__annotations__ if name not in ("wrong", "return")]
             raise LaminaError(unknown("argument of a model", next(iter(wrong)), known))
         record = Record() if record is None else record
-        source = Given("", input_ids, attention_mask, position_ids, document_ids, marked)
+        source = Given("", input_ids, attention_mask, position_ids, document_ids, marked, input_features)
+        self.check_reads(input_ids, input_features)
         target = Given(
             "decoder_", decoder_input_ids, decoder_attention_mask, decoder_position_ids, decoder_document_ids
         )
@@ -236,61 +243,64 @@ class Model(nn.Module):
             target.refuse()
             if encoder_output is not None and not self.reads_memory:
                 raise UnsupportedError(f"encoder_output {ONE_STACK}")
+        if pair and self.labels is not None and target == Given("decoder_") and source.ids is not None:
+            target = self._shifted(source)
         given = target if pair else source
-        if given.ids is None:
+        if given.content is None:
             raise LaminaError(
                 "an encoder-decoder needs decoder_input_ids; `encode` gives the encoder's output alone"
                 if pair
-                else "input_ids is missing"
+                else f"{self.reads} is missing"
             )
-        ids = given.checked_ids()
         if cache is not None:
-            self._check_cache(cache, ids)
+            self._check_cache(cache, given)
         memory, memory_tokens = None, None
         if self.reads_memory:
-            reading = source if pair else Given("", None, None, None, None)
+            reading = source if pair else Given("")
             memory, memory_tokens = self._memory(reading, token_type_ids, encoder_output, cache, record, backend)
-        if memory is not None and (memory.shape[0] < 1 or ids.shape[0] % memory.shape[0]):
+        x, tokens = self._embedded(given, cache)
+        if memory is not None and (memory.shape[0] < 1 or x.shape[0] % memory.shape[0]):
             raise LaminaError(
-                f"{given.side}input_ids has {ids.shape[0]} rows and the source {memory.shape[0]}; as many are needed,"
+                f"{given.side}input_ids has {x.shape[0]} rows and the source {memory.shape[0]}; as many are needed,"
                 " or a multiple of it (beams)"
             )
-        tokens = given.read(cache) if pair else self._marked(given, given.read(cache))
         call = Call(
             tokens=tokens, cache=cache, memory=memory, memory_tokens=memory_tokens, backend=backend, record=record
         )
         stack = self.encoder if self.decoder is None else self.decoder
         assert stack is not None
-        hidden = stack(self.embedding(ids), call, None if pair else token_type_ids)
+        hidden = stack(x, call, None if pair else token_type_ids)
         record.check()
         if cache is not None:
             cache.advance(tokens)
             if cache.memory is None and memory is not None:  # now that its keys lie in the cache, and not before
-                cache.memory, cache.source = memory, source.ids
+                cache.memory, cache.source = memory, source.content
         out = self._heads(hidden, tokens, record, keep_logits)
         out.encoder_output = memory
         return out
 
     def encode(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        input_features: Tensor | None = None,
         marked: Tensor | None = None,
         record: Record | None = None,
         backend: str | None = None,
     ) -> Tensor:
-        """(B, S) ids -> (B, S, width): the output of an encoder-decoder's encoder, for `encoder_output`.
+        """(B, S) ids, or features, -> (B, S, width): an encoder-decoder's encoder alone, for `encoder_output`.
 
         Raises UnsupportedError for other models, whose forward gives `hidden`.
         """
         if not self.spec.two_stacks:
             raise UnsupportedError("encode is for encoder-decoders; the forward of this model gives its hidden states")
         record = Record() if record is None else record
-        source = Given("", input_ids, attention_mask, position_ids, document_ids, marked)
+        source = Given("", input_ids, attention_mask, position_ids, document_ids, marked, input_features)
+        self.check_reads(input_ids, input_features)
         memory, _ = self._memory(source, token_type_ids, None, None, record, backend)
         assert memory is not None
         return memory
@@ -309,7 +319,7 @@ class Model(nn.Module):
         The tokens are None where the cache has them beside its keys, both where a decoder by itself is given nothing.
         """
         if cache is not None and cache.memory is not None:
-            _refuse_another(cache, source.ids, encoder_output)
+            self._refuse_another(cache, source.content, encoder_output)
             return cache.memory, None
         if encoder_output is not None:
             if encoder_output.dim() != 3:
@@ -317,18 +327,66 @@ class Model(nn.Module):
                     f"encoder_output has shape {tuple(encoder_output.shape)}; expected (batch, length, width)"
                 )
             shape = encoder_output.shape[:2]
-            if source.ids is not None and source.ids.shape != shape:
-                raise LaminaError(f"encoder_output is of {tuple(shape)} tokens, input_ids of {tuple(source.ids.shape)}")
+            if source.content is not None and self._size(source.content) != shape:
+                size = f"{self.reads} of {self._size(source.content)}"
+                raise LaminaError(f"encoder_output is of {tuple(shape)} tokens, {size}")
             ids = encoder_output.new_zeros(shape, dtype=torch.int64)
             return encoder_output, replace(source, ids=ids).read()
-        if source.ids is None:
+        if source.content is None:
             if self.encoder is None:
                 return None, None
-            raise LaminaError("an encoder-decoder needs input_ids or encoder_output")
-        ids, tokens = source.checked_ids(), self._marked(source, source.read())
+            raise LaminaError(f"an encoder-decoder needs {self.reads} or encoder_output")
+        x, tokens = self._embedded(source)
         assert self.encoder is not None
-        call = Call(tokens=tokens, backend=backend, record=record)
-        return self.encoder(self.embedding(ids), call, segments), tokens
+        return self.encoder(x, Call(tokens=tokens, backend=backend, record=record), segments), tokens
+
+    def _shifted(self, source: Given) -> Given:
+        """What the decoder of a classifier reads (arXiv:1910.13461, section 3.1): the source, one place on after the
+        start id, which each text of a row has for itself."""
+        start = self.spec.special.decoder_start
+        if start is None:
+            raise LaminaError("this checkpoint names no decoder_start_token_id: give decoder_input_ids")
+        tokens, ids = source.read(), source.checked_ids()
+        begins = tokens.real.clone()
+        begins[:, 1:] &= ~tokens.real[:, :-1] | (tokens.document[:, 1:] != tokens.document[:, :-1])
+        return replace(source, side="decoder_", ids=ids.roll(1, dims=1).masked_fill(begins, start), marked=None)
+
+    def check_reads(self, input_ids: Tensor | None, input_features: Tensor | None) -> None:
+        """Refuse, by name, the one of the two that this model does not read."""
+        if self.stem is None and input_features is not None:
+            raise UnsupportedError("input_features is for models with a stem; this one reads input_ids")
+        if self.stem is not None and input_ids is not None:
+            raise UnsupportedError("input_ids is for models without a stem; this one reads input_features")
+
+    def _embedded(self, given: Given, cache: Cache | None = None) -> tuple[Tensor, Tokens]:
+        """The vectors (B, T, width) that a stack begins with, and the tokens that they are."""
+        if given.features is None:
+            ids, tokens = given.checked_ids(), given.read(cache)
+            return self.embedding(ids), tokens if given.side else self._marked(given, tokens)
+        told = {"position_ids": given.positions, "document_ids": given.documents, "marked": given.marked}
+        for name, value in told.items():
+            if value is not None:
+                raise UnsupportedError(f"{name} is not for input_features: each row is one text")
+        assert self.stem is not None
+        x, mask = self.stem(given.features, given.mask)
+        return x, read(x[:, :, 0], mask)
+
+    def _size(self, content: Tensor) -> tuple[int, ...]:
+        """(B, S) of what the encoder reads, or its shape where that is none that it could read."""
+        if self.stem is None or content.dim() != 3:
+            return tuple(content.shape)
+        return content.shape[0], self.stem.length(content.shape[2])
+
+    def _refuse_another(self, cache: Cache, content: Tensor | None, memory: Tensor | None) -> None:
+        """A cache holds one source. It may be given again with each step, and another one is refused."""
+        held = cache.memory
+        assert held is not None
+        one, other, what = (held, memory, "encoder_output") if content is None else (cache.source, content, self.reads)
+        if other is None or one is other:
+            return
+        size = tuple(other.shape[:2]) if content is None else self._size(other)
+        if size != tuple(held.shape[:2]) or (one is not None and not torch.equal(one, other)):
+            raise LaminaError(f"{what} is not the source that this cache holds; a new source needs a new cache")
 
     def _marked(self, given: Given, tokens: Tokens) -> Tokens:
         """What is read, marked by the model's own rule where the caller has not marked it."""
@@ -342,18 +400,20 @@ class Model(nn.Module):
             kept = hidden if keep_logits is None else hidden[:, hidden.shape[1] - keep_logits :]
             out.logits = self.head(kept, self.embedding.weight)
         if self.pooler is not None:
-            # The first real token: with padding on the left it is not in column 0.
-            first = tokens.real.to(torch.int8).argmax(dim=1)
-            out.pooled = self.pooler(hidden[torch.arange(hidden.shape[0], device=hidden.device), first])
+            # The first or last real token: with padding on that side it is not in the column at the end.
+            real, last = tokens.real.to(torch.int8), self.pooler.spec.token == "last"
+            at = real.shape[1] - 1 - real.flip(1).argmax(dim=1) if last else real.argmax(dim=1)
+            out.pooled = self.pooler(hidden[torch.arange(hidden.shape[0], device=hidden.device), at])
         if self.labels is not None:
             out.label_logits = self.labels(hidden if self.labels.spec.each_token else out.pooled)
             if self.head is None:
                 out.logits = out.label_logits
         return out
 
-    def _check_cache(self, cache: Cache, input_ids: Tensor) -> None:
+    def _check_cache(self, cache: Cache, given: Given) -> None:
         if self.decoder is None:
             raise UnsupportedError("an encoder reads its whole input at once; only decoders have a cache")
+        input_ids = given.checked_ids()
         if cache.batch != input_ids.shape[0]:
             raise LaminaError(f"input_ids has {input_ids.shape[0]} rows; the cache was made for {cache.batch}")
         if self.cache_limit is not None and cache.length + input_ids.shape[1] > self.cache_limit:

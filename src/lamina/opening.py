@@ -32,7 +32,7 @@ class Origin:
     located: Located
     family: Family | None  # None: native layout
     config: dict[str, Any] = field(default_factory=dict)
-    config_text: bytes | None = None  # config.json as it stands on disk; None for GGUF files
+    config_text: bytes | None = None  # config.json as it stands on disk; None for GGUF and CTranslate2 files
     bare: bool = False  # the tensors lack the family's prefix
     stored: dict[str, Entry] = field(default_factory=dict)  # what the file calls each tensor, and its dtype
     twins: tuple[str, ...] = ()  # tensors that the file stores a second time
@@ -60,6 +60,8 @@ def open_source(located: Located) -> Opened:
 
         checkpoint: Any = GGUFCheckpoint(located.path)
         return _understand(located, checkpoint, checkpoint.config, None)
+    if located.kind == "ctranslate2":
+        return _converted(located)
     directory = located.path if located.path.is_dir() else located.path.parent
     if (directory / NATIVE).is_file():
         try:
@@ -80,6 +82,27 @@ def open_source(located: Located) -> Opened:
     return opened
 
 
+def _converted(located: Located) -> Opened:
+    """A model.bin of CTranslate2, whose names have a table of their own."""
+    from lamina.families.ctranslate2 import RULES, CTranslate2Checkpoint
+
+    checkpoint = CTranslate2Checkpoint(located.path)
+    chosen = family(checkpoint.config["model_type"])
+    spec = _spec(chosen, Fields(checkpoint.config, where=str(located.path)))
+    origin = Origin(located, chosen, checkpoint.config, generation=checkpoint.generation)
+    return Opened(spec, checkpoint, RULES, origin)
+
+
+def _spec(chosen: Family, fields: Fields) -> ModelSpec:
+    try:
+        return chosen.spec(fields)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        where = fields.where
+        raise CheckpointError(f"{where}: {error}" if where not in str(error) else str(error)) from None
+
+
 def _understand(located: Located, checkpoint: Any, config: dict[str, Any], text: bytes | None) -> Opened:
     """Choose the family, and bring the names of the file to those that its weight table has."""
     model_type = config.get("model_type")
@@ -97,12 +120,7 @@ def _understand(located: Located, checkpoint: Any, config: dict[str, Any], text:
     if bare:
         heads = {rule.theirs for rule in chosen.weights if isinstance(rule.theirs, str)}
         names = {name if name in heads else chosen.base + name: stored for name, stored in names.items()}
-    try:
-        spec = chosen.spec(Fields(config, frozenset(names), where, lambda name: checkpoint.read(names[name])))
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {error}" if where not in str(error) else str(error)) from None
+    spec = _spec(chosen, Fields(config, frozenset(names), where, lambda name: checkpoint.read(names[name])))
     tied = spec.head is not None and spec.head.tied
     own = {rule.theirs for rule in chosen.heads(spec)}  # a decoder alone may call the embedding what others call a copy
     twins = [pair for pair in chosen.copies.items() if pair[0] not in own]

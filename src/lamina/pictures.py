@@ -97,16 +97,20 @@ def architecture(spec: ModelSpec, account: Any = None, title: str = "") -> str:
 
 def text_twin(spec: ModelSpec) -> list[str]:
     """What the picture shows, one line a box."""
-    lines = [f"embedding: {say(spec.embedding)}"]
+    lines = [] if spec.stem is None else [f"stem: {say(spec.stem)}"]
+    lines.append(f"embedding: {say(spec.embedding)}")
     for name, stack in (("encoder", spec.encoder), ("decoder", spec.decoder)):
         if stack is None:
             continue
         for part in ("position", "segment", "input_norm", "score_bias"):
             if getattr(stack, part) is not None:
                 lines.append(f"{name}.{part}: {say(getattr(stack, part))}")
+        if stack.input_width is not None:
+            lines.append(f"{name}.input: {_widened(stack, spec)}")
+        runs = f", each {stack.repeat} times" if stack.repeat > 1 else ""
         for layer, places in distinct(stack):
             for step in layer.steps:
-                lines.append(f"{name}.layers.{span(places)} x {len(places)}, {step.name}: {_wiring(step)}")
+                lines.append(f"{name}.layers.{span(places)} x {len(places)}{runs}, {step.name}: {_wiring(step)}")
         if stack.norm is not None:
             lines.append(f"{name}.norm: {say(stack.norm)}")
     ends = [("head", spec.head), ("pooler", spec.pooler), ("labels", spec.labels)]
@@ -150,7 +154,13 @@ def page(spec: ModelSpec, account: Any, title: str = "") -> str:
 
 
 def _stack(canvas: _Canvas, spec: ModelSpec, name: str, stack: StackSpec, counts: dict[str, str]) -> None:
-    canvas.box("table", "embedding", _both(say(spec.embedding), counts.get("embedding")))
+    if name == "encoder" and spec.stem is not None:
+        canvas.box("table", "stem", _both(say(spec.stem), counts.get("stem")))
+    else:
+        canvas.box("table", "embedding", _both(say(spec.embedding), counts.get("embedding")))
+    if stack.input_width is not None:
+        canvas.arrow()
+        canvas.box("table", "input", _both(_widened(stack, spec), counts.get(f"{name}.input")))
     for part in ("position", "segment", "input_norm", "score_bias"):
         if getattr(stack, part) is not None:
             canvas.arrow()
@@ -168,11 +178,16 @@ def _stack(canvas: _Canvas, spec: ModelSpec, name: str, stack: StackSpec, counts
         frame = f'<rect class="layer" x="{canvas.x}" y="{top}" width="{WIDTH}" height="{canvas.y - top}" rx="8"/>'
         canvas.shapes.insert(mark, frame)
         count = "1 layer" if len(places) == 1 else f"× {len(places)}"
+        count += f", each {stack.repeat} times" if stack.repeat > 1 else ""
         canvas.text(canvas.x + 10, top + 16, f"{name} layers {span(places)}", "small")
         canvas.text(canvas.x + WIDTH - 10, top + 16, count, "name", "end")
     if stack.norm is not None:
         canvas.arrow()
         canvas.box("norm", "norm", say(stack.norm))
+
+
+def _widened(stack: StackSpec, spec: ModelSpec) -> str:
+    return f"a matrix from {stack.input_width} features to {spec.width}"
 
 
 def _step(canvas: _Canvas, step: StepSpec) -> None:

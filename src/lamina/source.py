@@ -1,8 +1,8 @@
 """Sources: one grammar for everything that can be loaded, and the loading, saving and reading of specs behind it.
 
-SOURCE is a local directory (Hugging Face or native layout), a `.gguf` or `.safetensors` file,
-`hf:owner/name[@revision]` (an unprefixed owner/name that is no local path means that), a packaged model, or, for specs
-only, `family/size`.
+SOURCE is a local directory (Hugging Face or native layout), a `.gguf` or `.safetensors` file, a Whisper that
+CTranslate2 converted (`model.bin`, or its directory), `hf:owner/name[@revision]` (an unprefixed owner/name that is no
+local path means that), a packaged model, or, for specs only, `family/size`.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from lamina.layers import (
     BigBirdSpec,
     BranchSpec,
     BucketBiasSpec,
+    ConvolutionStemSpec,
     CrossAttentionSpec,
     DifferentialSpec,
     EmbeddingSpec,
@@ -30,6 +31,7 @@ from lamina.layers import (
     SegmentSpec,
     ShawSpec,
     SinusoidalPositionSpec,
+    StackSpec,
     StepSpec,
     SumSpec,
     TransformerXLSpec,
@@ -80,13 +82,18 @@ def span(indices: Iterable[int]) -> str:
 def shape_of(spec: ModelSpec) -> str:
     """The model in one line: "decoder of 30 layers, width 576, vocabulary 49152, context 8192"."""
     stacks = {"encoder": spec.encoder, "decoder": spec.decoder}
-    depths = {name: len(stack.layers) for name, stack in stacks.items() if stack is not None}
+    depths = {name: _layers(stack) for name, stack in stacks.items() if stack is not None}
     if len(depths) == 2 and len(set(depths.values())) == 1:
-        parts = [f"encoder and decoder of {depths['encoder']} layers"]
+        parts = [f"encoder and decoder of {depths['encoder']}"]
     else:
-        parts = [" and ".join(f"{name} of {depth} layers" for name, depth in depths.items())]
+        parts = [" and ".join(f"{name} of {depth}" for name, depth in depths.items())]
     parts += [f"width {spec.width}", f"vocabulary {spec.embedding.vocabulary}"]
     return ", ".join(parts + ([] if spec.context is None else [f"context {spec.context}"]))
+
+
+def _layers(stack: StackSpec) -> str:
+    count = f"{len(stack.layers)} layer{'s' if len(stack.layers) > 1 or stack.repeat == 1 else ''}"
+    return count if stack.repeat == 1 else f"{count} run {stack.repeat} times"
 
 
 def residual(step: StepSpec) -> str:
@@ -235,6 +242,12 @@ def _embedding(spec: EmbeddingSpec) -> str:
     return f"{spec.vocabulary} tokens{scale}" + ("" if spec.inner is None else f", by {spec.inner} features")
 
 
+def _stem(spec: ConvolutionStemSpec) -> str:
+    strides = ", ".join(map(str, spec.strides))
+    act = PLAIN.get(spec.act, spec.act)
+    return f"convolutions of {spec.kernel} frames, strides {strides}, {act}: {spec.bins} bins a frame"
+
+
 def _head(spec: LanguageHeadSpec) -> str:
     parts = ["scores over the vocabulary", "tied to the embedding" if spec.tied else "a table of its own"]
     parts += [_transform(spec.transform)] if spec.transform is not None else []
@@ -278,6 +291,7 @@ WORDS: dict[type, Callable[[Any], str]] = {
     Both: _pattern,
     BucketBiasSpec: _bucket_bias,
     Causal: lambda spec: "causal",
+    ConvolutionStemSpec: _stem,
     CrossAttentionSpec: _cross,
     DifferentialSpec: _differential,
     Either: _pattern,
@@ -292,7 +306,7 @@ WORDS: dict[type, Callable[[Any], str]] = {
     LayerSpec: lambda spec: " and ".join(step.name for step in spec.steps),
     LongformerSpec: _longformer,
     LearnedPositionSpec: lambda spec: f"learned positions, {spec.size}",
-    PoolerSpec: lambda spec: "tanh of the first token",
+    PoolerSpec: lambda spec: f"tanh of the {spec.token} token",
     Prefix: _pattern,
     RMSNormSpec: _rms_norm,
     RotarySpec: _rotary,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForSeq2SeqLM
 
 import lamina
 from lamina.cli import main
@@ -33,6 +34,13 @@ def llama(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> str:
     return str(tiny.checkpoint(tmp_path_factory.mktemp("models") / "bert", tiny.BERT))
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory) -> str:
+    return str(
+        tiny.checkpoint(tmp_path_factory.mktemp("models") / "t5", tiny.T5 | {"n_positions": 8, "eos_token_id": 39})
+    )
 
 
 @pytest.fixture
@@ -187,6 +195,55 @@ def test_control_tokens_in_a_prompt_are_text_unless_raw(run, llama):
     chat = json.loads(run("generate", llama, "hi", "--chat", "--max-new-tokens", 1, "--json")[1])
     expected = lamina.tokenizer(llama).chat_ids([{"role": "user", "content": "hi"}])
     assert chat["prompt_tokens"] == len(expected)
+
+
+def test_an_encoder_decoder_writes_from_its_start_id(run, t5):
+    """Longer than the length that it was trained at, which T5's relative positions allow."""
+    status, out, err = run("generate", t5, "one two", "--max-new-tokens", 12, "--json")
+    document, source = json.loads(out), lamina.tokenizer(t5).encode("one two")
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(t5).eval()
+    expected = theirs.generate(torch.tensor([source]), max_new_tokens=12, do_sample=False)[0, 1:].tolist()
+    assert status == 0 and document["ids"] == expected and len(expected) == 12, err
+    assert document["text"] == lamina.tokenizer(t5).decode(expected)
+    wrong(run("generate", t5, "one two", "--max-new-tokens", 0), "an encoder-decoder reads its prompt")
+
+
+@pytest.mark.parametrize("penalty, early, theirs_early", [(0, "no", False), (0.4, "yes", True), (2, "never", "never")])
+def test_beams_give_the_likeliest_texts_and_their_scores(run, t5, penalty, early, theirs_early):
+    options = ("--beams", 4, "--best", 3, "--length-penalty", penalty, "--early-stopping", early)
+    status, out, err = run("generate", t5, "one two", "--max-new-tokens", 7, *options, "--json")
+    document, tokenizer = json.loads(out), lamina.tokenizer(t5)
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(t5).eval().generate(
+        torch.tensor([tokenizer.encode("one two")]), max_new_tokens=7, num_beams=4, num_return_sequences=3,
+        length_penalty=float(penalty), early_stopping=theirs_early, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    assert status == 0, err
+    assert [each["score"] for each in document["texts"]] == pytest.approx(theirs.sequences_scores.tolist(), abs=1e-5)
+    for each, ids in zip(document["texts"], theirs.sequences[:, 1:].tolist(), strict=True):
+        assert each["ids"] == ids[: len(each["ids"])] and set(ids[len(each["ids"]) :]) <= {256}
+        assert each["text"] == tokenizer.decode(each["ids"])
+    assert (len({len(each["ids"]) for each in document["texts"]}) > 1) == (penalty < 1)  # some end sooner
+    assert document["ids"] == document["texts"][0]["ids"] and document["text"] == document["texts"][0]["text"]
+    lines = run("generate", t5, "one two", "--max-new-tokens", 7, *options)[1]
+    assert all(f"{each['score']:9.4f}  {each['text']}" in lines for each in document["texts"])
+    best = run("generate", t5, "one two", "--max-new-tokens", 7, *options[:2], *options[4:])[1]
+    assert best == document["text"] + "\n"
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (("--beams", "0"), "beams is 0"),
+        (("--beams", "2", "--best", "3"), "best is 3; it must be a whole number from 1 to beams=2"),
+        (("--best", "1", "--length-penalty", "2"), "length_penalty=2.0 needs beams above 1"),
+        (("--beams", "2", "--temperature", "1"), "temperature=1.0 needs beams=1"),
+        (("--beams", "2", "--stop", "a"), "drop one of the two"),
+        (("--beams", "2", "--early-stopping", "maybe"), "'maybe' is not one of 'no', 'yes', 'never'"),
+    ],
+    ids=str,
+)
+def test_beams_refuse_what_does_not_go_with_them(run, t5, options, said):
+    wrong(run("generate", t5, "one two", *options), said)
 
 
 def test_models_that_do_not_write_say_so(run, bert):

@@ -15,8 +15,8 @@ BOUND = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 
 
 @pytest.mark.skipif(kernels() is None, reason="there is no C compiler on this machine")
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, FEW])
-@pytest.mark.parametrize(("out", "wide"), [(1, 1), (7, 31), (100, 33), (33, 64), (300, 577)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 17, 33, 256])
+@pytest.mark.parametrize(("out", "wide"), [(1, 1), (7, 31), (100, 33), (33, 64), (300, 577), (13, 1040)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("biased", [True, False])
 def test_equals_float64(rows: int, out: int, wide: int, dtype: torch.dtype, biased: bool) -> None:
@@ -24,7 +24,7 @@ def test_equals_float64(rows: int, out: int, wide: int, dtype: torch.dtype, bias
     x, weight = torch.randn(rows, wide).to(dtype), torch.randn(out, wide).to(dtype)
     bias = torch.randn(out).to(dtype) if biased else None
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    assert module._serves(x, weight)
+    assert module._serves(x, weight) == (rows <= FEW[dtype])
     for threads in (1, 2):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -34,7 +34,7 @@ def test_equals_float64(rows: int, out: int, wide: int, dtype: torch.dtype, bias
         assert (found.double() - expected).abs().max() <= BOUND[dtype] * expected.abs().max()
 
 
-@pytest.mark.parametrize("rows", [1, 3, FEW, FEW + 2])
+@pytest.mark.parametrize("rows", [1, 3, 8, 40, FEW[torch.int8] + 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_rows_have_their_scale(rows: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -44,6 +44,15 @@ def test_int8_rows_have_their_scale(rows: int, dtype: torch.dtype) -> None:
     found = linear(x, weight, bias.to(dtype), scale)
     assert found.shape == (1, rows, 20) and found.dtype == dtype
     assert (found.double() - expected).abs().max() < BOUND[dtype] * 3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("rows", [8, 32])
+def test_long_sums_are_as_exact_as_torch_s(rows: int) -> None:
+    """Of all positive terms, so that what one running sum in float32 loses shows."""
+    torch.manual_seed(2)
+    x, weight = torch.rand(rows, 40_000), torch.rand(24, 40_000)
+    expected = F.linear(x.double(), weight.double())
+    assert ((linear(x, weight).double() - expected) / expected).abs().max() < 1e-6
 
 
 def test_strided_and_batched_input() -> None:

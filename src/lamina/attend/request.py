@@ -28,6 +28,7 @@ class Request:
     softcap: float | None = None  # c tanh(z / c), after the bias and before the mask: Gemma 2
     sink: Tensor | None = None  # (H,): a logit that takes probability and gives no value: GPT-OSS
     dropout: float = 0.0  # on the probabilities; the caller sets 0 in evaluation
+    step: bool = False  # one new token a row, keys from a cache, which keeps its holes at zero: none has to be copied
     memo: dict[Any, Any] = field(default_factory=dict)  # lives for one forward: masks are built once a pattern
 
     def reach(self) -> Reach:

@@ -31,7 +31,7 @@ def attend(request: Request) -> Tensor:
     mask, reach = request.bias, request.reach()
     if reach is None or (reach == "causal" and mask is not None):
         mask = request.mask() if mask is None else _biased(request)
-        if length > 1:  # a decoding step reads every cached key once and copies none: caches keep their holes at zero
+        if length > 1 and not request.step:  # a decoding step reads every cached key once and copies none
             key, value = (part.masked_fill(request.blind(), 0.0) for part in (key, value))
     if mask is not None and mask.is_floating_point():
         mask = mask.to(query.dtype)

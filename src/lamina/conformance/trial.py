@@ -22,6 +22,16 @@ def random_ids(model: Model, batch: int, length: int, seed: int = 0) -> Tensor:
     return ids.to(model.embedding.weight.device)
 
 
+def random_sources(model: Model, lengths: list[int], seed: int = 98) -> Tensor:
+    """What the encoder of an encoder-decoder reads, a row for each of `lengths` and as long as the longest: random ids
+    (B, S), or a random spectrogram (B, bins, frames)."""
+    if model.stem is None:
+        return random_ids(model, len(lengths), max(lengths), seed)
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(len(lengths), model.stem.spec.bins, max(lengths), generator=generator)
+    return features.to(model.embedding.weight)
+
+
 def read(
     model: Model, ids: Tensor, mask: Tensor | None = None, *, source: dict[str, Any] | None = None, **more: Any
 ) -> list[Tensor]:
@@ -33,7 +43,8 @@ def read(
     if model.spec.two_stacks:
         if source is None:
             length = min(TOKENS, model.spec.context or TOKENS)
-            source = {"input_ids": random_ids(model, 1, length, seed=99).expand(ids.shape[0], -1)}
+            one = random_sources(model, [length], seed=99)
+            source = {model.reads: one.expand(ids.shape[0], *one.shape[1:])}
         out = model(**source, decoder_input_ids=ids, decoder_attention_mask=mask, **more)
     else:
         out = model(ids, mask, **more)

@@ -10,7 +10,7 @@ import torch
 
 from lamina.attend import BACKENDS
 from lamina.conformance.report import Difference, Row, gap, judged, left_out
-from lamina.conformance.trial import random_ids, read, text_length
+from lamina.conformance.trial import random_ids, random_sources, read, text_length
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.generation import generate
 from lamina.layers import Record
@@ -54,10 +54,11 @@ def repeated_generation(model: Model) -> Iterator[Row]:
     if model.decoder is None or model.head is None:
         yield left_out(name, "the model does not generate")
         return
-    ids, room = random_ids(model, 1, 4), min(6, (model.spec.context or 10) - 4)
+    reads = {model.reads: random_sources(model, [4])}
+    room = min(6, (model.spec.context or 10) - 4)
     ways: dict[str, dict[str, Any]] = {"greedy": {}, "sampled with a seed": {"temperature": 1.0, "seed": 7}}
     for said, options in ways.items():
-        first, second = (generate(model, ids, max_new_tokens=room, **options) for _ in range(2))
+        first, second = (generate(model, **reads, max_new_tokens=room, **options) for _ in range(2))
         yield judged(name, f"{room} tokens, {said}", float(not torch.equal(first, second)))
 
 

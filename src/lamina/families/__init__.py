@@ -37,6 +37,7 @@ FAMILIES = {
     "smollm3": "llama:SMOLLM3",
     "t5": "t5:T5",
     "mt5": "t5:MT5",  # after T5, which is what a new model is written as
+    "whisper": "whisper:WHISPER",
 }
 """model_type -> module:name. A family is imported when it is asked for. One without files ("palm") bears a name."""
 

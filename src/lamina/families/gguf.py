@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lamina.errors import CheckpointError
 from lamina.families.gguf_config import Facts
-from lamina.weights.gguf import Entry, GGUFFile, show
+from lamina.weights.gguf import Entry, GGUFFile
+from lamina.weights.mapped import show
 
 # GGUF's name of a part of a layer -> Hugging Face's, and its shape: Width, Queries, Keys, hidden F, one head D.
 LLAMA = {

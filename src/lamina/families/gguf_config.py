@@ -7,7 +7,8 @@ import struct
 from typing import Any
 
 from lamina.errors import CheckpointError
-from lamina.weights.gguf import GGUFFile, show
+from lamina.weights.gguf import GGUFFile
+from lamina.weights.mapped import show
 
 MODELS = {  # architecture in GGUF -> model_type and class in config.json
     "llama": ("llama", "LlamaForCausalLM"),

@@ -10,7 +10,7 @@ from lamina.generation.limits import Limits, limits_of
 from lamina.generation.loop import Step, generate, stream
 from lamina.generation.perplexity import Score, log_probabilities, measure, score
 from lamina.generation.sample import Sampling
-from lamina.generation.text import Writing
+from lamina.generation.text import Found, Writing, find_texts
 
 __all__ = [
     "Beaming",
@@ -19,6 +19,7 @@ __all__ = [
     "Candidate",
     "Chat",
     "Filled",
+    "Found",
     "Limits",
     "Sampling",
     "Score",
@@ -26,6 +27,7 @@ __all__ = [
     "Writing",
     "embed",
     "fill",
+    "find_texts",
     "generate",
     "limits_of",
     "log_probabilities",

@@ -57,6 +57,7 @@ class Beams:
 
     ids: Tensor  # (B * best, length): the prompt, what was written, and the pad id after its end
     scores: Tensor  # (B * best,): log-probability / new tokens ** length_penalty; -inf where no sequence was left
+    lengths: Tensor  # (B * best,): new tokens of each, its end token included
 
 
 @torch.inference_mode()
@@ -70,7 +71,8 @@ def search(
     cache: str | None = "auto",
     decoder_input_ids: Tensor | None = None,
 ) -> Beams:
-    """The best continuations of each row of `input_ids` (B, T), as `lamina.generate` with `beams` writes them.
+    """The best continuations of each row of `input_ids` (B, T), as `lamina.generate` with `beams` writes them; for a
+    model with a stem `input_ids` are its features.
 
     The end token counts as a new one, the prompt (a start id) does not; a forced token costs nothing. A sequence that
     ends is kept if it is among the `beams` best of its step. A text is done as soon as `beams` sequences have ended
@@ -105,8 +107,8 @@ def search(
         logits = feeder.read(token.flatten()[:, None], None)
     else:
         warn_of_context(model, room, limits)
-    new, scores = ended.best()
-    return Beams(torch.cat([begun.repeat_interleave(beaming.best, dim=0), new], dim=1), scores)
+    new, scores, lengths = ended.best()
+    return Beams(torch.cat([begun.repeat_interleave(beaming.best, dim=0), new], dim=1), scores, lengths)
 
 
 @dataclass
@@ -148,11 +150,11 @@ class _Ended:
             length = most
         return running / length**self.beaming.length_penalty > worst
 
-    def best(self) -> tuple[Tensor, Tensor]:
-        """(B * best, longest) ids and (B * best,) scores."""
+    def best(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(B * best, longest) ids, (B * best,) scores and (B * best,) lengths."""
         best = self.beaming.best
-        longest = int(self.lengths[:, :best].max())
-        return self.ids[:, :best, :longest].flatten(0, 1), self.scores[:, :best].flatten()
+        lengths = self.lengths[:, :best].flatten()
+        return self.ids[:, :best, : int(lengths.max())].flatten(0, 1), self.scores[:, :best].flatten(), lengths
 
 
 def _candidates(
@@ -169,8 +171,8 @@ def _candidates(
         return scores, parent, torch.full_like(parent, forced)
     logits = logits.to(scores.dtype)
     before = scores - logits.logsumexp(dim=1).view(texts, rows)
-    if count < limits.least:
-        logits[:, list(limits.ends)] = -torch.inf  # after the sum: what is held back takes its probability along
+    if held_back := limits.held_back(count):
+        logits[:, held_back] = -torch.inf  # after the sum: what is held back takes its probability along
     most = beams * (1 + len({*limits.ends, *(stop[-1] for stop in limits.stops)}))
     return _top(logits.view(texts, rows, -1), before, most)
 

@@ -26,7 +26,12 @@ class Source:
 
     @classmethod
     def of(cls, model: Model, input_ids: Tensor, mask: Tensor | None) -> Source:
-        """Read `input_ids` (texts, S), padded on either side."""
+        """Read `input_ids` (texts, S), padded on either side, or features."""
+        if model.stem is not None:
+            if not input_ids.is_floating_point():
+                model.check_reads(input_ids, None)
+            memory = model.encode(input_features=input_ids, attention_mask=mask)
+            return cls(memory, None if mask is None else model.stem.seen(mask))
         checked(model, input_ids, mask)
         return cls(model.encode(input_ids, mask), mask)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,12 @@ class Limits:
     stops: tuple[tuple[int, ...], ...] = ()
     first: int | None = None  # the first new token of an encoder-decoder, after its start id alone: BART's <s>
     last: int | None = None  # and so is the last one, where `most` is reached: BART's </s>
+    never: tuple[int, ...] = ()  # ids that are not written: what is no speech, in Whisper
+    not_first: tuple[int, ...] = ()  # nor these as the first new token: an end, in Whisper
+
+    def held_back(self, count: int) -> list[int]:
+        """The ids that new token `count` may not be."""
+        return [*self.never, *(self.not_first if count == 0 else ()), *(self.ends if count < self.least else ())]
 
     def forced(self, count: int, begun: int) -> int | None:
         """The id that new token `count` has to be, after a prompt of `begun` tokens; None where it is free."""
@@ -76,4 +83,13 @@ def limits_of(model: Model, most: int, least: int = 0, stop: Sequence[Stop] = ()
     pad = pad if pad is not None else ends[0] if ends else 0
     first, last = said.get("forced_bos_token_id") if model.spec.two_stacks else None, said.get(FORCED_END)
     last = last[0] if isinstance(last, list) else last
-    return Limits(most=most, least=least, ends=ends, pad=pad, stops=stops, first=first, last=last)
+    held_back = {"never": _ids(model, said, "suppress_tokens"), "not_first": _ids(model, said, "begin_suppress_tokens")}
+    return Limits(most=most, least=least, ends=ends, pad=pad, stops=stops, first=first, last=last, **held_back)
+
+
+def _ids(model: Model, said: dict[str, Any], name: str) -> tuple[int, ...]:
+    """The ids in a field of generation_config.json, without those that the model lacks."""
+    ids = said.get(name) or []
+    if not isinstance(ids, list) or any(type(one) is not int or one < 0 for one in ids):
+        raise LaminaError(f"generation_config.json: {name} is {ids!r}; it must be a list of token ids")
+    return tuple(one for one in ids if one < model.spec.embedding.vocabulary)

@@ -32,7 +32,7 @@ class Step:
 @torch.inference_mode()
 def generate(
     model: Model,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
     max_new_tokens: int,
@@ -49,13 +49,15 @@ def generate(
     seed: int | None = None,
     cache: str | None = "auto",
     decoder_input_ids: Tensor | None = None,
+    input_features: Tensor | None = None,
     **wrong: Any,
 ) -> Tensor:
     """Continue each row of `input_ids` (B, T); returns (B, T + new) ids.
 
     An encoder-decoder reads `input_ids` and writes from its start id on, or continues `decoder_input_ids` (B, T);
-    it returns the decoder's ids, those included.
+    it returns the decoder's ids, those included. A model with a stem reads `input_features` (B, bins, frames).
 
+    Ids that the checkpoint suppresses (suppress_tokens in generation_config.json) are not written.
     A row ends at the checkpoint's end ids (held back for the first `min_new_tokens`) or at one of `stop` (ids, or
     sequences of ids) and is filled with the pad id. Padding may be on either side. temperature 0 is greedy.
     beams: above 1, the likeliest sequences are searched for (`lamina.generation.beam.search`), and the `best` of each
@@ -70,11 +72,15 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     beam.check_alone(beaming, sampling)
     limits = limits_of(model, max_new_tokens, min_new_tokens, stop)
-    begun = begun_with(model, input_ids, decoder_input_ids)
+    model.check_reads(input_ids, input_features)
+    reads = input_ids if input_features is None else input_features
+    if reads is None:
+        raise LaminaError(f"{model.reads} is missing")
+    begun = begun_with(model, reads, decoder_input_ids)
     given: dict[str, Any] = {"limits": limits, "cache": cache, "decoder_input_ids": decoder_input_ids}
     if beams > 1:
-        return beam.search(model, input_ids, attention_mask, beaming=beaming, **given).ids
-    steps = stream(model, input_ids, attention_mask, sampling=sampling, **given)
+        return beam.search(model, reads, attention_mask, beaming=beaming, **given).ids
+    steps = stream(model, reads, attention_mask, sampling=sampling, **given)
     return torch.cat([begun, *(step.ids[:, None] for step in steps)], dim=1)
 
 
@@ -90,16 +96,14 @@ def stream(
     decoder_input_ids: Tensor | None = None,
 ) -> Iterator[Step]:
     """`generate`, one column at a time. A `Cache`, or the `Reader` of a compiled step, that already holds the text
-    before `input_ids` is continued."""
+    before `input_ids` is continued. For a model with a stem `input_ids` are its features."""
     feeder, logits, room = Feeder.begin(model, input_ids, attention_mask, limits, cache, decoder_input_ids)
     generator = sampling.generator(logits.device)
     done = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
     written: list[list[int]] = [[] for _ in done]
     for count in range(room):
-        if count < limits.least:
-            logits = logits.index_fill(
-                1, torch.tensor(limits.ends, dtype=torch.int64, device=logits.device), -torch.inf
-            )
+        if held_back := limits.held_back(count):
+            logits = logits.index_fill(1, torch.tensor(held_back, device=logits.device), -torch.inf)
         check_finite(logits, count)
         forced = limits.forced(count, feeder.begun)
         chosen = (

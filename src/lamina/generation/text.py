@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from lamina.cache import Cache
 from lamina.errors import LaminaError
+from lamina.generation.beam import Beaming, search
 from lamina.generation.compiled import Reader
 from lamina.generation.limits import limits_of
 from lamina.generation.loop import stream
@@ -112,6 +114,39 @@ class Writing:
         piece, self._held = self._held[:end], self._held[end:]
         self.text += piece
         return piece
+
+
+@dataclass(frozen=True)
+class Found:
+    """A text that beam search found."""
+
+    text: str
+    ids: tuple[int, ...]  # its new tokens, the end token included
+    score: float  # log-probability / new tokens ** length_penalty
+
+
+def find_texts(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    *,
+    beaming: Beaming,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    cache: str | None = "auto",
+    skip_special: bool = True,
+) -> list[Found]:
+    """The likeliest texts after the prompt `prompt_ids`, the best first: `beaming.best`, or as many as there are."""
+    prompt = torch.tensor([list(prompt_ids)], dtype=torch.int64, device=model.embedding.weight.device)
+    limits = limits_of(model, max_new_tokens, min_new_tokens)
+    beams = search(model, prompt, beaming=beaming, limits=limits, cache=cache)
+    begun = beams.ids.shape[1] - int(beams.lengths.max())
+    found = []
+    for row, score, length in zip(beams.ids.tolist(), beams.scores.tolist(), beams.lengths.tolist(), strict=True):
+        if score > -math.inf:
+            new = row[begun : begun + length]
+            found.append(Found(tokenizer.decode(new, skip_special=skip_special), tuple(new), score))
+    return found
 
 
 def stop_texts(stop: Sequence[str]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from lamina.layers.bias import AlibiSpec, BucketBiasSpec
 from lamina.layers.bigbird import BigBird, BigBirdSpec
 from lamina.layers.block import BranchSpec, Layer, LayerSpec, StepSpec, SumSpec
 from lamina.layers.call import Call, Record
+from lamina.layers.convolution import ConvolutionStem, ConvolutionStemSpec
 from lamina.layers.cross import CrossAttention, CrossAttentionSpec
 from lamina.layers.differential import Differential, DifferentialSpec
 from lamina.layers.embedding import Embedding, EmbeddingSpec, Segment, SegmentSpec
@@ -45,6 +46,8 @@ __all__ = [
     "BranchSpec",
     "BucketBiasSpec",
     "Call",
+    "ConvolutionStem",
+    "ConvolutionStemSpec",
     "CrossAttention",
     "CrossAttentionSpec",
     "Differential",

@@ -86,6 +86,7 @@ class CrossAttention(nn.Module):
             pattern=Everything(),
             scale=self.scale,
             dropout=self.spec.dropout if self.training else 0.0,
+            step=x.shape[1] == 1 and call.cache is not None,
             memo=call.memo,
         )
         call.record.keep(f"{self.path}.weights", lambda: _scatter(weights(request), beams))

@@ -50,8 +50,9 @@ class LanguageHeadSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class PoolerSpec(Spec):
-    """tanh(dense(first token)): BERT's summary of a sequence; RoBERTa's classifier has the same, with dropout first."""
+    """tanh(dense(one token)): BERT's summary of a sequence; RoBERTa's and BART's classifiers have dropout first."""
 
+    token: Literal["first", "last"] = "first"  # of the real ones; the last in BART, whose decoder is causal
     dropout: float = 0.0  # before the dense layer
 
     def build(self, width: int) -> Pooler:

@@ -7,7 +7,6 @@ Entry(name='model.norm.weight', dtype=torch.bfloat16, shape=(576,))
 """
 
 import difflib
-import mmap
 import os
 import re
 import stat
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from lamina.errors import CheckpointError
 from lamina.weights.headers import Entry, listed, read_header, shown, strict_json
+from lamina.weights.mapped import map_privately, tensor_at
 from lamina.weights.saving import save_checkpoint, write_safetensors
 
 __all__ = ["Checkpoint", "Entry", "SafetensorsFile", "read_json", "save_checkpoint", "write_safetensors"]
@@ -34,20 +34,18 @@ PICKLE_REMEDY = (
     "safetensors, or convert it with transformers (from_pretrained, then save_pretrained) where it is trusted"
 )
 
-# Linux: pages that are never written to need no room in memory or swap, so files may exceed both. Python names the
-# flag from 3.13 on; this is its value on the common processors, and 0 does without it elsewhere.
-_COMMON = hasattr(os, "uname") and os.uname().sysname == "Linux" and os.uname().machine in ("x86_64", "aarch64")
-NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if _COMMON else 0)
 
+def read_json(path: str | os.PathLike[str], limit: int = 16_000_000, kind: type = dict) -> Any:
+    """A JSON object, or another `kind` of value, from a file of at most `limit` bytes.
 
-def read_json(path: str | os.PathLike[str], limit: int = 16_000_000) -> dict[str, Any]:
-    """A JSON object from a file of at most `limit` bytes. Duplicate keys, NaN and infinities are refused."""
+    Duplicate keys, NaN and infinities are refused.
+    """
     try:
         with open(_regular(path), "rb") as file:
             raw = file.read(limit + 1)
         if len(raw) > limit:
             raise CheckpointError(f"has {os.path.getsize(path):,} bytes, and {limit:,} are allowed")
-        return strict_json(raw)
+        return strict_json(raw, kind)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     except CheckpointError as error:
@@ -73,8 +71,7 @@ class SafetensorsFile:
         try:
             with open(_regular(path), "rb") as file:
                 header = read_header(file, os.fstat(file.fileno()).st_size)
-                protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | NORESERVE
-                self._mapping = mmap.mmap(file.fileno(), 0, prot=protection, flags=flags)
+                self._mapping = map_privately(file.fileno(), 0)
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from None
         except CheckpointError as error:
@@ -85,15 +82,10 @@ class SafetensorsFile:
 
     def read(self, name: str) -> Tensor:
         entry = _found(name, self.entries, self.path)
-        if entry.nbytes == 0:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        offset = self._offsets[name]
-        data = torch.frombuffer(self._mapping, dtype=torch.uint8, count=entry.nbytes, offset=offset)
-        if entry.dtype == torch.bool and int(data.max()) > 1:
+        tensor = tensor_at(self._mapping, self._offsets[name], entry.dtype, entry.shape)
+        if entry.dtype == torch.bool and entry.nbytes and int(tensor.view(torch.uint8).max()) > 1:
             raise CheckpointError(f"{self.path}: tensor {shown(name)} is BOOL and holds bytes other than 0 and 1")
-        if offset % entry.dtype.itemsize:
-            data = data.clone()
-        return data.view(entry.dtype).reshape(entry.shape)
+        return tensor
 
 
 class Checkpoint:

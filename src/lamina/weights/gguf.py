@@ -8,9 +8,7 @@ allocated.
 from __future__ import annotations
 
 import mmap
-import platform
 import struct
-import sys
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from lamina.errors import CheckpointError
 from lamina.weights.gguf_blocks import LAYOUTS, UNREAD, Layout, dequantize
+from lamina.weights.mapped import Header, open_map, show, tensor_at
 
 MAGIC = b"GGUF"
 ELEMENTS = (
@@ -28,9 +27,6 @@ ELEMENTS = (
 )  # values in all metadata arrays of a file; a vocabulary of 262,144 with scores and merges has 1.4 million
 NAME = 1 << 16  # bytes of a key or of a tensor's name
 TEXT = 1 << 26  # bytes of one metadata string
-# Pages that are never written to then need no room in memory or swap. Python names the flag from 3.13 on.
-NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if platform.machine() in ("x86_64", "aarch64") else 0)
-NORESERVE = NORESERVE if sys.platform == "linux" else 0
 SCALARS = {
     0: ("uint8", "<B"), 1: ("int8", "<b"), 2: ("uint16", "<H"), 3: ("int16", "<h"), 4: ("uint32", "<I"),
     5: ("int32", "<i"), 6: ("float32", "<f"), 7: ("bool", "<B"), 10: ("uint64", "<Q"), 11: ("int64", "<q"),
@@ -51,25 +47,12 @@ class Entry:
     size: int  # in bytes
 
 
-class Header:
-    """Reads numbers and strings from the front of a file, and never past its end."""
+class Metadata(Header):
+    """Reads the values of metadata too."""
 
     def __init__(self, data: mmap.mmap, name: str):
-        self.data, self.name, self.at, self.elements = data, name, 0, 0
-
-    def refuse(self, found: str, right: str) -> CheckpointError:
-        return CheckpointError(f"{self.name}: {found}; {right}")
-
-    @property
-    def left(self) -> int:
-        return len(self.data) - self.at
-
-    def take(self, length: int, what: str) -> bytes:
-        if length > self.left:
-            raise self.refuse(f"{what} needs {length:,} bytes at byte {self.at:,}, but the file has {self.left:,} left",
-                              "it was cut short or is damaged: get it again")  # fmt: skip
-        self.at += length
-        return self.data[self.at - length : self.at]
+        super().__init__(data, name)
+        self.elements = 0  # of arrays, so far
 
     def scalar(self, kind: int, what: str) -> int | float | bool:
         name, pattern = SCALARS[kind]
@@ -78,18 +61,11 @@ class Header:
             raise self.refuse(f"{what} is the byte {value}, stored as {name}", "a bool is 0 or 1")
         return bool(value) if kind == BOOL else value
 
-    def number(self, pattern: str, what: str) -> int:
-        return struct.unpack(pattern, self.take(struct.calcsize(pattern), what))[0]
-
     def string(self, what: str, limit: int = TEXT) -> str:
         length = self.number("<Q", f"the length of {what}")
         if length > limit:
             raise self.refuse(f"{what} claims {length:,} bytes", f"the most is {limit:,}")
-        try:
-            return self.take(length, what).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise self.refuse(f"{what} is not UTF-8 ({error.reason} at its byte {error.start})",
-                              "text in GGUF files is UTF-8") from None  # fmt: skip
+        return self.text(self.take(length, what), what, "GGUF")
 
     def value(self, key: str) -> object:
         kind = self.number("<I", f"the type of {show(key)}")
@@ -135,7 +111,7 @@ class GGUFFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.map: mmap.mmap | None = None
-        header = Header(open_map(self.path), self.path.name)
+        header = Metadata(open_map(self.path, "GGUF"), self.path.name)
         check_magic(header)
         tensors, pairs = (
             header.number("<Q", "the number of tensors"),
@@ -162,8 +138,7 @@ class GGUFFile:
         entry = self.entries[name]
         layout = by_name(entry.stored)
         if layout.unpack is None:
-            count = prod(entry.shape)
-            return torch.frombuffer(self.map, dtype=layout.dtype, count=count, offset=entry.offset).view(entry.shape)
+            return tensor_at(self.map, entry.offset, layout.dtype, entry.shape)
         data = torch.frombuffer(self.map, dtype=torch.uint8, count=entry.size, offset=entry.offset)
         return dequantize(data, layout).view(entry.shape)
 
@@ -178,33 +153,11 @@ class GGUFFile:
         self.close()
 
 
-def show(name: str) -> str:
-    """A name from a file, fit for one line of a terminal."""
-    return ascii(name if len(name) <= 80 else name[:77] + "...")
-
-
 def by_name(stored: str) -> Layout:
     return next(layout for layout in LAYOUTS.values() if layout.name == stored)
 
 
-def open_map(path: Path) -> mmap.mmap:
-    try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-            raise CheckpointError(f"{path}: not a file; a GGUF file is needed")
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            if size == 0:
-                raise CheckpointError(f"{path.name}: an empty file; a GGUF file starts with the letters GGUF")
-            if not hasattr(mmap, "MAP_PRIVATE"):
-                return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-            # Private and writable, as torch wants its buffers, without reserving memory that is never written.
-            flags = mmap.MAP_PRIVATE | NORESERVE
-            return mmap.mmap(file.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}; a readable GGUF file is needed") from error
-
-
-def check_magic(header: Header) -> None:
+def check_magic(header: Metadata) -> None:
     magic = header.take(min(4, header.left), "the magic")
     if magic != MAGIC:
         raise header.refuse(f"starts with {ascii(magic)[1:]}", "a GGUF file starts with the letters GGUF")
@@ -216,7 +169,7 @@ def check_magic(header: Header) -> None:
     raise header.refuse(f"GGUF version {version}", "versions 2 and 3 are read")
 
 
-def read_metadata(header: Header, pairs: int) -> dict[str, object]:
+def read_metadata(header: Metadata, pairs: int) -> dict[str, object]:
     metadata: dict[str, object] = {}
     for i in range(pairs):
         key = header.string(f"the name of metadata pair {i}", NAME)
@@ -228,14 +181,14 @@ def read_metadata(header: Header, pairs: int) -> dict[str, object]:
     return metadata
 
 
-def alignment(header: Header, metadata: dict[str, object]) -> int:
+def alignment(header: Metadata, metadata: dict[str, object]) -> int:
     value = metadata.get("general.alignment", 32)
     if not isinstance(value, int) or isinstance(value, bool) or value < 8 or value & (value - 1):
         raise header.refuse(f"general.alignment is {value!r}", "it is a power of two from 8 up")
     return value
 
 
-def read_entries(header: Header, tensors: int, step: int) -> dict[str, Entry]:
+def read_entries(header: Metadata, tensors: int, step: int) -> dict[str, Entry]:
     records = {}
     for i in range(tensors):
         name, record = read_record(header, i)
@@ -264,7 +217,7 @@ def read_entries(header: Header, tensors: int, step: int) -> dict[str, Entry]:
     return entries
 
 
-def read_record(header: Header, i: int) -> tuple[str, tuple[tuple[int, ...], Layout, int]]:
+def read_record(header: Metadata, i: int) -> tuple[str, tuple[tuple[int, ...], Layout, int]]:
     name = header.string(f"the name of tensor {i}", NAME)
     count = header.number("<I", f"the dimensions of {show(name)}")
     if not 1 <= count <= 4:

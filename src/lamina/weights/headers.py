@@ -84,8 +84,9 @@ def listed(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(shown(name) for name in names[:most]) + more
 
 
-def strict_json(raw: bytes) -> dict[str, Any]:
-    """An object in JSON, without what JSON forbids or leaves open: duplicate keys, NaN, numbers beyond a float."""
+def strict_json(raw: bytes, kind: type = dict) -> Any:
+    """An object in JSON, or another `kind` of value, without what JSON forbids or leaves open: duplicate keys, NaN,
+    numbers beyond a float."""
     try:
         value = json.loads(
             raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
@@ -100,8 +101,9 @@ def strict_json(raw: bytes) -> dict[str, Any]:
         raise
     except ValueError:  # Python's own bound: an integer of more than 4,300 digits
         raise CheckpointError("holds an integer of thousands of digits") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"must hold a JSON object at the top, and holds {_kind(value)}")
+    if not isinstance(value, kind):
+        wanted = _kind(kind()).removeprefix("an ").removeprefix("a ")
+        raise CheckpointError(f"must hold a JSON {wanted} at the top, and holds {_kind(value)}")
     return value
 
 

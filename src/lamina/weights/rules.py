@@ -78,19 +78,43 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class FusedBias:
+    """Vectors of one length stored one after the other, of which `held` are ours and the others always zero.
+
+    Whisper's keys have no bias: in CTranslate2's files its q, k and v are (True, False, True).
+    """
+
+    held: tuple[bool, ...]
+
+    def load(self, theirs: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        parts = theirs[0].split(shapes[0][0])
+        for number, (part, ours) in enumerate(zip(parts, self.held, strict=True), start=1):
+            if not ours and bool(part.any()):
+                raise CheckpointError(f"part {number} of {len(parts)} is not zero, and this model has no such bias")
+        return [part.contiguous() for part, ours in zip(parts, self.held, strict=True) if ours]
+
+    def save(self, ours: Sequence[Tensor]) -> list[Tensor]:
+        parts = iter(ours)
+        return [torch.cat([next(parts) if held else torch.zeros_like(ours[0]) for held in self.held])]
+
+
+Op = Same | Turn | OneRow | Fused | FusedBias
+
+
+@dataclass(frozen=True)
 class Rule:
     """Our names and theirs, with placeholders such as {i} for the number of a layer."""
 
     ours: str | tuple[str, ...]
     theirs: str | tuple[str, ...]
-    op: Same | Turn | OneRow | Fused = field(default_factory=Same)
+    op: Op = field(default_factory=Same)
 
 
 def pairs(
     ours: str,
     theirs: str,
     names: Mapping[str, str] | Mapping[tuple[str, ...], str],
-    op: Same | Turn | Fused | None = None,
+    op: Op | None = None,
 ) -> tuple[Rule, ...]:
     """Rules for the weight and the bias of each part: our names (of several that are one there) and theirs, below the
     two prefixes. A rule for what a model does not have is not used, so parts without a bias need no others."""
@@ -108,7 +132,7 @@ class Move:
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
-    op: Same | Turn | OneRow | Fused
+    op: Op
 
 
 def bind(rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> list[Move]:
@@ -157,7 +181,11 @@ def load(
 ) -> None:
     """Read their tensors rule by rule and hand ours to `put`."""
     for move in moves:
-        ours = move.op.load([read(name) for name in move.theirs], [shapes[name] for name in move.ours])
+        try:
+            ours = move.op.load([read(name) for name in move.theirs], [shapes[name] for name in move.ours])
+        except CheckpointError as error:
+            where = "" if move.theirs[0] in str(error) else f"{move.theirs[0]}: "
+            raise CheckpointError(f"{where}{error}") from None
         for name, tensor in zip(move.ours, ours, strict=True):
             assert tuple(tensor.shape) == tuple(shapes[name]), (name, tensor.shape, shapes[name])
             put(name, tensor)
