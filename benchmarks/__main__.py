@@ -8,7 +8,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
-for name in ("startup", "decode", "encoder_decoder", "experts"):
+for name in ("startup", "decode", "encoder_decoder", "sparse", "experts"):
     print(f"== {name}", flush=True)
     subprocess.run(
         [sys.executable, str(HERE / f"{name}.py"), "--json", str(HERE / "results" / f"{name}.json")], check=True

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import statistics
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -266,6 +267,35 @@ def startup_figures() -> str:
     return filled(said) + "\n"
 
 
+def sparse_figures() -> str:
+    """What benchmarks/sparse.py measured."""
+    found = results("sparse")
+    rows = []
+    for length, one in found["longformer"].items():
+        seconds = {name: statistics.median(taken) for name, taken in one["seconds"].items()}
+        peaks = {name: peak / 2**20 for name, peak in one["peak_bytes"].items()}
+        rows.append(
+            f"| Longformer, base shape, two layers, {int(length):,} tokens | {seconds['transformers']:.2f} s,"
+            f" {peaks['transformers']:,.0f} MiB | {seconds['lamina']:.2f} s, {peaks['lamina']:,.0f} MiB |"
+        )
+    for what in ("forward", "forward and backward"):
+        dense, window = (statistics.median(found["kernels"][what][name]) for name in ("dense", "window"))
+        rows.append(
+            f"| causal window of 512 in 16,384 tokens, 12 heads of 64, {what} | {dense:.2f} s (dense, fused) |"
+            f" {window:.2f} s |"
+        )
+    table = "\n".join(["| | transformers or torch | lamina |", "|---|---|---|", *rows])
+    most = max(found["kernels"]["times_linear"].values())
+    return f"""{found["threads"]} threads, float32, medians of {found["rounds"]} rounds in turns, peaks beyond the
+loaded model ([benchmarks/sparse.py](benchmarks/sparse.py), [results](benchmarks/results/sparse.json)):
+
+{table}
+
+From 4,096 to 65,536 tokens the time of that window grows as the text does, within {100 * (most - 1):.0f} %; its cache
+holds {found["cache_bytes"]["window of 512"]["8512"] / 2**20:.1f} MiB after 1,000 tokens and after 8,500.
+"""
+
+
 def placed(text: str, name: str, content: str) -> str:
     """`text` with what stands between the two marks of `name` replaced."""
     begin, end = f"<!-- generated: {name} -->\n", f"<!-- end: {name} -->\n"
@@ -286,6 +316,7 @@ def pages() -> dict[Path, str]:
         "experts": experts_figures,
         "pairs": pair_figures,
         "startup": startup_figures,
+        "sparse": sparse_figures,
     }
     for name, part in parts.items():
         text = placed(text, name, part())

@@ -80,6 +80,8 @@ OPT = {
 QWEN_MOE = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 22}
 LABELS = {"id2label": {0: "north", 1: "east", 2: "south"}, "label2id": {"north": 0, "east": 1, "south": 2}}
 ROBERTA = ENCODER | {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
+BIGBIRD = ENCODER | {"block_size": 1, "num_random_blocks": 1, "sep_token_id": 2}
+LONGFORMER = ROBERTA | {"attention_window": 4, "max_position_embeddings": 80, "sep_token_id": 2}
 BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 30, "n_layer": 3, "n_head": 6, "bos_token_id": 1, "eos_token_id": 96}
 FALCON = {
     "vocab_size": VOCABULARY,
@@ -184,6 +186,11 @@ class Row:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def shows(self) -> bool:
+        """Whether transformers shows what attention sees: Longformer's weights are a band, BigBird's lack keys."""
+        return self.kernel == "eager" and not self.model.startswith(("Longformer", "BigBird"))
 
 
 def _rows(model: str, config: str, rows: dict[str, dict[str, Any]], **more: Any) -> list[Row]:
@@ -361,6 +368,31 @@ ROWS = [
     *_rows("RobertaForSequenceClassification", "RobertaConfig", {"roberta-sequence": ROBERTA | LABELS}),
     *_rows("RobertaForTokenClassification", "RobertaConfig", {"roberta-token": ROBERTA | {"num_labels": 1}}),
     *_rows("RobertaForQuestionAnswering", "RobertaConfig", {"roberta-span": ROBERTA}),
+    *_rows("LongformerModel", "LongformerConfig", {
+        "longformer": LONGFORMER | {"attention_window": [4, 8, 4]},
+        "longformer-wide": LONGFORMER | {"attention_window": 64, "pad_token_id": 3},
+    }),
+    *_rows("LongformerForMaskedLM", "LongformerConfig", {
+        "longformer-mlm": LONGFORMER | {"hidden_act": "relu"},
+        "longformer-mlm-untied": LONGFORMER | {"tie_word_embeddings": False},
+    }),
+    *_rows("LongformerForSequenceClassification", "LongformerConfig", {
+        "longformer-sequence": LONGFORMER | LABELS,
+    }),
+    *_rows("LongformerForTokenClassification", "LongformerConfig", {
+        "longformer-token": LONGFORMER | {"num_labels": 1},
+    }),
+    *_rows("LongformerForQuestionAnswering", "LongformerConfig", {
+        "longformer-span": LONGFORMER | {"sep_token_id": 95},
+    }),
+    *_rows("BigBirdModel", "BigBirdConfig", {
+        "bigbird": BIGBIRD,
+        "bigbird-twice": BIGBIRD | {"num_random_blocks": 2, "rescale_embeddings": True, "layer_norm_eps": 1e-3},
+        "bigbird-full": BIGBIRD | {"attention_type": "original_full", "rescale_embeddings": True},  # or it is BERT
+    }),
+    *_rows("BigBirdForMaskedLM", "BigBirdConfig", {"bigbird-mlm": BIGBIRD | {"hidden_act": "relu"}}),
+    *_rows("BigBirdForPreTraining", "BigBirdConfig", {"bigbird-pretraining": BIGBIRD}),
+    *_rows("BigBirdForTokenClassification", "BigBirdConfig", {"bigbird-token": BIGBIRD | {"num_labels": 5}}),
     *_rows("AlbertModel", "AlbertConfig", {
         "albert": ALBERT | {"layer_norm_eps": 1e-3},
         "albert-groups": ALBERT | {"num_hidden_groups": 2, "hidden_act": "relu", "hidden_size": 24,
@@ -411,7 +443,7 @@ ROWS = [
 ]  # fmt: skip
 
 
-ENCODERS = ("albert", "bert", "roberta", "switch-encoder", "t5-encoder")
+ENCODERS = ("albert", "bert", "bigbird", "longformer", "roberta", "switch-encoder", "t5-encoder")
 """How the names of rows that only read begin."""
 PAIRS = ("t5", "mt5", "bart", "switch")
 """How the names of rows begin that read one text and write another; those that only read aside."""
@@ -488,6 +520,10 @@ class Case:
     def theirs_on(self, ids: torch.Tensor, model: Any = None, **more: Any) -> Any:
         """The model of transformers, or a copy of it, on the same."""
         model = self.theirs if model is None else model
+        if self.row.model.startswith("BigBird"):  # which a short text turns dense for good
+            getattr(model, "bert", model).set_attention_type(model.config.attention_type)
+        if self.row.model == "LongformerForQuestionAnswering":  # which fails in a text without three separators
+            more.setdefault("global_attention_mask", torch.zeros_like(ids))
         if not self.two_stacks:
             return model(ids, **more)
         return model(**{self.reads: self.sources[: len(ids)]}, decoder_input_ids=ids, **more)

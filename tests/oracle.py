@@ -9,31 +9,66 @@ import torch
 from torch import Tensor
 
 from lamina.attend import Request
-from lamina.patterns import Both, Causal, Either, Everything, Pattern, Prefix, Sinks, Window
+from lamina.patterns import (
+    BlockTable,
+    BlockWindow,
+    Both,
+    Causal,
+    Either,
+    Everything,
+    Global,
+    Pattern,
+    Prefix,
+    RandomBlocks,
+    Sinks,
+    Strided,
+    Summary,
+    Window,
+)
 from lamina.tokens import HOLE, Tokens, plain
 
 
-def sees(pattern: Pattern, query: int, key: int, marked: bool = False) -> bool:
-    """Whether the token at position `query` sees the one at `key`, as the docstrings of the patterns say it."""
+def sees(pattern: Pattern, query: int, key: int, marked: bool = False, asker: bool = False) -> bool:
+    """Whether the token at position `query` sees the one at `key`, as the docstrings of the patterns say it; `marked`
+    is the key's mark, `asker` the query's."""
     match pattern:
         case Everything():
             return True
         case Causal():
             return key <= query
-        case Window(back=back, ahead=None):
-            return query - back + 1 <= key
-        case Window(back=back, ahead=ahead):
-            return key in range(query - back + 1, query + ahead + 1)
+        case Window(back=back, ahead=ahead, dilation=dilation):
+            steps, rest = divmod(query - key, dilation)
+            return rest == 0 and steps < back and (ahead is None or steps >= -ahead)
         case Prefix(length=None):
             return marked
         case Prefix(length=length):
             return key in range(length)
         case Sinks(count=count):
             return key in range(count)
+        case Global(positions=()):
+            return marked or asker
+        case Global(positions=positions):
+            return query in positions or key in positions
+        case Strided(stride=stride):
+            return (query - key) % stride == 0
+        case Summary(stride=stride, count=count):
+            return key % stride in range(stride - count, stride)
+        case BlockWindow(size=size, back=back, ahead=ahead):
+            return key // size in range(query // size - back + 1, query // size + ahead + 1)
+        case BlockTable(size=size, table=table):
+            return query // size in range(len(table)) and key // size in table[query // size]
+        case RandomBlocks(size=size):
+            block = query // size
+            if block < 0 or (pattern.blocks is not None and block >= pattern.blocks):
+                return False
+            drawn = pattern.rows(block + 1)[block]
+            among = range(block if pattern.blocks is None else pattern.blocks)
+            assert len(set(drawn)) == len(drawn) == min(pattern.count, len(among)) and set(drawn) <= set(among)
+            return key // size in drawn
         case Both(first=first, second=second):
-            return sees(first, query, key, marked) and sees(second, query, key, marked)
+            return sees(first, query, key, marked, asker) and sees(second, query, key, marked, asker)
         case Either(first=first, second=second):
-            return sees(first, query, key, marked) or sees(second, query, key, marked)
+            return sees(first, query, key, marked, asker) or sees(second, query, key, marked, asker)
     raise NotImplementedError(type(pattern).__name__)
 
 
@@ -47,7 +82,9 @@ def mask(pattern: Pattern, queries: Tokens, keys: Tokens) -> Tensor:
                 key = int(keys.position[b, j])
                 same = bool(queries.document[b, i] == keys.document[b, j])
                 marked = keys.marked is not None and bool(keys.marked[b, j])
-                found[b, i, j] = key != HOLE and same and sees(pattern, int(queries.position[b, i]), key, marked)
+                asker = queries.marked is not None and bool(queries.marked[b, i])
+                query = int(queries.position[b, i])
+                found[b, i, j] = key != HOLE and same and sees(pattern, query, key, marked, asker)
     return found
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lamina.attend import BACKENDS, Request, attend, weights
 from lamina.errors import UnsupportedError
-from lamina.patterns import Causal, Everything, Pattern, Prefix, Sinks, Window
+from lamina.patterns import Causal, Everything, Global, Pattern, Prefix, Sinks, Window, bigbird, strided
 from lamina.tokens import HOLE, Tokens, plain
 from tests.oracle import LAYOUTS, attention, layout, mask
 
@@ -21,6 +21,10 @@ PATTERNS = {
     "both ways": Window(back=2, ahead=1),
     "prefix": Prefix() | Causal(),
     "streaming": Causal() & (Window(back=2) | Sinks(count=1)),
+    "dilated": Window(back=2, ahead=1, dilation=2),
+    "longformer": Window(back=2, ahead=1) | Global(),
+    "strided": strided(2)[1],
+    "bigbird": bigbird(size=2, random_blocks=1),
 }
 MODIFIERS = {
     "none": (),

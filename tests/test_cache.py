@@ -10,11 +10,23 @@ import torch
 from torch import Tensor
 
 from lamina.attend import Request, attend
-from lamina.cache import KINDS, Cache, MemorySlot
+from lamina.cache import KINDS, Cache, ExpiringLedger, MemorySlot
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import AttentionSpec, Call, RotarySpec
 from lamina.model import Model
-from lamina.patterns import Causal, Everything, Prefix, Retained, Sinks, Window
+from lamina.patterns import (
+    BlockTable,
+    Causal,
+    Everything,
+    Global,
+    Pattern,
+    Prefix,
+    Retained,
+    Sinks,
+    Window,
+    bigbird,
+    fixed,
+)
 from lamina.tokens import Tokens, plain
 from tests import small
 from tests.oracle import attention, rope
@@ -167,11 +179,78 @@ def test_auto_is_a_ring_exactly_where_the_pattern_forgets():
     per_key = 2 * 8 * 8 * 2
     window = Causal() & Window(back=small.WINDOW)
     assert bytes_after(window, "auto") == bytes_after(window, "ring") == per_key * (small.WINDOW + 1)
-    for kept in (Causal(), Causal() & (Window(back=3) | Sinks(count=2))):
-        assert bytes_after(kept, "auto") >= per_key * 200
+    assert bytes_after(Causal(), "auto") >= per_key * 200
+    for kept in (Causal(), Causal() & (Window(back=3) | Prefix())):
         with pytest.raises(UnsupportedError, match="looks back without limit"):
             small.build(small.decoder([kept])).new_cache("ring", 1)
     assert bytes_after(window, "growing") >= per_key * 200
+
+
+FORGETFUL: dict[str, tuple[Pattern, int]] = {
+    "sinks and window": (Causal() & (Window(back=3) | Sinks(count=2)), 5),
+    "window and marks": (Causal() & (Window(back=3) | Prefix()), 3 + 2),
+    "dilated": (Causal() & (Window(back=2, dilation=3) | Sinks(count=1)), 5),
+    "summaries": (fixed(7, 1)[1], 30),  # of 200 tokens each seventh, and the newest
+    "blocks": (bigbird(size=3, random_blocks=0), 3 + 6),
+    "table": (Causal() & BlockTable(size=4, table=((0,), (0, 1), (2,), *((i,) for i in range(3, 50)))), 8),
+    "global positions": (Causal() & (Window(back=3) | Global(positions=(0, 2))), 5),
+}
+"""Patterns, and how many keys a later query can see at most (two tokens are marked)."""
+
+
+@pytest.mark.parametrize("name", FORGETFUL)
+def test_a_cache_keeps_what_can_still_be_seen_and_no_more(name: str):
+    pattern, most = FORGETFUL[name]
+    model = small.build(small.decoder([pattern, pattern]))
+    total = 200
+    ids, marked = small.ids(2, total), torch.zeros(2, total, dtype=torch.bool)
+    marked[:, 1], marked[:, 7] = True, True
+    with torch.no_grad():
+        expected = model(ids, marked=marked).hidden
+    for chunks in ([1] * total, [50, *[1] * 100, 30, 20], [total]):
+        cache = model.new_cache("auto", 2)
+        assert [type(ledger) for ledger in cache.ledgers.values()] == [ExpiringLedger]
+        found = run(model, cache, chunks, ids, marked=marked)
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+        (ledger,) = cache.ledgers.values()
+        assert isinstance(ledger, ExpiringLedger)
+        # The newest token has a place too, some room is to spare, and so is the place for what is not kept.
+        assert ledger.room <= max(16, (most + 1) * 5 // 4)
+        assert cache.bytes() == 2 * 2 * (ledger.room + 1) * 2 * 8 * 8 * 2
+
+
+@pytest.mark.parametrize("padding", MASKS)
+@pytest.mark.parametrize("name", ["sinks and window", "blocks", "summaries"])
+def test_a_cache_that_forgets_knows_padding_and_documents(name: str, padding: str):
+    pattern, _ = FORGETFUL[name]
+    model, ids, mask = (
+        small.build(small.decoder([pattern, pattern])),
+        small.ids(3, LENGTH),
+        torch.tensor(MASKS[padding]),
+    )
+    documents = torch.tensor([[0] * 6 + [1] * 8, [0] * 14, [0] * 2 + [1] * 5 + [2] * 7])
+    for given in ({}, {"document_ids": documents}):
+        for chunks in ("one", "tokens", "speculative"):
+            cache = model.new_cache("auto", 3)
+            found = run(model, cache, CHUNKS[chunks], ids, attention_mask=mask, **given)
+            for row in range(3):
+                for document in documents[row].unique() if given else [None]:
+                    keep = mask[row].bool() & (True if document is None else documents[row] == document)
+                    torch.testing.assert_close(found[row][keep], alone(model, ids[row], keep), **TOLERANCE)
+
+
+def test_rows_of_a_cache_that_forgets_can_be_chosen():
+    pattern, _ = FORGETFUL["sinks and window"]
+    model, ids = small.build(small.decoder([pattern])), small.ids(2, LENGTH)
+    cache, order = model.new_cache("auto", 2), torch.tensor([1, 1, 0])
+    run(model, cache, [4, 1, 1], ids[:, :6])
+    cache.reorder(order)
+    found = run(model, cache, [1, 3, 1], ids[order, 6:11])
+    with torch.no_grad():
+        expected = model(ids).hidden[order, 6:11]
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+    with pytest.raises(UnsupportedError, match="a cache that forgets overwrites old keys"):
+        cache.trim(3)
 
 
 def test_bytes_are_what_is_allocated(models: dict):

@@ -33,6 +33,7 @@ ROWS = (
     "attend",
     "cache",
     "patterns",
+    "marks",
     "specs tokens weights text packaged",
     "errors",
 )

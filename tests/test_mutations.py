@@ -18,13 +18,13 @@ def test_every_snippet_still_stands():
     assert stale(mutations) == []
     for mutation in mutations:
         assert all((ROOT / test).exists() for test in mutation.tests), mutation
-    assert {m.file.split("/")[0] for m in mutations} >= {"patterns.py", "attend", "cache", "layers", "families"}
+    assert {m.file.split("/")[0] for m in mutations} >= {"patterns", "attend", "cache", "layers", "families"}
 
 
 def test_a_snippet_that_is_gone_is_refused():
-    gone = Mutation("gone", "patterns.py", "no such line", "", ())
-    twice = Mutation("twice", "patterns.py", "def reach", "", ())
-    broken = Mutation("broken", "patterns.py", "class Causal(Pattern):", "class (", ())
+    gone = Mutation("gone", "patterns/near.py", "no such line", "", ())
+    twice = Mutation("twice", "patterns/near.py", "def over", "", ())
+    broken = Mutation("broken", "patterns/near.py", "class Causal(Pattern):", "class (", ())
     found = stale([gone, twice, broken, Mutation("no file", "none.py", "a", "b", ())])
     assert len(found) == 4 and "stands 0 times" in found[0] and "gone" in found[0]
 
@@ -42,14 +42,14 @@ def test_caught_and_not_caught(tmp_path: Path):
     """In a process of its own: a fork of one that has imported lamina already would test that one."""
     program = (
         "from tools.mutate import PACKAGE, ROOT, Mutation, run\n"
-        "text = (ROOT / PACKAGE / 'patterns.py').read_text()\n"
+        "text = (ROOT / PACKAGE / 'patterns/near.py').read_text()\n"
         "wrong = text.replace('key.position <= query.position', 'key.position < query.position')\n"
         "jobs = (('a', wrong), ('b', text), ('c', 'import nothing_at_all'))\n"
-        "rows = run([(name, 'patterns.py', code, ('tests/test_patterns.py',)) for name, code in jobs], 2)\n"
+        "rows = run([(name, 'patterns/near.py', code, ('tests/test_patterns.py',)) for name, code in jobs], 2)\n"
         "print(sorted((row['feature'], row['outcome']) for row in rows))\n"
     )
-    before = (ROOT / PACKAGE / "patterns.py").read_bytes()
+    before = (ROOT / PACKAGE / "patterns/near.py").read_bytes()
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[('a', 'killed'), ('b', 'survived'), ('c', 'broken')]"
-    assert (ROOT / PACKAGE / "patterns.py").read_bytes() == before
+    assert (ROOT / PACKAGE / "patterns/near.py").read_bytes() == before
     assert callable(run)

@@ -11,16 +11,26 @@ import torch
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import AttentionSpec
 from lamina.patterns import (
+    FOREVER,
+    BlockTable,
+    BlockWindow,
     Both,
     Causal,
     Either,
     Everything,
+    Global,
     Pattern,
     Prefix,
+    RandomBlocks,
     Retained,
     Sinks,
+    Strided,
+    Summary,
     Window,
     allowed,
+    bigbird,
+    fixed,
+    strided,
 )
 from lamina.tokens import HOLE, Tokens, join, plain
 from tests.oracle import mask, sees
@@ -44,6 +54,22 @@ PATTERNS = {
     "either window": Window(back=2, ahead=0) | Window(back=4, ahead=2),
     "global": (Window(back=3, ahead=2) | Prefix()) & Causal(),
     "deep": (Causal() & Prefix(length=5)) | (Window(back=2) & (Sinks(count=1) | Causal())),
+    "dilated": Window(back=3, ahead=2, dilation=3),
+    "dilated causal": Causal() & Window(back=2, dilation=2),
+    "global tokens": Window(back=3, ahead=2) | Global(),
+    "global positions": Window(back=2, ahead=1) | Global(positions=(0, 5)),
+    "causal global": Causal() & (Window(back=2) | Global(positions=(1,))),
+    "strided": strided(3)[0] | strided(3)[1],
+    "strides alone": strided(3)[1],
+    "fixed": fixed(4, 1)[0] | fixed(4, 1)[1],
+    "fixed summaries": fixed(3, 2)[1],
+    "fixed stretch": fixed(4, 2)[0],
+    "block window": BlockWindow(size=3, back=2, ahead=1),
+    "block table": BlockTable(size=3, table=((0, 2), (), (1,))),
+    "causal block table": Causal() & BlockTable(size=2, table=((0,), (0, 1), (1, 2, 3), (0, 3))),
+    "bigbird": bigbird(size=2, random_blocks=1, seed=3),
+    "random blocks": RandomBlocks(size=2, count=2, blocks=4),
+    "bigbird encoder": BlockWindow(size=2, back=2, ahead=1) | Global() | RandomBlocks(size=2, count=1, blocks=6),
 }
 
 
@@ -123,6 +149,42 @@ def test_what_a_cache_may_forget_is_seen_by_no_later_query(pattern: Pattern):
                     assert recent or key < kept.first, (query, key, kept)
 
 
+def test_a_key_lasts_until_its_last_query(pattern: Pattern):
+    """For each key, up to position 40 of the queries: never too short, and not too long where windows alone decide."""
+    keys = plain(1, 20)
+    for marks in (None, torch.arange(20)[None] % 3 == 1):
+        lasts = pattern.lasts(Tokens(keys.position, keys.document, marks))
+        if lasts is None:
+            continue
+        for key, last in enumerate(lasts[0].tolist()):
+            marked = marks is not None and bool(marks[0, key])
+            seeing = [query for query in range(key, 40) if sees(pattern, query, key, marked)]
+            assert not seeing or seeing[-1] <= last, (key, seeing[-1], last)
+
+
+def test_lasts_is_no_more_than_it_needs_to_be():
+    keys = plain(1, 6)
+    marked = Tokens(keys.position, keys.document, keys.position == 2)
+
+    def lasts(pattern: Pattern, tokens: Tokens = keys) -> list[int]:
+        found = pattern.lasts(tokens)
+        assert found is not None
+        return [-2 if one == FOREVER else one for one in found[0].tolist()]
+
+    assert lasts(Window(back=3)) == lasts(Causal() & Window(back=3, ahead=1)) == [2, 3, 4, 5, 6, 7]
+    assert lasts(Window(back=2, dilation=4)) == [4, 5, 6, 7, 8, 9]
+    assert lasts(Window(back=2) | Sinks(count=2)) == [-2, -2, 3, 4, 5, 6]
+    assert lasts(Window(back=3) & Window(back=2)) == lasts(Window(back=2) & Window(back=3)) == [1, 2, 3, 4, 5, 6]
+    assert lasts(Causal() & (Window(back=1) | Prefix()), marked) == [0, 1, -2, 3, 4, 5]
+    assert lasts(Window(back=1) | Global(positions=(1, 4))) == [4, -2, 4, 4, -2, 5]
+    assert lasts(BlockWindow(size=2, back=2)) == [3, 3, 5, 5, 7, 7]
+    assert lasts(Summary(stride=3, count=1)) == [-1, -1, -2, -1, -1, -2]
+    assert lasts(Prefix(length=1)) == [-2, -1, -1, -1, -1, -1]
+    assert lasts(BlockTable(size=2, table=((0,), (0,), (2,)))) == [3, 3, -1, -1, 5, 5]
+    for forever in (Everything(), Causal(), Strided(stride=3), Causal() | Window(back=2), Window(back=2) | Global()):
+        assert forever.lasts(marked) is None
+
+
 def test_retained_is_no_more_than_it_needs_to_be():
     assert Causal().retained() == Everything().retained() == Prefix().retained() == Retained(None)
     assert Window(back=3).retained() == (Causal() & Window(back=3)).retained() == Retained(3)
@@ -144,14 +206,26 @@ def test_what_no_backend_could_mean_is_refused():
         lambda: Window(back=1, ahead=-1),
         lambda: Sinks(count=0),
         lambda: Prefix(length=0),
+        lambda: Window(back=1, dilation=0),
+        lambda: Global(positions=(0, -1)),
+        lambda: Strided(stride=0),
+        lambda: Summary(stride=3, count=0),
+        lambda: Summary(stride=3, count=4),
+        lambda: BlockWindow(size=0, back=1),
+        lambda: BlockWindow(size=1, back=0),
+        lambda: BlockWindow(size=1, back=1, ahead=-1),
+        lambda: RandomBlocks(size=1, count=0),
+        lambda: RandomBlocks(size=1, count=1, blocks=0),
     ):
-        with pytest.raises(LaminaError, match="must be"):
+        with pytest.raises(LaminaError, match="must (be|lie)|or more"):
             wrong()
 
 
 def test_operators_make_specs():
     assert Causal() & Window(back=2) == Both(first=Causal(), second=Window(back=2))
     assert Causal() | Prefix() == Either(first=Causal(), second=Prefix())
+    with pytest.raises(LaminaError, match="block numbers"):
+        BlockTable(size=2, table=((0, -1),))
     for pattern in PATTERNS.values():
         assert Pattern.from_json(pattern.to_json()) == pattern
 
@@ -193,3 +267,10 @@ def test_what_looks_ahead_has_no_cache(pattern: Pattern, ahead: bool) -> None:
             layer.retained()
     else:
         assert layer.retained() == pattern.retained()
+
+
+def test_random_blocks_are_drawn_once_and_differ_by_their_seed():
+    drawn = [RandomBlocks(size=2, count=2, seed=seed).rows(12) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0][:2] == ((), (0,)) and RandomBlocks(size=2, count=2).rows(20)[:12] == drawn[0]
+    assert len(RandomBlocks(size=2, count=2, blocks=6).rows(2)) == 6

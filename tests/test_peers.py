@@ -15,10 +15,12 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 import lamina
-from lamina.attend import BACKENDS
+from lamina.attend import BACKENDS, Request, blocks
+from lamina.attend.plan import plan
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import CapacitySpec, ExpertsSpec, RotarySpec
 from lamina.layers.rotary import phases
+from lamina.patterns import Causal, Window
 from lamina.specs import edit
 from lamina.tokens import plain
 from tests.families import LENGTH, ROWS, Case, Row, close, row, tokens
@@ -38,8 +40,10 @@ every_decoder = pytest.mark.parametrize("case", DECODERS, ids=str, indirect=True
 
 
 def sides(case: Case) -> list[str]:
-    """Prefixes of the arguments of each side."""
-    return ["", "decoder_"] if case.two_stacks else [""]
+    """Prefixes of the arguments of each side that reads ids; the frames that Whisper's encoder reads have none."""
+    if not case.two_stacks:
+        return [""]
+    return ["", "decoder_"] if case.reads == "input_ids" else ["decoder_"]
 
 
 # R2: BLOOM ignores position_ids without a word, T5 and BART have none, and Llama takes an invented keyword
@@ -192,6 +196,36 @@ def test_r10_transformers_still_does_it(cases: Cases):  # noqa: F811
     case = cases("mixtral")
     out = case.theirs(case.ids, labels=case.ids)
     assert case.theirs.config.router_aux_loss_coef > 0 and out.aux_loss is None
+
+
+# R5: BigBird, a short batch between two long ones: transformers goes on dense, and the long one's outputs differ
+
+
+@torch.no_grad()
+def test_r5_a_short_batch_changes_nothing_for_the_next(cases: Cases):  # noqa: F811
+    case, short = cases("bigbird"), tokens(2, 5, seed=9)
+    first = result(case.theirs_on(case.ids))
+    assert not close(result([case.theirs(short), case.theirs(case.ids)][1]), first, 1e-3)
+    before = result(case.run(case.ids))
+    case.run(short)
+    assert torch.equal(result(case.run(case.ids)), before) and close(before, first)
+
+
+# R18: a window costs as much as none, and a smaller one of Longformer more than a larger one
+
+
+@pytest.mark.parametrize("window", [128, 512])
+def test_r18_what_a_window_leaves_out_is_not_computed(window: int):
+    """Scores of a forward at 4,096 tokens: those of the window and of the blocks that its edges cut."""
+    long = plain(1, 4096)
+    for pattern, width in (
+        (Causal() & Window(back=window), window),
+        (Window(back=window // 2 + 1, ahead=window // 2), window + 1),
+    ):
+        pairs = plan(pattern, long, long).pairs
+        assert 4096 * width * 0.9 < pairs < 4096 * (width + 256)
+        query = torch.zeros(1, 1, 4096, 8)
+        assert blocks.suits(Request(query, query, query, long, long, pattern, 1.0))
 
 
 # R12: output_attentions under SDPA gives a warning and nothing

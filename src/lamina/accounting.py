@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lamina.cache import Cache, GrowingLedger, RingLedger, Slot
+from lamina.cache import Cache, ExpiringLedger, GrowingLedger, RingLedger, Slot
 from lamina.errors import LaminaError
 from lamina.layers import BranchSpec, ExpertsSpec, LayerSpec, StackSpec, StepSpec, SumSpec
 from lamina.model import Model, ModelSpec, Output
@@ -351,7 +351,7 @@ def _held(slot: Slot, length: int) -> int:
     places = slot.key.shape[2]
     if isinstance(slot.ledger, GrowingLedger):
         return slot.bytes() // places * length
-    if isinstance(slot.ledger, RingLedger):
+    if isinstance(slot.ledger, RingLedger | ExpiringLedger):
         return slot.bytes() // places * min(places - 1, length)  # one place is spare, for padding
     return slot.bytes()
 

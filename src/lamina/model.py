@@ -22,6 +22,7 @@ from lamina.layers import (
     RotarySpec,
     StackSpec,
 )
+from lamina.marks import BeforeToken, EndBlocks, FirstToken
 from lamina.reading import read
 from lamina.specs import Spec, unknown
 from lamina.tokens import Tokens
@@ -51,6 +52,7 @@ class ModelSpec(Spec):
     stem: ConvolutionStemSpec | None = None  # what the encoder reads with, in place of ids: Whisper
     context: int | None = None  # tokens that the model was trained to read
     special: SpecialTokens = field(default_factory=SpecialTokens)
+    marks: FirstToken | BeforeToken | EndBlocks | None = None  # where the caller gives none: Longformer
 
     @property
     def two_stacks(self) -> bool:
@@ -104,6 +106,7 @@ class Given:
     mask: Tensor | None = None
     positions: Tensor | None = None
     documents: Tensor | None = None
+    marked: Tensor | None = None
     features: Tensor | None = None
 
     @property
@@ -125,9 +128,9 @@ class Given:
             raise LaminaError(f"{self.side}input_ids has shape {tuple(self.ids.shape)}; expected (batch, length)")
         return self.ids
 
-    def read(self, marked: Tensor | None = None, cache: Cache | None = None) -> Tokens:
+    def read(self, cache: Cache | None = None) -> Tokens:
         """The tokens that layers see."""
-        return read(self.checked_ids(), self.mask, self.positions, self.documents, marked, cache, self.side)
+        return read(self.checked_ids(), self.mask, self.positions, self.documents, self.marked, cache, self.side)
 
 
 class Model(nn.Module):
@@ -214,8 +217,9 @@ class Model(nn.Module):
 
         attention_mask: (B, T), 1 for tokens and 0 for padding, on either side. position_ids: (B, T); where they
         restart, a new document begins. document_ids: (B, T); documents do not see each other. token_type_ids: (B, T)
-        segments. marked: (B, T), the prefix of a prefix-LM. cache: from `new_cache`; it is extended. record: what to
-        write down. backend: of attention, by name. keep_logits: only for that many last positions.
+        segments. marked: (B, T), the prefix of a prefix-LM, Longformer's global tokens; None: as `spec.marks` says.
+        cache: from `new_cache`; it is extended. record: what to write down. backend: of attention, by name.
+        keep_logits: only for that many last positions.
 
         An encoder-decoder reads `input_ids`, with all that is said of them, in its encoder, or takes `encoder_output`
         (B, S, width) instead, and `decoder_input_ids` (B, T) in its decoder; there a document reads the source of the
@@ -229,7 +233,7 @@ class Model(nn.Module):
             known = [name for name in Model.forward.__annotations__ if name not in ("wrong", "return")]
             raise LaminaError(unknown("argument of a model", next(iter(wrong)), known))
         record = Record() if record is None else record
-        source = Given("", input_ids, attention_mask, position_ids, document_ids, input_features)
+        source = Given("", input_ids, attention_mask, position_ids, document_ids, marked, input_features)
         self.check_reads(input_ids, input_features)
         target = Given(
             "decoder_", decoder_input_ids, decoder_attention_mask, decoder_position_ids, decoder_document_ids
@@ -254,7 +258,7 @@ class Model(nn.Module):
         if self.reads_memory:
             reading = source if pair else Given("")
             memory, memory_tokens = self._memory(reading, token_type_ids, encoder_output, cache, record, backend)
-        x, tokens = self._embedded(given, marked, cache)
+        x, tokens = self._embedded(given, cache)
         if memory is not None and (memory.shape[0] < 1 or x.shape[0] % memory.shape[0]):
             raise LaminaError(
                 f"{given.side}input_ids has {x.shape[0]} rows and the source {memory.shape[0]}; as many are needed,"
@@ -284,6 +288,7 @@ class Model(nn.Module):
         document_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         input_features: Tensor | None = None,
+        marked: Tensor | None = None,
         record: Record | None = None,
         backend: str | None = None,
     ) -> Tensor:
@@ -294,7 +299,7 @@ class Model(nn.Module):
         if not self.spec.two_stacks:
             raise UnsupportedError("encode is for encoder-decoders; the forward of this model gives its hidden states")
         record = Record() if record is None else record
-        source = Given("", input_ids, attention_mask, position_ids, document_ids, input_features)
+        source = Given("", input_ids, attention_mask, position_ids, document_ids, marked, input_features)
         self.check_reads(input_ids, input_features)
         memory, _ = self._memory(source, token_type_ids, None, None, record, backend)
         assert memory is not None
@@ -344,7 +349,7 @@ class Model(nn.Module):
         tokens, ids = source.read(), source.checked_ids()
         begins = tokens.real.clone()
         begins[:, 1:] &= ~tokens.real[:, :-1] | (tokens.document[:, 1:] != tokens.document[:, :-1])
-        return replace(source, side="decoder_", ids=ids.roll(1, dims=1).masked_fill(begins, start))
+        return replace(source, side="decoder_", ids=ids.roll(1, dims=1).masked_fill(begins, start), marked=None)
 
     def check_reads(self, input_ids: Tensor | None, input_features: Tensor | None) -> None:
         """Refuse, by name, the one of the two that this model does not read."""
@@ -353,13 +358,13 @@ class Model(nn.Module):
         if self.stem is not None and input_ids is not None:
             raise UnsupportedError("input_ids is for models without a stem; this one reads input_features")
 
-    def _embedded(
-        self, given: Given, marked: Tensor | None = None, cache: Cache | None = None
-    ) -> tuple[Tensor, Tokens]:
+    def _embedded(self, given: Given, cache: Cache | None = None) -> tuple[Tensor, Tokens]:
         """The vectors (B, T, width) that a stack begins with, and the tokens that they are."""
         if given.features is None:
-            return self.embedding(given.checked_ids()), given.read(marked, cache)
-        for name, value in (("position_ids", given.positions), ("document_ids", given.documents), ("marked", marked)):
+            ids, tokens = given.checked_ids(), given.read(cache)
+            return self.embedding(ids), tokens if given.side else self._marked(given, tokens)
+        told = {"position_ids": given.positions, "document_ids": given.documents, "marked": given.marked}
+        for name, value in told.items():
             if value is not None:
                 raise UnsupportedError(f"{name} is not for input_features: each row is one text")
         assert self.stem is not None
@@ -382,6 +387,12 @@ class Model(nn.Module):
         size = tuple(other.shape[:2]) if content is None else self._size(other)
         if size != tuple(held.shape[:2]) or (one is not None and not torch.equal(one, other)):
             raise LaminaError(f"{what} is not the source that this cache holds; a new source needs a new cache")
+
+    def _marked(self, given: Given, tokens: Tokens) -> Tokens:
+        """What is read, marked by the model's own rule where the caller has not marked it."""
+        if self.spec.marks is None or given.marked is not None:
+            return tokens
+        return self.spec.marks.put(given.checked_ids(), tokens)
 
     def _heads(self, hidden: Tensor, tokens: Tokens, record: Record, keep_logits: int | None) -> Output:
         out = Output(None, hidden, losses=record.losses)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lamina.cache import Cache
 from lamina.errors import LaminaError
-from lamina.tokens import HOLE, Tokens, plain
+from lamina.tokens import HOLE, Tokens, earlier, plain
 
 
 def read(
@@ -40,7 +40,7 @@ def read(
     document = torch.zeros_like(before) if cache is None else cache.document
     documents = document.expand(batch, length) if document_ids is None else _rows(document_ids, ids)
     if position_ids is None:
-        position = _count(real, documents) + torch.where(documents == document, before, 0)
+        position = earlier(real, documents) + torch.where(documents == document, before, 0)
     else:
         position = _rows(position_ids, ids)
         if document_ids is None:
@@ -84,13 +84,3 @@ def _restarts(real: Tensor, position: Tensor, last: Tensor) -> Tensor:
     latest = torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1)  # column of the real token before, or -1
     previous = torch.where(latest >= 0, position.gather(1, latest.clamp(min=0)), last)
     return (real & (position <= previous)).to(torch.int64).cumsum(1)
-
-
-def _count(real: Tensor, documents: Tensor) -> Tensor:
-    """(B, T): how many real tokens of its document came before each token, also where documents alternate."""
-    order = documents.argsort(dim=1, stable=True)
-    kind, one = documents.gather(1, order), real.gather(1, order).to(torch.int64)
-    before = one.cumsum(1) - one
-    starts = torch.nn.functional.pad(kind[:, 1:] != kind[:, :-1], (1, 0), value=True)
-    count = before - torch.where(starts, before, 0).cummax(dim=1).values
-    return torch.empty_like(count).scatter_(1, order, count)

@@ -69,3 +69,13 @@ def plain(batch: int, length: int, *, start: int = 0, device: torch.device | str
     """One document a row, no padding, positions start, ..., start + length - 1."""
     position = torch.arange(start, start + length, device=device).expand(batch, length)
     return Tokens(position, torch.zeros_like(position), span=(start, start + length))
+
+
+def earlier(which: Tensor, documents: Tensor) -> Tensor:
+    """(B, T): how many of those tokens of its document came before each token, also where documents alternate."""
+    order = documents.argsort(dim=1, stable=True)
+    kind, one = documents.gather(1, order), which.gather(1, order).to(torch.int64)
+    before = one.cumsum(1) - one
+    starts = torch.nn.functional.pad(kind[:, 1:] != kind[:, :-1], (1, 0), value=True)
+    count = before - torch.where(starts, before, 0).cummax(dim=1).values
+    return torch.empty_like(count).scatter_(1, order, count)

@@ -10,6 +10,7 @@ from typing import Any
 from lamina.layers import (
     AlibiSpec,
     AttentionSpec,
+    BigBirdSpec,
     BranchSpec,
     BucketBiasSpec,
     CapacitySpec,
@@ -26,6 +27,7 @@ from lamina.layers import (
     LayerNormSpec,
     LayerSpec,
     LearnedPositionSpec,
+    LongformerSpec,
     PoolerSpec,
     RMSNormSpec,
     RotarySpec,
@@ -41,7 +43,7 @@ from lamina.layers import (
     TransformSpec,
 )
 from lamina.model import ModelSpec
-from lamina.patterns import Both, Causal, Either, Everything, Pattern, Prefix, Sinks, Window
+from lamina.patterns import Both, Causal, Either, Everything, Global, Pattern, Prefix, Sinks, Window
 from lamina.specs import Spec
 
 
@@ -147,6 +149,19 @@ def _latent(spec: LatentAttentionSpec) -> str:
     return ", ".join(parts + ([f"dropout {spec.dropout:g}"] if spec.dropout else []))
 
 
+def _longformer(spec: LongformerSpec) -> str:
+    near = f"{spec.window} back" if spec.causal else f"{spec.window} on each side"
+    parts = [f"Longformer, {spec.heads} heads of {spec.head_dim}, window of {near} and global tokens"]
+    parts += ["biases"] if spec.bias else []
+    return ", ".join(parts + ([f"dropout {spec.dropout:g}"] if spec.dropout else []))
+
+
+def _bigbird(spec: BigBirdSpec) -> str:
+    parts = [f"BigBird, {spec.heads} heads of {spec.head_dim}, blocks of {spec.size} and global ends"]
+    parts += [f"the first counted {1 + spec.repeats} times"] if spec.repeats else []
+    return ", ".join(parts + BIASES[spec.bias] + ([f"dropout {spec.dropout:g}"] if spec.dropout else []))
+
+
 def _differential(spec: DifferentialSpec) -> str:
     heads = f"{spec.heads}" if spec.key_heads == spec.heads else f"{spec.heads}/{spec.key_heads}"
     parts = [f"differential, {heads} heads of 2 x {spec.head_dim}, lambda from {spec.start:.2f}", say(spec.pattern)]
@@ -168,15 +183,18 @@ def _pattern(spec: Pattern) -> str:
     if isinstance(spec, Both):
         causal = Causal() in (spec.first, spec.second)
         windows = [part for part in (spec.first, spec.second) if isinstance(part, Window) and part.ahead is None]
-        if causal and windows:
+        if causal and windows and windows[0].dilation == 1:
             return f"causal window of {windows[0].back}"
         return f"{say(spec.first)} and {say(spec.second)}"
     if isinstance(spec, Either):
         return f"({say(spec.first)}) or ({say(spec.second)})"
     if isinstance(spec, Window):
-        return f"window {spec.back - 1} back" + ("" if spec.ahead is None else f", {spec.ahead} ahead")
+        near = f"window {spec.back - 1} back" + ("" if spec.ahead is None else f", {spec.ahead} ahead")
+        return near + (f", {spec.dilation} apart" if spec.dilation > 1 else "")
     if isinstance(spec, Prefix):
         return "marked prefix" if spec.length is None else f"prefix of {spec.length}"
+    if isinstance(spec, Global):
+        return f"global tokens at {', '.join(map(str, spec.positions))}" if spec.positions else "global tokens"
     return f"{spec.count} sinks" if isinstance(spec, Sinks) else fields(spec)
 
 
@@ -300,6 +318,7 @@ def _alibi(spec: AlibiSpec) -> str:
 WORDS: dict[type, Callable[[Any], str]] = {
     AlibiSpec: _alibi,
     AttentionSpec: _attention,
+    BigBirdSpec: _bigbird,
     BranchSpec: _branch,
     Both: _pattern,
     BucketBiasSpec: _bucket_bias,
@@ -314,11 +333,13 @@ WORDS: dict[type, Callable[[Any], str]] = {
     ExpertChoiceSpec: lambda spec: f"{spec.experts} experts that choose, {spec.capacity:g} a token",
     ExpertsSpec: _experts,
     FeedForwardSpec: _feedforward,
+    Global: _pattern,
     LabelHeadSpec: _labels,
     LanguageHeadSpec: _head,
     LatentAttentionSpec: _latent,
     LayerNormSpec: _layer_norm,
     LayerSpec: lambda spec: " and ".join(step.name for step in spec.steps),
+    LongformerSpec: _longformer,
     LearnedPositionSpec: lambda spec: f"learned positions, {spec.size}",
     PoolerSpec: lambda spec: f"tanh of the {spec.token} token",
     Prefix: _pattern,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lamina.attend import dense, sdpa
+from lamina.attend import blocks, dense, sdpa
 from lamina.attend.request import Request
 from lamina.errors import UnsupportedError
 from lamina.specs import unknown
 
-BACKENDS = {"sdpa": sdpa, "dense": dense}
-"""In order of preference. Each module has `refuses(request) -> str | None` and `attend(request) -> Tensor`."""
+BACKENDS = {"blocks": blocks, "sdpa": sdpa, "dense": dense}
+"""In order of preference. Each module has `refuses(request) -> str | None`, `suits(request) -> bool` (whether it is
+to be taken where nobody asks for another), and `attend(request) -> Tensor`."""
 
 
 def attend(request: Request, backend: str | None = None) -> Tensor:
@@ -29,7 +30,7 @@ def attend(request: Request, backend: str | None = None) -> Tensor:
             raise UnsupportedError(f"attention backend {backend!r} cannot do {reason}; backend 'dense' can")
         return BACKENDS[backend].attend(request)
     for module in BACKENDS.values():
-        if module.refuses(request) is None:
+        if module.refuses(request) is None and module.suits(request):
             return module.attend(request)
     raise AssertionError("the dense backend refuses nothing")
 

@@ -39,6 +39,11 @@ def weights(request: Request) -> Tensor:
     return probabilities.to(query.dtype)
 
 
+def suits(request: Request) -> bool:
+    """Always: better ones come before it."""
+    return True
+
+
 def attend(request: Request) -> Tensor:
     """softmax(...) v, and the Shaw term on the values where there is one."""
     probabilities = F.dropout(weights(request), request.dropout)

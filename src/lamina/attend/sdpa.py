@@ -19,6 +19,11 @@ def refuses(request: Request) -> str | None:
     return None
 
 
+def suits(request: Request) -> bool:
+    """Always: better ones come before it."""
+    return True
+
+
 def attend(request: Request) -> Tensor:
     """The same function as `dense.attend`; the mask is left out where the spans of the tokens allow it."""
     query, key, value = request.query, request.key, request.value

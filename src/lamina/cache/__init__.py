@@ -8,6 +8,7 @@ Order does not matter, holes have position -1, evicted keys are absent. Layers s
 from __future__ import annotations
 
 from lamina.cache.cache import Cache
+from lamina.cache.expiring import ExpiringLedger
 from lamina.cache.fixed import FixedLedger
 from lamina.cache.growing import GrowingLedger
 from lamina.cache.memory import MemoryLedger, MemorySlot
@@ -16,12 +17,14 @@ from lamina.cache.sinks import SinksLedger
 from lamina.cache.slot import Ledger, Slot
 
 KINDS = ("auto", "growing", "fixed", "ring", "sinks")
-"""auto: a ring where the layer's pattern is a window, growing elsewhere. fixed: preallocated, for compiled steps.
-ring: as auto, and refused where a layer looks back without limit. sinks: StreamingLLM, the first and the last keys."""
+"""auto: a ring where the layer's pattern is a window; one that forgets what no later token can see where the pattern
+tells (sinks, blocks, prefixes beside a window); growing elsewhere. fixed: preallocated, for compiled steps. ring: as
+auto, and refused where a layer looks back without limit. sinks: StreamingLLM, the first and the last keys."""
 
 __all__ = [
     "KINDS",
     "Cache",
+    "ExpiringLedger",
     "FixedLedger",
     "GrowingLedger",
     "Ledger",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lamina.cache.expiring import ExpiringLedger
 from lamina.cache.fixed import FixedLedger
 from lamina.cache.growing import GrowingLedger
 from lamina.cache.memory import MemoryLedger
@@ -12,8 +13,8 @@ from lamina.cache.ring import RingLedger
 from lamina.cache.sinks import SinksLedger
 from lamina.cache.slot import Ledger, Slot
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.patterns import Retained
-from lamina.tokens import Tokens
+from lamina.patterns import Pattern, Retained
+from lamina.tokens import Tokens, plain
 
 
 class Cache:
@@ -106,8 +107,12 @@ class Cache:
             key = "fixed"
         elif self.kind in ("auto", "ring") and windowed and retained.first == 0:
             key = ("ring", retained.recent)
+        elif self.kind in ("auto", "ring") and windowed:
+            key = retained.pattern
         elif self.kind == "ring":
             raise UnsupportedError(f"{path} looks back without limit, so a ring cannot serve it; cache='auto' can")
+        elif self.kind == "auto" and forgets(retained):
+            key = retained.pattern
         else:
             key = "growing"
         if key not in self.ledgers:
@@ -124,8 +129,15 @@ class Cache:
             return MemoryLedger(self.batch)
         if key == "growing":
             return GrowingLedger()
+        if isinstance(key, Pattern):
+            return ExpiringLedger(self.batch, key, self.device)
         assert retained.recent is not None
         return RingLedger(self.batch, retained.recent, self.device)
+
+
+def forgets(retained: Retained) -> bool:
+    """Whether the pattern of a layer says of any key that there is a last query to see it."""
+    return retained.pattern is not None and retained.pattern.lasts(plain(1, 1)) is not None
 
 
 def last_real(position: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ SELF_ATTENTION = Kind(
         ("M", "(T, T): 0 where the pattern allows, minus infinity where not"),
         ("softmax", "over the keys: the weights of each query sum to 1"),
     ),
-    files=("layers/attention.py", "attend/dense.py", "patterns.py"),
+    files=("layers/attention.py", "attend/dense.py", "patterns/pattern.py"),
     used=named(*ATTENTIONS),
     variants=(
         Variant("causal", "key <= query", has(Causal)),
@@ -280,19 +280,26 @@ SPARSE = Kind(
         ("W", "keys that are seen, the token's own included"),
         ("w", "keys on each side: 2 w + 1 in all"),
     ),
-    files=("patterns.py",),
+    files=("patterns/near.py", "patterns/strided.py", "patterns/blocks.py", "attend/blocks.py", "attend/plan.py"),
     used=has((Window, Sinks)),
     variants=(
         Variant("window", "the last W keys", has(Window, lambda part: part.ahead is None)),
         Variant("local", "w keys on both sides", has(Window, lambda part: part.ahead is not None)),
         Variant("sinks", "the first keys are always seen", has(Sinks)),
-        by_class("global", "marked tokens see and are seen by all", "Marked", "LongformerSpec"),
-        by_class("strided", "every l-th key", "Strided"),
-        by_class("blocks", "whole blocks", "Blocks"),
+        by_class("global", "marked tokens see and are seen by all", "Global", "LongformerSpec"),
+        by_class("strided", "every l-th key, or the last c of every l", "Strided", "Summary"),
+        by_class(
+            "blocks",
+            "windows, tables and random draws of blocks",
+            "BlockWindow",
+            "BlockTable",
+            "RandomBlocks",
+            "BigBirdSpec",
+        ),
     ),
     cost="No parameters beyond attention's. What may be skipped: all but T W of T^2 scores. The cache of a window"
-    " keeps W tokens and no more. Here patterns are masks: the memory is saved, the arithmetic on long prompts is"
-    " not yet.",
+    " keeps W tokens and no more. On the CPU only the blocks that a pattern asks for are computed, forward and"
+    " backward; what `account` counts is the whole matrix.",
     counted=(
         Counted("mistral/7b", ("decoder.layers.*.attention.op",), "windows of 4096", ("flops", "cache")),
         Counted("mistral/7b-v0.3", ("decoder.layers.*.attention.op",), "the same without", ("flops", "cache")),

@@ -23,7 +23,7 @@ def has(kind: type | tuple[type, ...], test: Callable[[Any], bool] = lambda part
     return lambda spec: any(isinstance(part, kind) and test(part) for _, part in spec.walk())
 
 
-ATTENTIONS = ("AttentionSpec", "DifferentialSpec", "LatentAttentionSpec")
+ATTENTIONS = ("AttentionSpec", "DifferentialSpec", "LatentAttentionSpec", "LongformerSpec", "BigBirdSpec")
 """The classes of self-attention, by name: some may not be built yet."""
 
 

@@ -72,9 +72,8 @@ def say(pattern: Pattern) -> str:
     if isinstance(pattern, Both | Either):
         sign = "&" if isinstance(pattern, Both) else "|"
         return f"{say(pattern.first)} {sign} {say(pattern.second)}"
-    given = [
-        f"{name}={value}" for name in pattern.__dataclass_fields__ if (value := getattr(pattern, name)) is not None
-    ]
+    fields = pattern.__dataclass_fields__.items()
+    given = [f"{name}={value}" for name, field in fields if (value := getattr(pattern, name)) != field.default]
     return f"{type(pattern).__name__}({', '.join(given)})"
 
 

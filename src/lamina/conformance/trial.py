@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamina.layers import AttentionSpec, DifferentialSpec, LatentAttentionSpec
+from lamina.layers import AttentionSpec, BigBirdSpec, DifferentialSpec, LatentAttentionSpec, LongformerSpec
 from lamina.model import Model
 
-SelfAttentionSpec = AttentionSpec | DifferentialSpec | LatentAttentionSpec
+SelfAttentionSpec = AttentionSpec | DifferentialSpec | LatentAttentionSpec | LongformerSpec | BigBirdSpec
 
 TOKENS = 16  # of each text that is read, where no window asks for more
 

@@ -7,6 +7,7 @@ sentence), next sentence alone, sequence or token classification, or question an
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -37,7 +38,7 @@ from lamina.layers import (
 )
 from lamina.model import ModelSpec
 from lamina.patterns import Everything
-from lamina.weights.rules import Rule, pairs
+from lamina.weights.rules import Rule, Shape, pairs
 
 Task = Literal["sequence", "next_sentence", "token", "span"]
 
@@ -54,14 +55,16 @@ class Flavour:
     transform: tuple[str, str]  # its dense layer and its norm
     pooler: str = "pooler.dense"
     pair: str = "cls.seq_relationship"  # which sentence comes next
+    prefix: str = ""  # of what is not a head, where it is not the model type
 
     @property
     def base(self) -> str:
-        return f"{self.model_type}."
+        return self.prefix or f"{self.model_type}."
 
     @property
     def roberta(self) -> bool:
-        return self.model_type == "roberta"
+        """Whether positions count from the id of padding, and the classifier has its own dense layer."""
+        return self.model_type in ("roberta", "longformer")
 
 
 BERT_FLAVOUR = Flavour(
@@ -196,7 +199,7 @@ def _kind(spec: ModelSpec) -> str:
     return "Model" if task is None else next(name for name, one in TASKS.items() if one == task)
 
 
-def _weights(base: str) -> tuple[Rule, ...]:
+def weights(base: str) -> tuple[Rule, ...]:
     names = {
         "attention.op.q": "attention.self.query",
         "attention.op.k": "attention.self.key",
@@ -237,13 +240,25 @@ def heads(spec: ModelSpec, flavour: Flavour) -> tuple[Rule, ...]:
     )
 
 
-def family_of(flavour: Flavour, weights: tuple[Rule, ...], sizes: dict[str, dict[str, Any]]) -> Family:
-    """The family of a flavour; `weights` are the names of what is not a head."""
+bert_spec, bert_config = spec, config
+
+
+def family_of(
+    flavour: Flavour,
+    weights: tuple[Rule, ...],
+    sizes: dict[str, dict[str, Any]],
+    *,
+    spec: Callable[[Fields], ModelSpec] | None = None,
+    config: Callable[[ModelSpec], dict[str, Any]] | None = None,
+    zeros: Callable[[ModelSpec], Mapping[str, Shape]] = lambda spec: {},
+) -> Family:
+    """The family of a flavour; `weights` are the names of what is not a head. `spec` and `config`: where the layers are
+    not BERT's."""
     language, base = flavour.language, flavour.base
     return Family(
         model_type=flavour.model_type,
-        spec=partial(spec, flavour=flavour),
-        config=partial(config, flavour=flavour),
+        spec=partial(bert_spec, flavour=flavour) if spec is None else spec,
+        config=partial(bert_config, flavour=flavour) if config is None else config,
         weights=weights,
         heads=partial(heads, flavour=flavour),
         base=base,
@@ -254,6 +269,7 @@ def family_of(flavour: Flavour, weights: tuple[Rule, ...], sizes: dict[str, dict
         ignored=(f"{base}embeddings.position_ids", f"{base}{flavour.pooler}.*", f"{language}bias"),
         renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
         sizes=sizes,
+        zeros=zeros,
     )
 
 
@@ -272,7 +288,7 @@ R = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-
 
 BERT = family_of(
     BERT_FLAVOUR,
-    _weights("bert."),
+    weights("bert."),
     {
         "bert/base-uncased": _size(12, 768, 12, 30522),
         "bert/base-cased": _size(12, 768, 12, 28996),
@@ -282,7 +298,7 @@ BERT = family_of(
 )
 ROBERTA = family_of(
     ROBERTA_FLAVOUR,
-    _weights("roberta."),
+    weights("roberta."),
     {
         "roberta/base": _size(12, 768, 12, 50265, **R),
         "roberta/large": _size(24, 1024, 16, 50265, **R),

@@ -220,8 +220,8 @@ def _places(tokens: int) -> int:
 def _code() -> str:
     """A hash of the source that the exported graph comes from."""
     root = Path(__file__).parent.parent
-    found = [*(root / "layers").glob("*.py"), *(root / "attend").glob("*.py"), *(root / "cache").glob("*.py")]
-    found += [root / f"{name}.py" for name in ("model", "reading", "tokens", "patterns")]
+    found = [path for room in ("layers", "attend", "cache", "patterns") for path in (root / room).glob("*.py")]
+    found += [root / f"{name}.py" for name in ("model", "reading", "tokens", "marks")]
     found += [root / "generation" / f"{name}.py" for name in ("package", "compiled", "int8")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(found))).hexdigest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lamina.layers.attention import Attention, AttentionSpec
 from lamina.layers.bias import AlibiSpec, BucketBiasSpec
+from lamina.layers.bigbird import BigBird, BigBirdSpec
 from lamina.layers.block import BranchSpec, Layer, LayerSpec, StepSpec, SumSpec
 from lamina.layers.call import Call, Record
 from lamina.layers.convolution import ConvolutionStem, ConvolutionStemSpec
@@ -22,6 +23,7 @@ from lamina.layers.head import (
     TransformSpec,
 )
 from lamina.layers.latent import LatentAttention, LatentAttentionSpec
+from lamina.layers.longformer import Longformer, LongformerSpec
 from lamina.layers.norm import LayerNorm, LayerNormSpec, NormSpec, RMSNorm, RMSNormSpec
 from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
 from lamina.layers.relative import ShawSpec, TransformerXLSpec
@@ -41,6 +43,8 @@ __all__ = [
     "AlibiSpec",
     "Attention",
     "AttentionSpec",
+    "BigBird",
+    "BigBirdSpec",
     "BranchSpec",
     "BucketBiasSpec",
     "Call",
@@ -74,6 +78,8 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",
+    "Longformer",
+    "LongformerSpec",
     "NTKScaling",
     "NormSpec",
     "Pooler",

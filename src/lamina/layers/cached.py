@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def retained(path: str, pattern: Pattern) -> Retained:
     """What a cache has to keep for the layer at `path`. Raises UnsupportedError where tokens see later ones."""
     if pattern.looks_ahead():
         raise UnsupportedError(f"{path}: its tokens see later ones, so it cannot read in pieces with a cache")
-    return pattern.retained()
+    return replace(pattern.retained(), pattern=pattern)
 
 
 def with_cache(
