@@ -32,6 +32,7 @@ from lamina.patterns import (
     fixed,
     strided,
 )
+from lamina.patterns.pattern import extent
 from lamina.tokens import HOLE, Tokens, join, plain
 from tests.oracle import mask, sees
 
@@ -274,3 +275,19 @@ def test_random_blocks_are_drawn_once_and_differ_by_their_seed():
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0][:2] == ((), (0,)) and RandomBlocks(size=2, count=2).rows(20)[:12] == drawn[0]
     assert len(RandomBlocks(size=2, count=2, blocks=6).rows(2)) == 6
+
+
+def test_what_either_of_two_patterns_says_of_blocks():
+    """Cost only, never the mask: a block that one of the two sees whole needs none, and neighbours stay together."""
+    near, far = extent((100, 104)), extent((90, 94))
+    whole, some = Causal() & Window(back=50), Causal() & Window(back=8)
+    assert whole.over(near, far)[1] and not some.over(near, far)[1]
+    for pattern in (whole | some, some | whole):
+        assert [bool(answer) for answer in pattern.over(near, far)] == [True, True]
+    assert [bool(answer) for answer in (some | some).over(near, far)] == [bool(some.over(near, far)[0]), False]
+    dilated, tokens = Window(back=4, dilation=3), plain(1, 12)
+    groups = dilated.groups(tokens)
+    assert groups is not None and groups.tolist() == [[0, 1, 2] * 4]
+    assert (dilated & Causal()).groups(tokens) is not None
+    for pattern in (dilated | Sinks(count=1), Sinks(count=1) | dilated):
+        assert pattern.groups(tokens) is None
