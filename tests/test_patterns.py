@@ -291,3 +291,20 @@ def test_what_either_of_two_patterns_says_of_blocks():
     assert (dilated & Causal()).groups(tokens) is not None
     for pattern in (dilated | Sinks(count=1), Sinks(count=1) | dilated):
         assert pattern.groups(tokens) is None
+
+
+def test_tokens_that_are_read_together():
+    """Cost only: sums of stretches, global tokens and marked ones lie together, the others beside them."""
+    tokens = plain(1, 8)
+    marked = Tokens(tokens.position, tokens.document, torch.tensor([[True] + [False] * 6 + [True]]))
+    for pattern, given, groups in (
+        (Summary(stride=4, count=1), tokens, [0, 0, 0, 1] * 2),
+        (Strided(stride=4), tokens, [0, 1, 2, 3] * 2),
+        (Global(positions=(2, 5)), tokens, [1, 1, 0, 1, 1, 0, 1, 1]),
+        (Global(), marked, [0, 1, 1, 1, 1, 1, 1, 0]),
+        (Prefix(), marked, [0, 1, 1, 1, 1, 1, 1, 0]),
+    ):
+        found = pattern.groups(given)
+        assert found is not None and found.expand(1, 8).tolist() == [groups]
+    for pattern in (Causal(), Prefix(length=3), Window(back=4), Sinks(count=2), Strided(stride=4)):
+        assert pattern.groups(tokens, False) is None
