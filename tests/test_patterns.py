@@ -308,3 +308,21 @@ def test_tokens_that_are_read_together():
         assert found is not None and found.expand(1, 8).tolist() == [groups]
     for pattern in (Causal(), Prefix(length=3), Window(back=4), Sinks(count=2), Strided(stride=4)):
         assert pattern.groups(tokens, False) is None
+
+
+@pytest.mark.parametrize(
+    "pattern, query, keys",
+    [
+        (strided(4)[0], 10, [7, 8, 9, 10]),
+        (strided(4)[1], 10, [2, 6, 10]),
+        (fixed(4, 1)[0], 10, [8, 9, 10]),
+        (fixed(4, 1)[1], 10, [3, 7]),
+        (bigbird(size=4, random_blocks=0), 30, [0, 1, 2, 3, *range(24, 31)]),
+    ],
+    ids=["strided", "strides", "fixed", "sums", "bigbird"],
+)
+def test_published_patterns_by_hand(pattern: Pattern, query: int, keys: list[int]):
+    """arXiv:1904.10509, section 4.3; arXiv:2007.14062, section 2, made causal."""
+    tokens = plain(1, 40)
+    seen = allowed(pattern, tokens.query(), tokens.key())[0, query]
+    assert seen.nonzero()[:, 0].tolist() == keys
