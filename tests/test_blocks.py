@@ -186,6 +186,11 @@ def test_padding_and_documents_cost_nothing():
     for count in (4, 16):  # packed documents of 128 and of 32 tokens
         packed = Tokens(position % (512 // count), position // (512 // count))
         assert share(Everything(), packed) < 1.3 / count
+    # Blocks end where padding, a document or a group ends, wherever that is.
+    odd = torch.where(position < 101, HOLE, position - 101)
+    assert share(Everything(), Tokens(odd, torch.zeros_like(odd))) == 411 / 512
+    assert share(Everything(), Tokens(position % 103, position // 103)) == (4 * 103**2 + 100**2) / 512**2
+    assert share(pattern | Global(positions=(7, 300)), plain(2, 512)) < 0.09
     ring = Tokens(torch.roll(position, 37, dims=1), torch.zeros_like(position))
     assert share(pattern, Tokens(position, torch.zeros_like(position)), ring) < 1.2 * whole
 
@@ -210,6 +215,9 @@ def test_blocks_are_taken_where_they_save(monkeypatch: pytest.MonkeyPatch):
         taken.clear()
         attend(make(PATTERNS[pattern], "plain", 4, 2, ("softcap",)))  # the fused kernel has none: blocks save memory
         assert taken
+    taken.clear()
+    attend(make(Window(back=LENGTH - 2, ahead=LENGTH - 2), "plain", 4, 2))
+    assert not taken  # nearly all pairs: a mask on the fused kernel is faster
     taken.clear()
     attend(make(PATTERNS["window"], "step", 4, 2))
     assert not taken  # a step of decoding reads every key once
