@@ -263,9 +263,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "attend/plan.py": [
         ("plan: documents", '(first <= theirs["last"]) & (theirs["first"] <= last) &', ""),
-        ("plan: every pair of one document", "every = some & same &", "every = some &"),
-        ("plan: holes among the keys", '& theirs["whole"] & every', "& every"),
-        ("plan: blocks of holes", '& theirs["there"] & some', "& some"),
+        ("plan: every pair of one document", "every = some & same & every", "every = some & every"),
         ("plan: queries count as they are", "counted = real if keys else torch.ones_like(real)", "counted = real"),
         ("plan: nobody sees some keys", "step.blind = unseen if", "step.blind = None and unseen if"),
         ("plan: a query that sees nothing", "step.empty = ~sees", "step.empty = None"),

@@ -206,8 +206,7 @@ def _extent(blocks: _Blocks, keys: bool) -> tuple[Extent, dict[str, Tensor]]:
         all_marked=low > 0,
     )
     one, other = bounds(document)
-    there, whole = blocks.bound(counted.to(torch.int64), True) > 0, blocks.bound(counted.to(torch.int64), False) > 0
-    return extent, {"first": one, "last": other, "there": there, "whole": whole}
+    return extent, {"first": one, "last": other}  # of holes, which are blocks by themselves: bounds that meet nothing
 
 
 def _part(pattern: Pattern, queries: Tokens, keys: Tokens, rows: list[int]) -> Part:
@@ -230,9 +229,9 @@ def _needed(
         here = slice(begin, begin + chunk)
         some, every = pattern.over(_chosen(query, here), key)
         first, last = whose["first"][here, None], whose["last"][here, None]
-        some = (first <= theirs["last"]) & (theirs["first"] <= last) & theirs["there"] & some
+        some = (first <= theirs["last"]) & (theirs["first"] <= last) & some
         same = (first == last) & (theirs["first"] == theirs["last"]) & (first == theirs["first"])
-        every = some & same & theirs["whole"] & every
+        every = some & same & every
         state = some.to(torch.int8) + every.to(torch.int8)  # (blocks of queries, blocks of keys): 0 none, 2 all
         edge = torch.ones_like(state, dtype=torch.bool)
         edge[:, 1:] = state[:, 1:] != state[:, :-1]
