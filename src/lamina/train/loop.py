@@ -1,0 +1,260 @@
+"""The loop: what one step is. It knows no files, no signals and no screen; `run.py` has those."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamina.layers import Record
+from lamina.layers.experts import Experts, rebalance
+from lamina.layers.router import TopK
+from lamina.model import Model
+from lamina.objectives import Batch, Objective, Total
+from lamina.train.loader import Loader
+from lamina.train.optimiser import Average, Optimiser, Optimising
+from lamina.train.precision import NAMES, Masters, Scale
+from lamina.train.ranks import Alone, Ranks
+from lamina.train.recompute import recompute
+from lamina.train.schedule import Schedule
+from lamina.train.specs import LoopSpec
+
+
+@dataclass
+class Step:
+    """What happened in a step."""
+
+    step: int  # counted from 1: how many have been made
+    loss: float  # what was minimised, a label; without the auxiliary losses
+    parts: dict[str, float]  # nats, ...: sums by labels; auxiliary losses as they are
+    gradient_norm: float
+    rate: float
+    tokens: int  # read in this step, in the whole world
+    seconds: float
+    skipped: bool = False  # its gradient was not finite, and no weight was changed
+
+
+@dataclass
+class Progress:
+    """How far a run has come: everything that the next step depends on but tensors."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0  # steps without an effect
+    scale: float = 65536.0  # of a float16 loss
+    good: int = 0  # steps since it changed
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass
+class Evaluated:
+    """What a model loses on held-out examples, in nats for each label that was asked."""
+
+    loss: float
+    asked: int
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """A model, an objective and an optimiser, and one method that makes a step of them.
+
+    The loss of a step is the sum over all micro-batches of all ranks by the labels of the whole global batch, and a
+    router's loss, which is a mean over a micro-batch, weighs as much as its tokens. So accumulation, rows of different
+    lengths and ranks change nothing. Nothing random depends on what came before: torch's generator is set anew for each
+    micro-batch, from the seed, the step, its number and the rank.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        objective: Objective,
+        loader: Loader,
+        optimiser: Optimising,
+        schedule: Schedule,
+        loop: LoopSpec,
+        *,
+        seed: int = 0,
+        ranks: Ranks | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model, self.objective, self.loader = model, objective, loader
+        self.schedule, self.loop, self.seed = schedule, loop, seed
+        self.ranks: Ranks = Alone() if ranks is None else ranks
+        self.device = torch.device(device)
+        self.progress = Progress()
+        trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        dtype = NAMES[loop.precision]
+        half = dtype.itemsize == 2
+        self.masters = Masters(model, trained, dtype) if half and self.ranks.world == 1 else None
+        self.scale = Scale() if loop.precision == "float16" else None
+        self.parameters: Mapping[str, nn.Parameter] = self.masters.masters if self.masters else dict(trained)
+        self.optimiser = Optimiser(optimiser, model, self.parameters.items())
+        self.average = Average(self.parameters, loop.average) if loop.average is not None else None
+        self.balances = any(
+            isinstance(part, Experts) and isinstance(part.router, TopK) and part.router.correction is not None
+            for part in model.modules()
+        )
+        if loop.recompute:
+            recompute(model)
+        self.model.train()
+
+    def step(self) -> Step:
+        """Read a batch, and change the weights, unless the gradient is not finite."""
+        clock, number = time.perf_counter(), self.progress.step
+        micros = self.loader.step(number)
+        own = [float(sum(batch.asked for batch in micros)), float(sum(batch.tokens for batch in micros))]
+        asked, tokens = self.ranks.sum(own)
+        sums: dict[str, Tensor] = {}
+        loads: Record | None = None
+        for index, batch in enumerate(micros):
+            torch.manual_seed(_mixed(self.seed, number, index, self.ranks.data))
+            record = Record("*.load") if self.balances else None
+            total = self.objective.total(self.model, batch.to(self.device), record)
+            self._backward(total, max(asked, 1.0), batch.tokens / max(tokens, 1.0))
+            _add(sums, total, batch.tokens / max(tokens, 1.0))
+            loads = _added(loads, record)
+        found = self._summed(sums)
+        norm = self._norm()
+        loss = found["loss"] / max(asked, 1.0)
+        skipped = not (math.isfinite(norm) and math.isfinite(loss))
+        factor = self.schedule.factor(number, self.loop.steps)
+        rate = self.optimiser.spec.rate * factor
+        if skipped:
+            self.progress.skipped += 1
+        else:
+            self._change(factor, norm)
+            if loads is not None:
+                rebalance(self.model, loads)
+        if self.scale is not None:
+            self.scale.update(not skipped)
+            self.progress.scale, self.progress.good = self.scale.value, self.scale.good
+        self.optimiser.clear()
+        self.progress.step += 1
+        self.progress.tokens += int(tokens)
+        parts = {
+            name.removeprefix("parts."): value if name == "auxiliary" else value / max(asked, 1.0)
+            for name, value in found.items()
+            if name != "loss"
+        }
+        return Step(number + 1, loss, parts, norm, rate, int(tokens), time.perf_counter() - clock, skipped)
+
+    def _summed(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """The sums of all ranks; the device is waited for once."""
+        names = sorted(sums)
+        own = torch.stack([sums[name].double() for name in names]).tolist()
+        return dict(zip(names, self.ranks.sum(own), strict=True))
+
+    def _backward(self, total: Total, asked: float, share: float) -> None:
+        loss = total.total / asked
+        if total.auxiliary is not None:
+            loss = loss + total.auxiliary * share
+        if loss.requires_grad:
+            (loss if self.scale is None else loss * self.scale.value).backward()
+
+    def _norm(self) -> float:
+        """Of the whole gradient, after the scale of float16 has been taken out."""
+        if self.scale is not None:
+            gradients = [one.grad for one in self.parameters.values() if one.grad is not None]
+            torch._foreach_mul_(gradients, 1 / self.scale.value)  # pyright: ignore
+        return float(self.ranks.norm(self.parameters.values()))
+
+    def _change(self, factor: float, norm: float) -> None:
+        clip = self.loop.clip
+        if clip is not None and norm > clip:
+            gradients = [one.grad for one in self.parameters.values() if one.grad is not None]
+            torch._foreach_mul_(gradients, clip / (norm + 1e-6))  # pyright: ignore
+        self.optimiser.step(factor)
+        if self.masters is not None:
+            self.masters.publish()
+        if self.average is not None:
+            self.average.update()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluated:
+        """The mean loss on held-out batches, of the moving average of the weights where there is one."""
+        self.model.eval()
+        self._swap()
+        try:
+            sums: dict[str, Tensor] = {}
+            asked = 0
+            for batch in batches:
+                total = self.objective.total(self.model, batch.to(self.device), None)
+                _add(sums, total, 1.0)
+                asked += total.asked
+        finally:
+            self._swap()
+            self.model.train()
+        found = {name: float(value) / max(asked, 1) for name, value in sums.items()}
+        parts = {name.removeprefix("parts."): value for name, value in found.items() if name.startswith("parts.")}
+        return Evaluated(parts.get("nats", found.get("loss", math.nan)), asked, parts)
+
+    def _swap(self) -> None:
+        if self.average is not None:
+            self.average.swap()
+            if self.masters is not None:
+                self.masters.publish()
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything that a checkpoint holds, by file: the model, what the optimiser remembers, the moving average."""
+        weights: dict[str, Tensor] = dict(self.model.named_parameters())
+        weights |= {name: buffer for name, buffer in self.model.named_buffers() if name in self.model.state_dict()}
+        weights |= dict(self.parameters)
+        found = {
+            "model": {name: weight.detach() for name, weight in weights.items()},
+            "optimiser": self.optimiser.state(),
+        }
+        if self.average is not None:
+            found["average"] = self.average.values
+        return found
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]], progress: Mapping[str, Any]) -> None:
+        """Go on from there: the inverse of `tensors` and of `progress.to_dict()`."""
+        state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        for name, value in tensors["model"].items():
+            state[name].copy_(value)
+            if name in self.parameters:
+                self.parameters[name].copy_(value)
+        self.optimiser.load(tensors["optimiser"])
+        if self.average is not None:
+            for name, value in tensors["average"].items():
+                self.average.values[name].copy_(value)
+        self.progress = Progress(**progress)
+        if self.scale is not None:
+            self.scale.value, self.scale.good = self.progress.scale, self.progress.good
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed of several numbers, so that neighbours have nothing to do with each other (splitmix64)."""
+    state = 0
+    for number in numbers:
+        state = (state ^ number) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def _add(sums: dict[str, Tensor], total: Total, share: float) -> None:
+    """To the sums of a step, those of one micro-batch."""
+    found = {"loss": total.total, **{f"parts.{name}": value for name, value in total.parts.items()}}
+    if total.auxiliary is not None:
+        found["auxiliary"] = total.auxiliary * share
+    for name, value in found.items():
+        sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+
+
+def _added(before: Record | None, record: Record | None) -> Record | None:
+    """The loads of several forwards together."""
+    if record is None or before is None:
+        return record
+    for name, value in record.values.items():
+        before.values[name] = before.values[name] + value
+    return before

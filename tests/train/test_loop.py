@@ -1,0 +1,282 @@
+"""The loop: what a step is, and what changes nothing about it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lamina.errors import LaminaError
+from lamina.objectives import CausalLM
+from lamina.train.loader import Loader
+from lamina.train.loop import Trainer
+from lamina.train.optimiser import AdamW, Group, Muon
+from lamina.train.schedule import Constant
+from lamina.train.specs import LoopSpec
+from tests.train.small import Rows, decoder, experts, trainer
+
+SPECS = {"llama": decoder(), "gpt": decoder(dropout=0.3), "experts": experts(), "balanced": experts(correction=True)}
+
+
+def weights(one: Trainer) -> dict[str, torch.Tensor]:
+    return {f"{file}/{name}": value.clone() for file, part in one.tensors().items() for name, value in part.items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_step_is_adamw_on_the_mean_over_tokens():
+    """Against torch, written out: rows with documents, whose first tokens are asked of nobody."""
+    one = trainer(decoder(), batch=6, micro=2, rate=1e-2, clip=None)
+    twin = copy.deepcopy(one.model)
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": [p for p in twin.parameters() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in twin.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+    )
+    rows = [one.loader.example(i) for i in range(6)]
+    losses, count = torch.zeros(()), 0
+    for row in rows:
+        tokens = torch.from_numpy(row["tokens"])[None]
+        for document in range(int(row["documents"].max()) + 1):
+            part = tokens[:, torch.from_numpy(row["documents"]) == document]
+            if part.shape[1] > 1:
+                logits = twin(part[:, :-1]).logits
+                losses = losses + F.cross_entropy(logits[0], part[0, 1:], reduction="sum")
+                count += part.shape[1] - 1
+    (losses / count).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in twin.parameters() if p.grad is not None])
+    optimiser.step()
+    step = one.step()
+    assert step.loss == pytest.approx(float(losses.detach()) / count, rel=1e-6)
+    assert step.gradient_norm == pytest.approx(float(norm), rel=1e-5)
+    for (name, weight), other in zip(one.model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(weight, other, rtol=1e-4, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_accumulation_changes_nothing(micro: int):
+    """Also where the pieces ask for different numbers of tokens."""
+    whole, parts = trainer(decoder(), batch=6, micro=6), trainer(decoder(), batch=6, micro=micro)
+    for _ in range(3):
+        one, other = whole.step(), parts.step()
+        assert other.loss == pytest.approx(one.loss, rel=1e-6) and other.tokens == one.tokens
+        assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-5)
+    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_read_a_step_together():
+    """The rows of two ranks are those of one, in order, none twice."""
+    alone = trainer(decoder(), batch=6, micro=6).loader
+    order = alone.order
+    halves = [
+        Loader(CausalLM(), Rows(), order, batch=6, micro=3, seed=0, rank=rank, ranks=2, workers=0) for rank in range(2)
+    ]
+    for step in (0, 1, 7):
+        whole = alone.step(step)[0]
+        parts = [half.step(step)[0] for half in halves]
+        assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
+        assert whole.asked == sum(part.asked for part in parts)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_workers_change_nothing(workers: int):
+    one, other = trainer(decoder(), workers=0), trainer(decoder(), workers=workers)
+    assert [one.step().loss for _ in range(4)] == [other.step().loss for _ in range(4)]
+    other.loader.close()
+
+
+@pytest.mark.parametrize("average", [None, 0.9])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", SPECS)
+def test_resuming_is_exact_to_the_bit(name: str, precision: Any, average: float | None):
+    """5 steps = 2, everything thrown away, 3 more: dropout, experts, packing, accumulation."""
+    spec = SPECS[name]
+    whole = trainer(spec, batch=4, micro=2, precision=precision, average=average)
+    losses = [whole.step().loss for _ in range(5)]
+    first = trainer(spec, batch=4, micro=2, precision=precision, average=average)
+    found = [first.step().loss for _ in range(2)]
+    kept = {file: {n: t.clone() for n, t in part.items()} for file, part in first.tensors().items()}
+    torch.manual_seed(1234)  # whatever happens in between
+    second = trainer(spec, batch=4, micro=2, precision=precision, average=average, model_seed=99)
+    second.load(kept, first.progress.to_dict())
+    found += [second.step().loss for _ in range(3)]
+    assert found == losses
+    assert same(weights(whole), weights(second))
+    assert whole.progress == second.progress
+
+
+def test_recomputing_changes_nothing():
+    spec = decoder(dropout=0.3)
+    one, other = trainer(spec), trainer(spec, recompute=True)
+    assert [one.step().loss for _ in range(3)] == [other.step().loss for _ in range(3)]
+    assert same(weights(one), weights(other))
+
+
+def test_frozen_weights_stay_and_others_move():
+    from lamina.train.roles import freeze
+
+    model = decoder().build(seed=0)
+    freeze(model, ("embedding",), ("decoder.layers.1", "embedding"))
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    one = trainer(decoder(), model=model)
+    one.step()
+    moved = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert moved and all(name.startswith("decoder.layers.1.") for name in moved)
+    assert moved == {name for name in before if name.startswith("decoder.layers.1.")}
+    assert all(name.startswith("decoder.layers.1.") for name in one.tensors()["optimiser"])
+
+
+@pytest.mark.parametrize(
+    "frozen, trained, message",
+    [
+        (("decoder.layers.7",), None, "unknown path to freeze 'decoder.layers.7'; did you mean 'decoder.layers.[01]'"),
+        ((), ("embeding",), "unknown path to train 'embeding'; did you mean 'embedding'"),
+        (("*",), None, "every weight is frozen"),
+    ],
+)
+def test_paths_that_name_nothing_are_refused(frozen: Any, trained: Any, message: str):
+    from lamina.train.roles import freeze
+
+    with pytest.raises(LaminaError, match=message):
+        freeze(decoder().build(), frozen, trained)
+
+
+def test_roles_and_groups():
+    from lamina.train.roles import role
+
+    model = experts().build()
+    roles = {name: role(model, name) for name, _ in model.named_parameters()}
+    assert roles["embedding.weight"] == "embedding"
+    assert roles["decoder.layers.0.attention.op.q.weight"] == "matrix"
+    assert roles["decoder.layers.0.attention.pre.weight"] == "norm"
+    assert roles["decoder.layers.0.feedforward.op.router.weight"] == "router"
+    assert roles["decoder.layers.0.feedforward.op.experts.up.weight"] == "expert"
+    assert roles["decoder.norm.weight"] == "norm"
+    spec = AdamW(
+        rate=1.0,
+        groups=(Group(roles=("embedding",), rate=0.5, decay=0.0), Group(paths=("decoder.layers.1",), rate=2.0)),
+    )
+    one = trainer(experts(), optimiser=spec)
+    share = {
+        name: (group["share"], group["weight_decay"])
+        for optimiser in one.optimiser.optimisers
+        for group in optimiser.param_groups
+        for name, weight in one.parameters.items()
+        if any(weight is other for other in group["params"])
+    }
+    assert share["embedding.weight"] == (0.5, 0.0)
+    assert share["decoder.layers.0.attention.op.q.weight"] == (1.0, 0.1)
+    assert share["decoder.layers.1.attention.op.q.weight"] == (2.0, 0.1)
+    assert share["decoder.layers.1.attention.pre.weight"] == (2.0, 0.0)
+    with pytest.raises(LaminaError, match="fits no weight"):
+        trainer(decoder(), optimiser=AdamW(groups=(Group(roles=("expert",)),)))
+
+
+def test_muon_turns_matrices_and_leaves_the_rest_to_adamw():
+    one = trainer(experts(), optimiser=Muon(rate=1e-2))
+    one.step()
+    state = {name.partition(":")[2] for name in one.tensors()["optimiser"]}
+    assert state == {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"}
+    turned = {name.partition(":")[0] for name in one.tensors()["optimiser"] if name.endswith("momentum_buffer")}
+    assert turned == {f"decoder.layers.{i}.attention.op.{part}.weight" for i in range(2) for part in "qkvo"}
+
+
+def test_the_average_is_the_formula_and_is_what_is_evaluated():
+    one = trainer(decoder(), average=0.75, rate=1e-2)
+    kept = {name: weight.detach().clone() for name, weight in one.parameters.items()}
+    for _ in range(3):
+        one.step()
+        for name, weight in one.parameters.items():
+            kept[name] += 0.25 * (weight.detach() - kept[name])
+    assert one.average is not None
+    for name, value in one.average.values.items():
+        torch.testing.assert_close(value, kept[name])
+    batches = one.loader.step(50)
+    found = one.evaluate(batches)
+    twin = decoder().build(seed=0)
+    twin.load_state_dict(kept)
+    expected = trainer(decoder(), model=twin).evaluate(batches)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    before = {name: weight.clone() for name, weight in one.parameters.items()}
+    assert all(torch.equal(before[name], weight) for name, weight in one.parameters.items())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_gradient_that_is_not_finite_changes_nothing(precision: Any, monkeypatch: pytest.MonkeyPatch):
+    one = trainer(decoder(), precision=precision, average=0.9)
+    one.step()
+    before = weights(one)
+    with monkeypatch.context() as patch:
+        total = type(one.objective).total
+
+        def broken(*args: Any) -> Any:
+            found = total(*args)
+            object.__setattr__(found, "total", found.total * float("inf"))
+            return found
+
+        patch.setattr(type(one.objective), "total", broken)
+        step = one.step()
+    assert step.skipped and one.progress.skipped == 1 and same(before, weights(one))
+    assert not one.step().skipped and not same(before, weights(one))
+
+
+def test_float16_keeps_small_gradients_with_a_scale():
+    one = trainer(decoder(), precision="float16")
+    wide = trainer(decoder())
+    for _ in range(3):
+        a, b = one.step(), wide.step()
+    assert a.loss == pytest.approx(b.loss, rel=2e-3) and a.gradient_norm == pytest.approx(b.gradient_norm, rel=2e-2)
+    assert next(one.model.parameters()).dtype == torch.float16
+    assert all(value.dtype == torch.float32 for value in one.tensors()["model"].values())
+
+
+def test_the_norm_is_clipped():
+    """SGD would show it at once; AdamW's second moment is the square of what it was given."""
+    free, held = trainer(decoder(), clip=None), trainer(decoder(), clip=0.01)
+    norm = free.step().gradient_norm
+    assert norm > 0.01 and held.step().gradient_norm == pytest.approx(norm)
+    name = "decoder.layers.0.attention.op.q.weight:exp_avg"
+    torch.testing.assert_close(
+        held.tensors()["optimiser"][name] * norm / 0.01, free.tensors()["optimiser"][name], rtol=1e-3, atol=1e-7
+    )
+
+
+def test_batches_that_cannot_be_shared_out_are_refused():
+    with pytest.raises(
+        LaminaError, match=r"batch=6 examples cannot be shared out evenly: 2 ranks x micro-batches of 2"
+    ):
+        Loader(CausalLM(), Rows(), range(10), batch=6, micro=2, seed=0, ranks=2)
+
+
+def test_an_example_has_its_own_random_numbers():
+    from lamina.train.loader import randomness
+
+    draws = {(seed, place): randomness(seed, place).integers(1 << 60) for seed in range(3) for place in range(50)}
+    assert len(set(draws.values())) == len(draws)
+    assert randomness(1, 7).integers(1 << 60) == draws[1, 7]
+
+
+def test_the_loss_falls_on_one_batch():
+    """FACTS E23: any model learns a batch by heart."""
+
+    class Same:
+        def __getitem__(self, position: int) -> int:
+            return position % 4
+
+    model = decoder().build(seed=0)
+    loader = Loader(CausalLM(), Rows(), Same(), batch=4, micro=4, seed=0)
+    one = Trainer(model, CausalLM(), loader, AdamW(rate=1e-2), Constant(warmup=5), LoopSpec(steps=300, batch=4))
+    first = one.step().loss
+    for _ in range(299):
+        last = one.step().loss
+    assert abs(first - np.log(31)) < 0.1 and last < 0.05
