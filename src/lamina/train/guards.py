@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError, TrainingError
+from lamina.train.directory import NONFINITE
 from lamina.train.records import without_infinities
 from lamina.weights.saving import write_file
 
@@ -84,7 +85,7 @@ class Finite:
 
     def __init__(self, most: int = 3, directory: str | os.PathLike[str] | None = None) -> None:
         self.most = most
-        self.directory = None if directory is None else Path(directory) / "nonfinite"
+        self.directory = None if directory is None else Path(directory) / NONFINITE
         self.skipped = 0
         self.said: str | None = None  # of the last one, in words
 

@@ -1,13 +1,4 @@
-"""The directory of a run: its configuration, surroundings, metrics, events, samples and checkpoints, and its one owner.
-
-config.yaml       the configuration as resolved
-env.json          command, versions, machine, git commit
-metrics.jsonl     a JSON record a line, only ever added to; a run that resumes cuts it back to its step
-events.log        what happened, a line each with the time
-samples/          texts written on the way, one file each
-checkpoints/      train/checkpoint.py
-run.lock          who writes here: held by the system's lock, so a dead owner holds nothing
-"""
+"""A run directory that is being written: one owner, metrics that are cut back, events, samples."""
 
 from __future__ import annotations
 
@@ -25,10 +16,10 @@ from typing import IO, Any
 
 from lamina.errors import LaminaError, StorageError
 from lamina.machine import cores, memory, version
+from lamina.train.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, EVENTS, LOCK, METRICS, SAMPLES, SPEC, owner
 from lamina.train.records import cut_back, without_infinities
 from lamina.weights.saving import write_file
 
-CONFIG, ENVIRONMENT, METRICS, EVENTS, LOCK = "config.yaml", "env.json", "metrics.jsonl", "events.log", "run.lock"
 PACKAGES = ("lamina", "torch", "numpy", "tokenizers")
 
 
@@ -49,11 +40,12 @@ class Run:
         config: str,
         *,
         command: Sequence[str] = (),
+        spec: str | None = None,
         resume: bool = False,
     ) -> None:
         self.directory = Path(directory).absolute()
-        self.config = config
-        self.environment = environment(command)
+        self._texts = {CONFIG: config} | ({} if spec is None else {SPEC: spec})
+        self._texts[ENVIRONMENT] = json.dumps(environment(command), indent=1) + "\n"
         self._files: dict[str, IO[bytes]] = {}
         there = (self.directory / METRICS).exists()
         if there and not resume:
@@ -65,7 +57,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.directory / "checkpoints"
+        return self.directory / CHECKPOINTS
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Adds one record to the metrics, on disk for every reader when this returns. Numbers that are not finite
@@ -78,12 +70,16 @@ class Run:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._append(EVENTS, f"{stamp} {' '.join(text.splitlines())}\n")
 
+    def warn(self, text: str) -> None:
+        """Adds an event that reports and `lamina runs` show as a warning."""
+        self.event(f"warning: {text}")
+
     def sample(self, step: int, text: str) -> None:
         """Keeps a text that the model wrote at this step."""
         self.record({"step": step, "sample": text})
         self._alive()
-        (self.directory / "samples").mkdir(exist_ok=True)
-        write_file(self.directory / "samples" / f"step-{step}.txt", text.encode("utf-8", "backslashreplace"))
+        (self.directory / SAMPLES).mkdir(exist_ok=True)
+        write_file(self.directory / SAMPLES / f"step-{step}.txt", text.encode("utf-8", "backslashreplace"))
 
     def cut_back(self, step: int) -> int:
         """Removes the records after this step, which a run that resumes there will make again; returns how many."""
@@ -91,12 +87,6 @@ class Run:
         if removed:
             self.event(f"{METRICS} is cut back to step {step}: {removed} records")
         return removed
-
-    @property
-    def log(self) -> IO[bytes]:
-        """events.log, for those who write to a file themselves (faulthandler)."""
-        self._alive()
-        return self._files[EVENTS]
 
     def close(self) -> None:
         for file in self._files.values():
@@ -113,8 +103,8 @@ class Run:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._own()
-            write_file(self.directory / CONFIG, self.config.encode())
-            write_file(self.directory / ENVIRONMENT, (json.dumps(self.environment, indent=1) + "\n").encode())
+            for name, text in self._texts.items():
+                write_file(self.directory / name, text.encode())
             for name in (METRICS, EVENTS):
                 self._files[name] = open(self.directory / name, "ab", buffering=0)  # noqa: SIM115  closed by close()
         except OSError as error:
@@ -127,15 +117,18 @@ class Run:
     def _own(self) -> None:
         path = self.directory / LOCK
         file = open(path, "a+b", buffering=0)  # noqa: SIM115  the lock lasts as long as it is open
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read(500).decode("utf-8", "replace").strip() or "a process that has not said who it is"
+        for attempt in range(5):  # whoever asks for the owner holds it too, for a moment
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05 * attempt)
+        else:
             file.close()
             raise LaminaError(
-                f"{self.directory}: another process trains here ({owner}); stop it first, or name another directory"
-            ) from None
+                f"{self.directory}: another process trains here ({owner(self.directory)}); stop it first, or name "
+                "another directory"
+            )
         self._files[LOCK] = file
         file.truncate(0)
         file.write(
