@@ -7,8 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
+import lamina
+from lamina.train.checkpoint import Content, save
 from lamina.train.run import Run
+from tests import tiny
 from tests.pages import assert_complete
 from tests.test_startup import imported_by
 
@@ -98,6 +102,24 @@ def test_mistakes(lam, shelf: Path, tmp_path: Path):
     lam("runs", "lst").refused("lst")
     (tmp_path / "dir").mkdir()
     assert lam("runs", "show", shelf / "a", "-o", tmp_path / "a" / "b.html").status == 0
+
+
+def test_a_checkpoint_is_a_source_and_verify_finds_one_flipped_bit(lam, tmp_path: Path):
+    model = tiny.model(tiny.LLAMA)
+    content = Content(
+        {"model": dict(model.named_parameters())},
+        {"optimiser": torch.optim.AdamW(model.parameters()).state_dict()},
+        {"step": 5},
+        {"spec.json": model.spec.to_json().encode()},
+    )
+    path = save(tmp_path, 5, content)
+    loaded = lamina.load(path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert lam("verify", path).status == 0
+    data = bytearray((path / "model.safetensors").read_bytes())
+    data[len(data) // 2] ^= 16
+    (path / "model.safetensors").write_bytes(data)
+    lam("verify", path).refused("model.safetensors: its sha256 is", "manifest.json says", "it was damaged")
 
 
 def test_looking_at_runs_imports_no_torch(shelf: Path):

@@ -13,8 +13,8 @@ import torch
 import lamina
 from lamina.errors import LaminaError
 from lamina.train.curves import LINES, Line, chart, charts, powers, thinned, ticks
-from lamina.train.past import find_runs, read_run
-from lamina.train.report import compared, duration, report, write_report
+from lamina.train.past import duration, find_runs, read_run
+from lamina.train.report import compared, report, write_report
 from lamina.train.run import Run
 from tests import tiny
 from tests.pages import HOSTILE, Elements, assert_complete

@@ -78,10 +78,14 @@ def document(run: Past, events: bool = False) -> dict[str, Any]:
 
 
 def _figure(name: str, value: Any) -> str:
+    from lamina.train.past import duration
+
     if value is None:
         return "-"
-    if name in ("memory_bytes",):
+    if name == "memory_bytes":
         return size(value)
+    if name == "seconds":
+        return duration(value)
     if name in ("steps", "best_step", "damaged_lines"):
         return f"{value:,}"
     if name == "utilisation":

@@ -127,6 +127,15 @@ def differing(runs: Sequence[Past]) -> dict[str, list[Any]]:
     return {path: each for path, each in values.items() if any(value != each[0] for value in each)}
 
 
+def duration(seconds: float) -> str:
+    """3725 -> "1 h 2 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {left} s"
+
+
 def _middle(points: list[tuple[int, float]]) -> float | None:
     return statistics.median(value for _, value in points) if points else None
 

@@ -16,7 +16,7 @@ from lamina.model import ModelSpec
 from lamina.report import architecture, facts, page, short, size
 from lamina.train.curves import STYLE, Line, charts
 from lamina.train.directory import REPORT
-from lamina.train.past import Past, differing, read_run
+from lamina.train.past import Past, differing, duration, read_run
 from lamina.train.records import smooth
 from lamina.weights.saving import write_file
 from lamina.words import shape_of
@@ -69,15 +69,6 @@ def _spec(run: Past) -> ModelSpec | None:
         return ModelSpec.from_json(run.spec)
     except LaminaError as error:
         raise LaminaError(f"{run.directory / 'spec.json'}: {error}") from None
-
-
-def duration(seconds: float) -> str:
-    """3725 -> "1 h 2 min"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, left = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {left} s"
 
 
 def _known(summary: Mapping[str, Any]) -> dict[str, str]:
