@@ -19,7 +19,8 @@ ROWS = (
     "__main__",
     "cli",
     "__init__",
-    "train retrieve serve conformance catalogue report",
+    "train retrieve serve",
+    "conformance catalogue report",
     "pictures",
     "accounting",
     "source",
@@ -34,7 +35,7 @@ ROWS = (
     "cache",
     "patterns",
     "marks",
-    "specs tokens weights text packaged",
+    "specs tokens weights text packaged machine",
     "errors",
 )
 FLOOR = {name: floor for floor, row in enumerate(reversed(ROWS)) for name in row.split()}

@@ -5,12 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator
-from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,13 +15,7 @@ import lamina
 from lamina.generation import Writing
 from lamina.report import Ranking, attention_of, report
 from tests import tiny
-
-HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">&"\'\u202e</span></div>'
-BROWSER = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
-    " --no-first-run --disable-quic"
-).split()
+from tests.pages import HOSTILE, Elements, assert_complete
 
 
 def written(prompt: str = "the hills ", most: int = 24, config: dict[str, Any] = tiny.LLAMA) -> tuple[Any, Writing]:
@@ -43,45 +32,8 @@ def page(title: str = "tiny", **more: Any) -> str:
     return report(title, model, writing=writing, ranking=ranking, **more)
 
 
-class Elements(HTMLParser):
-    """Every element with its attributes, and the text of scripts."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self.text: list[str] = []
-        self.inside = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attributes)))
-        self.inside = tag
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self.inside == "script":
-            self.scripts[-1] += data
-        else:
-            self.text.append(data)
-
-
 def test_it_asks_for_nothing():
-    text = page()
-    elements = Elements(text).found
-    assert not {"link", "img", "iframe", "object", "embed", "form", "base", "video", "audio"} & {
-        tag for tag, _ in elements
-    }
-    for tag, attributes in elements:
-        assert not {"src", "href", "action", "srcset", "background"} & attributes.keys(), (tag, attributes)
-        assert not any(name.startswith("on") for name in attributes)
-    outside = re.findall(r"(?:https?:)?//[\w.]+", text)
-    assert set(outside) <= {"http://www.w3.org"}  # the name of SVG, which nothing loads
-    assert "@import" not in text and "url(" not in text
+    assert_complete(page())
 
 
 def test_the_policy_allows_its_own_script_only():
@@ -143,42 +95,6 @@ def test_long_texts_and_many_layers_are_cut_and_say_so():
 def test_encoders_have_a_page_too():
     text = report("words", tiny.model(tiny.BERT), ranking=Ranking("words", ["a", "b"], [1.0, 0.2]))
     assert 'id="layer-table"' in text and 'id="ranking-table"' in text and 'id="map"' not in text
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if BROWSER is None:
-        pytest.skip("no chromium on this machine: install it, or name it in CHROMIUM")
-    with playwright.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        yield started
-        started.close()
-
-
-@pytest.fixture
-def visit(browser, tmp_path: Path) -> Iterator[Any]:
-    """Open a page; anything it complains of, asks for or pops up fails the test."""
-    contexts, trouble = [], []
-
-    def call(text: str, width: int = 1200, dark: bool = False) -> Any:
-        path = tmp_path / "report.html"
-        path.write_text(text, encoding="utf-8")
-        scheme = "dark" if dark else "light"
-        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-        contexts.append(context)
-        opened = context.new_page()
-        opened.on("console", lambda message: trouble.append(message.text))
-        opened.on("pageerror", lambda error: trouble.append(str(error)))
-        opened.on("dialog", lambda dialog: (trouble.append(dialog.message), dialog.dismiss()))
-        opened.on("request", lambda r: trouble.append(r.url) if r.url != path.as_uri() else None)
-        opened.goto(path.as_uri())
-        return opened
-
-    yield call
-    for context in contexts:
-        context.close()
-    assert trouble == []
 
 
 def test_the_map_in_a_browser(visit):

@@ -15,3 +15,7 @@ class UnsupportedError(LaminaError):
 
 class StorageError(CheckpointError):
     """The disk could not take what was asked of it: full, or read-only. The command line exits with status 1."""
+
+
+class TrainingError(LaminaError):
+    """A run that was asked for rightly cannot go on: its numbers, or its memory. The command line exits with 1."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import click
 
 from lamina.cli.output import Output, heading, size
 from lamina.cli.program import command
+from lamina.machine import cores, memory, version
 
 EXAMPLES = """
 lamina doctor
@@ -31,7 +30,7 @@ def doctor(ctx: click.Context, out: Output) -> None:
     """
     import lamina
 
-    versions = {name: _version(name) for name in (*PACKAGES, *OPTIONAL)}
+    versions = {name: version(name) for name in (*PACKAGES, *OPTIONAL)}
     problems = [f"{name} is not installed" for name in PACKAGES if versions[name] is None]
     devices: dict[str, Any] = {}
     if versions["torch"] is not None:
@@ -44,9 +43,9 @@ def doctor(ctx: click.Context, out: Output) -> None:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": versions,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         **devices,
-        **_memory(),
+        **memory(),
         **_models(problems),
         "hub_offline": _flag("HF_HUB_OFFLINE") or _flag("TRANSFORMERS_OFFLINE"),
         "problems": problems,
@@ -54,13 +53,6 @@ def doctor(ctx: click.Context, out: Output) -> None:
     out.result(document, _lines(document))
     if problems:
         ctx.exit(1)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _devices() -> dict[str, Any]:
@@ -72,17 +64,6 @@ def _devices() -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "devices": ["cpu", *names, *(["mps"] if torch.backends.mps.is_available() else [])],
     }
-
-
-def _memory() -> dict[str, int | None]:
-    found: dict[str, int | None] = {"memory_bytes": None, "memory_available_bytes": None}
-    names = {"MemTotal": "memory_bytes", "MemAvailable": "memory_available_bytes"}
-    table = Path("/proc/meminfo")
-    for line in table.read_text().splitlines() if table.is_file() else []:
-        name, _, rest = line.partition(":")
-        if name in names:
-            found[names[name]] = int(rest.split()[0]) * 1024
-    return found
 
 
 def _models(problems: list[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 
 import click
 
-from lamina.errors import LaminaError, StorageError
+from lamina.errors import LaminaError, StorageError, TrainingError
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
@@ -38,7 +38,7 @@ def status_of(error: BaseException, debug: bool) -> int:
         return WRONG
     if isinstance(error, LaminaError):
         complain(f"lamina: error: {error}")
-        return FAILED if isinstance(error, StorageError) else WRONG
+        return FAILED if isinstance(error, StorageError | TrainingError) else WRONG
     complain(f"lamina: error: {_failure(error)}")
     return FAILED
 

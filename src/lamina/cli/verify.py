@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -30,10 +31,14 @@ def verify(out: Output, source: str, dtype: str | None, device: str, compile: bo
     """Which of the properties that always hold do hold for SOURCE: cached decoding equals the whole text, padding and
     packing change nothing, later tokens change no earlier bit, backends agree, what is saved is read again, and more.
 
-    Exit status 1 when one fails.
+    A checkpoint of a run is compared with its manifest first, bit by bit. Exit status 1 when a property fails.
     """
     import lamina
 
+    if (Path(source) / "manifest.json").is_file():
+        from lamina.train.checkpoint import check
+
+        check(source, verify=True)
     model = lamina.load(source, dtype, device, compile)
 
     def show(row: Row) -> None:

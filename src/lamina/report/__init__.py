@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
@@ -16,8 +13,9 @@ import lamina.pictures as pictures
 from lamina.accounting import Account, account
 from lamina.generation import Writing
 from lamina.generation.limits import start_ids
-from lamina.model import Model
+from lamina.model import Model, ModelSpec
 from lamina.report.attention import Attention, attention_of
+from lamina.report.frame import asset, facts, page, short, size
 from lamina.words import shape_of
 
 STEPS = (0.05, 0.15, 0.35, 0.6, 0.85)  # probabilities that separate the six tints
@@ -48,44 +46,29 @@ def report(
     """
     spec = model.spec
     cost = account(model, context=context or spec.context or 512)
-    parts = [_facts(cost), _architecture(title, model, cost), _layers(cost)]
+    parts = [_facts(cost), architecture(title, spec, cost), _layers(cost)]
     if writing is not None:
         parts += [_text(writing, prompt), _map(model, writing)]
     if ranking is not None:
         parts.append(_ranking(ranking))
-    script = _asset("page.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
-    name = escape(title)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer">
-<title>{name} · lamina</title><style>{_asset("page.css")}</style></head>
-<body><header><h1>{name}</h1><p class="soft">{escape(shape_of(spec))}</p></header>
-<main>{"".join(parts)}</main>
-<footer class="soft">Written by lamina. This file is complete in itself: it loads nothing.</footer>
-<script>{script}</script></body></html>
-"""
-
-
-def _asset(name: str) -> str:
-    return files(__name__).joinpath(name).read_text(encoding="utf-8")
+    return page(title, shape_of(spec), "".join(parts), asset("page.js"))
 
 
 def _facts(cost: Account) -> str:
-    facts = {
-        "parameters": f"{cost.parameters:,}",
-        "weights": f"{_size(cost.weight_bytes)} in {cost.dtype}",
-        "one more token": f"{_short(cost.flops_per_token)}FLOP",
-        f"cache of {cost.context:,} tokens": _size(cost.cache_bytes),
-    }
-    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
-    return f'<dl class="facts">{cells}</dl>'
+    return facts(
+        {
+            "parameters": f"{cost.parameters:,}",
+            "weights": f"{size(cost.weight_bytes)} in {cost.dtype}",
+            "one more token": f"{short(cost.flops_per_token)}FLOP",
+            f"cache of {cost.context:,} tokens": size(cost.cache_bytes),
+        }
+    )
 
 
-def _architecture(title: str, model: Model, cost: Account) -> str:
-    picture = pictures.architecture(model.spec, cost, title)
-    twin = "".join(f"<li>{escape(line)}</li>" for line in pictures.text_twin(model.spec))
+def architecture(title: str, spec: ModelSpec, cost: Account) -> str:
+    """The section with the picture of a model, and the same in words."""
+    picture = pictures.architecture(spec, cost, title)
+    twin = "".join(f"<li>{escape(line)}</li>" for line in pictures.text_twin(spec))
     return (
         f'<h2 id="architecture">Architecture</h2><figure>{picture}</figure>'
         f"<details><summary>The picture in words</summary><ul>{twin}</ul></details>"
@@ -99,8 +82,8 @@ def _layers(cost: Account) -> str:
         cells = (
             f"{row.parameters:,}",
             share,
-            _short(row.flops_per_token),
-            _size(row.cache_bytes) if row.cache_bytes else "",
+            short(row.flops_per_token),
+            size(row.cache_bytes) if row.cache_bytes else "",
         )
         numbers = "".join(f"<td>{cell}</td>" for cell in cells)
         kind = ' class="top"' if depth == 0 else ""
@@ -215,20 +198,4 @@ def _ranking(ranking: Ranking) -> str:
     )
 
 
-def _short(number: float) -> str:
-    """1234567 -> "1.23 M"."""
-    for power, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= power * 0.9995:
-            return f"{number / power:#.3g} {unit}".replace(". ", " ")
-    return f"{number:.0f} "
-
-
-def _size(number: float) -> str:
-    """67645734912 -> "63.0 GiB"."""
-    for power, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= power:
-            return f"{number / power:.1f} {unit}"
-    return f"{number:.0f} B"
-
-
-__all__ = ["Attention", "Ranking", "attention_of", "report"]
+__all__ = ["Attention", "Ranking", "architecture", "attention_of", "facts", "page", "report", "short", "size"]

@@ -1,3 +1,1 @@
-"""Training: a configuration, a loop, and what keeps a run safe and visible."""
-
-from __future__ import annotations
+"""Training: a run from its configuration to its report."""

@@ -40,7 +40,18 @@ def write_safetensors(
         with open(lock, "wb", closefd=False) as file:
             _write(file, plan, read, metadata)
         os.replace(partial, target)
-        _sync(target.parent)
+        sync(target.parent)
+
+
+def write_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes one small file, which appears whole or not at all, and replaces one that was there in one step."""
+    target = Path(os.path.realpath(path))
+    with _reported(target, len(data)), _locked(_partial(target), directory=False) as (partial, lock):
+        with open(lock, "wb", closefd=False) as file:
+            file.write(data)
+            _flush(file)
+        os.replace(partial, target)
+        sync(target.parent)
 
 
 def save_checkpoint(
@@ -79,10 +90,10 @@ def save_checkpoint(
             with open(partial / name, "xb") as file:
                 file.write(content)
                 _flush(file)
-            _sync((partial / name).parent)
-        _sync(partial)
-        _install(partial, target, force)
-        _sync(target.parent)
+            sync((partial / name).parent)
+        sync(partial)
+        install(partial, target, force)
+        sync(target.parent)
 
 
 def _told(plan: Plan, shards: Mapping[str, Iterable[str]], shard_size: int) -> dict[str, Plan] | None:
@@ -182,7 +193,7 @@ def _flush(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _sync(directory: Path) -> None:
+def sync(directory: Path) -> None:
     """Makes names durable: a rename is on disk only when its directory is."""
     handle = os.open(directory, os.O_RDONLY)
     try:
@@ -206,11 +217,16 @@ def _reported(target: Path, needed: int) -> Iterator[None]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(target.parent).free
-            reason = f"{reason}: {needed:,} bytes are needed, and {free:,} are free"
-        raise StorageError(f"{target}: cannot be written: {reason}; nothing was changed") from error
+        raise refused(target, needed, error) from error
+
+
+def refused(target: Path, needed: int, error: OSError, state: str = "nothing was changed") -> StorageError:
+    """What to raise when the system refuses to write: why, how much is needed and free, and how things stand now."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = shutil.disk_usage(next(folder for folder in target.absolute().parents if folder.is_dir())).free
+        reason = f"{reason}: {needed:,} bytes are needed, and {free:,} are free"
+    return StorageError(f"{target}: cannot be written: {reason}; {state}")
 
 
 @contextmanager
@@ -224,7 +240,7 @@ def _locked(partial: Path, directory: bool) -> Iterator[tuple[Path, int]]:
         yield partial, handle
     finally:
         os.close(handle)
-        _remove(partial)
+        remove(partial)
 
 
 def _sweep(target: Path) -> None:
@@ -239,21 +255,21 @@ def _sweep(target: Path) -> None:
         try:
             if time.time() - os.fstat(handle).st_mtime > STALE:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(path)
+                remove(path)
         except BlockingIOError:  # its writer lives
             pass
         finally:
             os.close(handle)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-def _install(partial: Path, target: Path, force: bool) -> None:
+def install(partial: Path, target: Path, force: bool) -> None:
     """Gives the whole directory its name. What it replaces then bears the partial one's name, and is removed."""
     if force and target.exists() and _exchange(partial, target):
         return
@@ -270,7 +286,7 @@ def _install(partial: Path, target: Path, force: bool) -> None:
             raise CheckpointError(f"{target}: another process has written it meanwhile; nothing was changed") from None
         raise
     if replaced:
-        _remove(aside)
+        remove(aside)
 
 
 def _exchange(one: Path, other: Path) -> bool:
