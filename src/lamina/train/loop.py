@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,13 @@ class Evaluated:
     parts: dict[str, float] = field(default_factory=dict)
 
 
+Check = Callable[[int, float, float, nn.Module, Callable[[], Any]], bool]
+
+
+def _finite(step: int, loss: float, norm: float, model: nn.Module, again: Callable[[], Any]) -> bool:
+    return math.isfinite(loss) and math.isfinite(norm)
+
+
 class Trainer:
     """A model, an objective and an optimiser, and one method that makes a step of them.
 
@@ -89,6 +96,8 @@ class Trainer:
         self.ranks: Ranks = Alone() if ranks is None else ranks
         self.device = torch.device(device)
         self.progress = Progress()
+        self.check: Check = _finite
+        """Whether a step may be taken, by its loss and the norm of its gradient."""
         trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
         dtype = NAMES[loop.precision]
         half = dtype.itemsize == 2
@@ -123,7 +132,7 @@ class Trainer:
         found = self._summed(sums)
         norm = self._norm()
         loss = found["loss"] / max(asked, 1.0)
-        skipped = not (math.isfinite(norm) and math.isfinite(loss))
+        skipped = not self._may(number + 1, loss, norm, micros[0])
         factor = self.schedule.factor(number, self.loop.steps)
         rate = self.optimiser.spec.rate * factor
         if skipped:
@@ -144,6 +153,14 @@ class Trainer:
             if name != "loss"
         }
         return Step(number + 1, loss, parts, norm, rate, int(tokens), time.perf_counter() - clock, skipped)
+
+    def _may(self, step: int, loss: float, norm: float, batch: Batch) -> bool:
+        """Whether the step may be taken. That float16 overflows until its scale is found is no fault."""
+        if self.scale is not None and self.scale.value > 1 and math.isfinite(loss):
+            return math.isfinite(norm)
+        return self.check(
+            step, loss, norm, self.model, lambda: self.objective.total(self.model, batch.to(self.device), None)
+        )
 
     def _summed(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """The sums of all ranks; the device is waited for once."""

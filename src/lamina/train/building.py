@@ -1,0 +1,167 @@
+"""From a configuration to what a run needs: the model, the data, and the model that comes out at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamina.data import Prepared, open_prepared
+from lamina.errors import LaminaError
+from lamina.families import FAMILIES, Fields, family, sizes
+from lamina.model import Model, ModelSpec
+from lamina.source import load, save, tokenizer
+from lamina.specs import Spec, unknown
+from lamina.specs import diff as differences
+from lamina.train.specs import DataChoice, ModelChoice, TrainSpec
+
+LATER = ("evaluation", "checkpoints", "log", "data.workers", "loop.micro", "loop.max_skips", "loop.recompute")
+"""What may differ when a run goes on: how it is watched, and in what pieces it is read."""
+
+
+def data_of(choice: DataChoice) -> tuple[Prepared, Prepared | None]:
+    """What is trained on, and what is held out. Raises LaminaError where the two have different tokenizers."""
+    train = open_prepared(choice.train)
+    if choice.validation is None:
+        return train, None
+    held = open_prepared(choice.validation)
+    if held.tokenizer_hash != train.tokenizer_hash:
+        raise LaminaError(f"{choice.validation} was prepared with another tokenizer than {choice.train}")
+    return train, held
+
+
+def spec_of(choice: ModelChoice, data: Prepared) -> ModelSpec | None:
+    """The architecture of a model that begins from its initial values; None where a checkpoint says it."""
+    if choice.source is not None:
+        return None
+    if choice.spec is not None:
+        try:
+            return ModelSpec.from_json(Path(choice.spec).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise LaminaError(f"model.spec: {choice.spec}: {error.strerror}") from None
+        except LaminaError as error:
+            raise LaminaError(f"model.spec: {choice.spec}: {error}") from None
+    config = dict(choice.config)
+    if choice.size is not None:
+        if choice.size not in sizes():
+            raise LaminaError(f"model.size: {unknown('published size', choice.size, sizes())}")
+        model_type = sizes()[choice.size]
+        config = {**family(model_type).sizes[choice.size], **config}
+    else:
+        assert choice.family is not None
+        model_type = choice.family
+        if model_type not in FAMILIES:
+            raise LaminaError(f"model.family: {unknown('model_type', model_type, FAMILIES)}")
+    if "vocab_size" not in choice.config:
+        config["vocab_size"] = data.vocabulary
+    config = {**_special(data), **config, "model_type": model_type}
+    return family(model_type).spec(Fields(config, where="model.config"))
+
+
+def _special(data: Prepared) -> dict[str, Any]:
+    """The ids of the data's tokenizer under the names of config.json, where the user says none."""
+    words = data.tokenizer()
+    return {
+        "bos_token_id": words.bos if words.bos is not None else words.eos,
+        "eos_token_id": words.eos,
+        "pad_token_id": words.pad,
+    }
+
+
+def model_of(choice: ModelChoice, data: Prepared, *, seed: int, device: torch.device | str = "cpu") -> Model:
+    """The model that is trained, in float32 and in training mode."""
+    spec = spec_of(choice, data)
+    if spec is None:
+        assert choice.source is not None
+        data.check_tokenizer(tokenizer(choice.source))
+        model = load(choice.source, dtype="float32", device=device)
+        for name, weight in list(model.named_parameters()):  # mapped from a file, which must not change
+            weight.data = weight.data.clone()
+            weight.requires_grad_(not name.endswith("router.correction"))
+    else:
+        model = spec.build(device=device, seed=seed)
+    if data.vocabulary > model.spec.embedding.vocabulary:
+        raise LaminaError(
+            f"the data has {data.vocabulary:,} tokens and the model an embedding of"
+            f" {model.spec.embedding.vocabulary:,}: prepare the data with the model's tokenizer"
+        )
+    return model.train()
+
+
+def fits(spec: TrainSpec, model: Model) -> None:
+    """Raise LaminaError where the objective or the length is not for this model."""
+    spec.objective.fits(model.spec)
+    context, learned = model.spec.context, spec.data.length
+    if context is not None and learned > context:
+        raise LaminaError(f"data.length is {learned}; this model reads at most {context} tokens")
+
+
+def unlike(before: TrainSpec, now: TrainSpec) -> list[str]:
+    """The fields that differ between a run and the configuration that it is to go on with, and may not."""
+    rows = differences(before, now)
+    return [
+        f"{path}: {_short(old)} -> {_short(new)}"
+        for path, old, new in rows
+        if not any(path == name or path.startswith(f"{name}.") for name in LATER)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = value.to_json() if isinstance(value, Spec) else json.dumps(value, default=str)
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
+def write(model: Model, tensors: dict[str, Tensor], directory: Path, data: Prepared) -> str:
+    """The model with these weights, as a source that `lamina.load` opens, with its tokenizer beside: "hf" where the
+    Hugging Face layout can say it, else "native"."""
+    from lamina.errors import UnsupportedError
+    from lamina.exporting import exportable
+
+    made = model.spec.build(device="meta").eval()
+    made.load_state_dict({name: tensor.detach().cpu() for name, tensor in tensors.items()}, assign=True)
+    made.origin = model.origin
+    try:
+        exportable(model.spec, None if model.origin is None else model.origin.family)
+        layout = "hf"
+    except UnsupportedError:
+        layout = "native"
+    save(made, directory, layout, force=True)
+    if model.origin is None:
+        data.tokenizer().save(directory)
+    return layout
+
+
+def plan(spec: TrainSpec) -> dict[str, Any]:
+    """What a run would read, compute and hold, without building it."""
+    from lamina.accounting import account
+    from lamina.source import spec as described
+    from lamina.train.roles import freeze
+
+    data, _ = data_of(spec.data)
+    architecture = spec_of(spec.model, data)
+    if architecture is None:
+        assert spec.model.source is not None
+        architecture = described(spec.model.source)
+    made = architecture.build(device="meta")
+    fits(spec, made)
+    trained = freeze(made, spec.model.freeze, spec.model.train)
+    examples = len(spec.objective.examples(data, spec.data.length))
+    if not examples:
+        raise LaminaError(f"{spec.data.train}: holds no example of {spec.data.length} tokens")
+    cost = account(architecture, 1, spec.data.length)
+    tokens = spec.loop.steps * spec.loop.batch * spec.data.length
+    counts = sum(weight.numel() for weight in made.parameters()), sum(weight.numel() for _, weight in trained)
+    half = 2 if spec.loop.precision != "float32" else 0
+    return {
+        "parameters": counts[0],
+        "trained": counts[1],
+        "examples": examples,
+        "steps": spec.loop.steps,
+        "tokens": tokens,
+        "epochs": spec.loop.steps * spec.loop.batch / examples,
+        "flops": tokens * cost.flops_train_per_token,
+        "bytes": counts[0] * (half or 4) + counts[1] * (12 + (4 if half else 0)),
+    }
