@@ -33,7 +33,7 @@ ROWS = (
     "attend",
     "cache",
     "patterns",
-    "marks",
+    "marks data",
     "specs tokens weights text packaged",
     "errors",
 )
