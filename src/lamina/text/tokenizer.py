@@ -7,11 +7,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import secrets
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +122,13 @@ class Tokenizer:
     def missing_bytes(self) -> frozenset[int]:
         """Bytes that a byte-level vocabulary has no token for (SmolLM2's lacks 21): their characters vanish."""
         return frozenset(byte for byte, letter in byte_letters().items() if letter not in self.tokens)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the tokenizer.json that says it, keys in order, whatever files it was read from."""
+        with rust(self.name):
+            whole = json.loads(self.backend.to_str())
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
     # Chats.
 
