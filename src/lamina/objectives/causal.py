@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from lamina.data import Prepared, Windows
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import Record
 from lamina.model import Model, ModelSpec
 from lamina.objectives.loss import IGNORE, cross_entropy
 from lamina.objectives.objective import Batch, Example, Examples, Objective, Total, forward
 
-if TYPE_CHECKING:
-    from lamina.data import Prepared
+
+class _Rows:
+    """Windows of the stream as examples, none of which is random."""
+
+    def __init__(self, windows: Windows) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def example(self, index: int, random: np.random.Generator) -> Example:
+        return self.windows[index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +53,7 @@ class CausalLM(Objective):
             raise UnsupportedError("a causal objective needs a decoder with a language head, and no encoder")
 
     def examples(self, prepared: Prepared, length: int) -> Examples:
-        from lamina.data import Windows
-
-        return Windows(prepared.column("text"), length + 1, aligned=self.aligned)
+        return _Rows(Windows(prepared.column("text"), length, aligned=self.aligned))
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         tokens = torch.from_numpy(np.stack([one["tokens"] for one in examples]).astype(np.int64))  # (B, T + 1)

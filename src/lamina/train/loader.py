@@ -82,8 +82,8 @@ def randomness(seed: int, position: int) -> np.random.Generator:
 
 
 def held_out(objective: Objective, examples: Examples, *, rows: int | None, micro: int, seed: int) -> Iterator[Batch]:
-    """The first `rows` examples of a validation set, or all, always the same and with the same random numbers."""
+    """`rows` examples from all over a validation set, or all, always the same and with the same random numbers."""
     count = len(examples) if rows is None else min(rows, len(examples))
     for start in range(0, count, micro):
-        places = range(start, min(start + micro, count))
+        places = [i * len(examples) // count for i in range(start, min(start + micro, count))]
         yield objective.collate([examples.example(place, randomness(seed, place)) for place in places])

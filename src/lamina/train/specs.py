@@ -75,7 +75,7 @@ class EvaluationSpec(Spec):
     """What is measured on the way."""
 
     every: int = 250  # steps; 0: only at the end
-    rows: int | None = 256  # of the validation data, always the first ones; null: all
+    rows: int | None = 256  # of the validation data, from all over it and always the same; null: all
     prompts: tuple[str, ...] = ()  # which the model continues each time
     tokens: int = 100  # new ones for each prompt
 

@@ -321,7 +321,7 @@ def _refuse_changes(directory: Path, spec: TrainSpec, found: checkpoint.Saved, d
         raise LaminaError(f"{directory} cannot go on with another configuration: {'; '.join(rows)}")
     if found.manifest.data != data.hash:
         raise LaminaError(
-            f"{spec.data.train}: was prepared anew since {found.path.name} of {directory} was saved: its content differs"
+            f"{spec.data.train}: its content differs from what {found.path.name} of {directory} was trained on"
         )
 
 
