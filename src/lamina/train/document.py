@@ -1,6 +1,6 @@
 """YAML with lines: every value knows where it was written, so that every complaint can say it.
 
-YAML 1.1 reads `no` as False and `3e-4` as text. What a field is decides here: a number may be written as 3e-4, and
+YAML 1.1 reads `no` as False, `3e-4` as text and `12:30:45` as 45045. Here 3e-4 is a number and 12:30:45 is text, and
 where text is expected False is refused with what was probably meant.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from lamina.specs import Spec, unknown
 
 LARGEST = 1 << 20
 """Bytes of a configuration file; one is some kilobytes."""
+FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
+"""Numbers that YAML 1.1 takes for text: 3e-4."""
 MOST = 10_000
 """Values in one, after anchors have been followed."""
 
@@ -81,10 +84,12 @@ def parse(text: str, name: str) -> Node:
     """The document of a YAML text; `name` begins every place."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except RecursionError:
+        raise LaminaError(f"{name}: nests too deeply") from None
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
-        problem = getattr(error, "problem", None) or str(error).partition("\n")[0] or "nests too deeply"
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
         raise LaminaError(f"{where}: {problem}") from None
     if root is None:
         return Node(None, f"{name}:1")
@@ -125,8 +130,10 @@ class _Reader:
             raise LaminaError(
                 f"{where}: the tag {found.tag.replace('tag:yaml.org,2002:', '!!')!r} is not accepted here"
             )
-        if found.tag.endswith(("timestamp", "binary")):
-            return Node(found.value, where)
+        if found.style is None and FLOAT.fullmatch(found.value):
+            return Node(float(found.value), where)
+        if found.tag.endswith("timestamp") or (":" in found.value and found.tag.endswith(("int", "float"))):
+            return Node(found.value, where)  # 12:30:45 is 45045 in YAML 1.1
         try:
             return Node(self.plain.construct_object(found), where)
         except (ValueError, yaml.YAMLError):
@@ -241,26 +248,11 @@ def _plain(option: Any, node: Node, path: str) -> Any:
         return value if not isinstance(value, list | dict) and value in typing.get_args(option) else MISSING
     if option is dict or typing.get_origin(option) is dict:
         return node.plain() if isinstance(value, dict) else MISSING
-    if option is float and type(value) is str:
-        return _number(value)
     if option is int and type(value) is float and value.is_integer():
         return int(value)
-    if option is int and type(value) is str:
-        number = _number(value)
-        return int(number) if number is not MISSING and float(number).is_integer() else MISSING
     if option is float and type(value) is int:
         return float(value)
     return value if option in (int, float, bool, str) and type(value) is option else MISSING
-
-
-def _number(text: str) -> Any:
-    """3e-4, which YAML 1.1 takes for text, 1_000 and the like."""
-    if not any(sign.isdigit() for sign in text):
-        return MISSING
-    try:
-        return float(text)
-    except ValueError:
-        return MISSING
 
 
 def _expected(options: tuple[Any, ...]) -> str:
