@@ -7,6 +7,7 @@ from lamina.data.column import Column
 from lamina.data.manifest import Manifest, SourceFile
 from lamina.data.order import Order
 from lamina.data.prepared import Prepared, open_prepared
+from lamina.data.windows import Packed, Windows
 from lamina.data.writer import Writer
 
-__all__ = ["Column", "Manifest", "Order", "Prepared", "SourceFile", "Writer", "open_prepared"]
+__all__ = ["Column", "Manifest", "Order", "Packed", "Prepared", "SourceFile", "Windows", "Writer", "open_prepared"]
