@@ -45,6 +45,8 @@ RESERVED = (
     ("transformers", ()),
     ("safetensors", ("weights",)),
     ("torch.distributed", ("parallel",)),
+    ("pyarrow", ("data",)),
+    ("datasets", ("data",)),
     ("pickle", ()),
     ("cPickle", ()),
     ("dill", ()),
@@ -116,7 +118,8 @@ def _is_path(node: ast.AST) -> bool:
 
 def test_every_package_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.split(r"[^\w-]", entry)[0].lower() for entry in project["dependencies"]}
+    entries = [*project["dependencies"], *project["optional-dependencies"]["data"]]
+    declared = {re.split(r"[^\w-]", entry)[0].lower() for entry in entries}
     used = {name.split(".")[0] for path in FILES for _, name in imported(path)}
     foreign = used - sys.stdlib_module_names - {"lamina"}
     assert {PACKAGES.get(name, name) for name in foreign} <= declared

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from lamina.errors import LaminaError
-from lamina.text import Tokenizer
+from lamina.text import Tokenizer, cut_place
 
 PIECE = 1 << 20  # characters encoded at once
-AROUND = 240  # characters on both sides of a cut that must encode apart as they do together
-BETWEEN = re.compile(r"(?<=\w)(?= \w)")  # between a word and the space before the next one
 
 
 class TextFile:
@@ -35,7 +32,7 @@ class TextFile:
                 for part in self._decoded(file):
                     text += part
                     while len(text) > self.piece:
-                        cut = self._cut(text)
+                        cut = cut_place(text, self.piece, self.tokenizer)
                         if cut is None:
                             break
                         yield self._ids(text[:cut])
@@ -64,17 +61,3 @@ class TextFile:
     def _ids(self, text: str) -> list[int]:
         self.lost |= dict.fromkeys(self.tokenizer.lost(text))
         return self.tokenizer.encode(text, special=False, control=False)
-
-    def _cut(self, text: str) -> int | None:
-        start = max(self.piece - 8 * AROUND, self.piece // 2)
-        for found in list(BETWEEN.finditer(text, start, self.piece))[::-1][:8]:
-            at = found.start()
-            left, right = text[max(at - AROUND, 0) : at], text[at : at + AROUND]
-            left = left[left.find(" ") :] if " " in left else left
-
-            def encode(part: str) -> list[int]:
-                return self.tokenizer.encode(part, special=False, control=False)
-
-            if encode(left + right) == encode(left) + encode(right):
-                return at
-        return None

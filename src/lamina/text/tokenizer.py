@@ -12,10 +12,12 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lamina.errors import LaminaError
 from lamina.text.document import Document, added, build, check_ids, rust, vocabulary_of
@@ -87,6 +89,13 @@ class Tokenizer:
             return [
                 each.ids for each in backend.encode_batch([sound(text) for text in texts], add_special_tokens=special)
             ]
+
+    def encode_spans(self, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Of every text the ids (tokens,) and the characters that each stands for (tokens, 2), as start and end."""
+        with rust(self.name):
+            found = self.guard().backend.encode_batch([sound(text) for text in texts], add_special_tokens=False)
+        for each in found:
+            yield np.array(each.ids, np.int64), np.array(each.offsets, np.int64).reshape(-1, 2)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of ids; special tokens are left out unless asked for."""
