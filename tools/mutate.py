@@ -77,6 +77,15 @@ def tests_of(file: str) -> tuple[str, ...]:
     if folder == "weights":
         shared = {"mapped": "weights/test_ctranslate2", "rules": "test_families_ctranslate2"}
         return (f"tests/{shared.get(name, f'weights/test_{name}')}.py",)
+    if folder == "train":
+        through = {
+            "checkpoint": ("trees", "generators", "manifest"),
+            "run": ("records", "directory"),
+            "report": ("curves", "past"),
+            "guards": ("finite", "fitting"),
+        }
+        name = next((test for test, stems in through.items() if name in stems), name)
+        return (f"tests/train/test_{name}.py",)
     if folder == "catalogue":
         return ("tests/test_catalogue.py",)
     if folder == "families":
