@@ -90,7 +90,7 @@ def tests_of(file: str) -> tuple[str, ...]:
         return ("tests/test_catalogue.py",)
     if folder == "families":
         return ("tests/test_families_fields.py", "tests/test_families.py")
-    name = {"attend": "attend", "cache": "cache", "patterns": "patterns"}.get(folder, name)
+    name = {"attend": "attend", "cache": "cache", "patterns": "patterns", "report": "report"}.get(folder, name)
     return {"tokens": ("tests/test_patterns.py", "tests/test_cache.py")}.get(name, (f"tests/test_{name}.py",))
 
 
