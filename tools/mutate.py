@@ -77,11 +77,20 @@ def tests_of(file: str) -> tuple[str, ...]:
     if folder == "weights":
         shared = {"mapped": "weights/test_ctranslate2", "rules": "test_families_ctranslate2"}
         return (f"tests/{shared.get(name, f'weights/test_{name}')}.py",)
+    if folder == "train":
+        through = {
+            "checkpoint": ("trees", "generators", "manifest"),
+            "run": ("records", "directory"),
+            "report": ("curves", "past"),
+            "guards": ("finite", "fitting"),
+        }
+        name = next((test for test, stems in through.items() if name in stems), name)
+        return (f"tests/train/test_{name}.py",)
     if folder == "catalogue":
         return ("tests/test_catalogue.py",)
     if folder == "families":
         return ("tests/test_families_fields.py", "tests/test_families.py")
-    name = {"attend": "attend", "cache": "cache", "patterns": "patterns"}.get(folder, name)
+    name = {"attend": "attend", "cache": "cache", "patterns": "patterns", "report": "report"}.get(folder, name)
     return {"tokens": ("tests/test_patterns.py", "tests/test_cache.py")}.get(name, (f"tests/test_{name}.py",))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,14 @@ def test_half_written_and_damaged_runs_are_read(lam, shelf: Path):
     found = lam("runs", "show", shelf / "a", "--json").document
     assert found["steps"] == 4 and found["loss"] == 1.0 and found["damaged_lines"] == 2
     assert lam("runs", "compare", shelf).status == 0
+
+
+def test_a_configuration_that_would_not_end_is_left_out(lam, shelf: Path):
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    bomb += "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghijkl"))
+    (shelf / "a/config.yaml").write_text(bomb)
+    found = lam("runs", "compare", shelf, "--json").document
+    assert found["differences"]["seed"] == [None, 2]
 
 
 def test_show(lam, shelf: Path, tmp_path: Path):

@@ -18,7 +18,9 @@ from torch import nn
 
 from lamina.cli.errors import status_of
 from lamina.errors import LaminaError, TrainingError
-from lamina.train.guards import Finite, Fit, Signals, Spikes, Watchdog, first_bad, fitting, out_of_memory
+from lamina.train.finite import Finite, first_bad
+from lamina.train.fitting import Fit, fitting, out_of_memory
+from lamina.train.guards import Signals, Spikes, Watchdog
 
 ROOT = Path(__file__).parent.parent.parent
 LOOP = """

@@ -36,7 +36,7 @@ def verify(out: Output, source: str, dtype: str | None, device: str, compile: bo
     import lamina
 
     if (Path(source) / "manifest.json").is_file():
-        from lamina.train.checkpoint import check
+        from lamina.train.manifest import check
 
         check(source, verify=True)
     model = lamina.load(source, dtype, device, compile)

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,39 +26,21 @@ from torch import Tensor
 
 from lamina.errors import CheckpointError, StorageError
 from lamina.machine import version
+from lamina.train.manifest import LONG, NAME, Manifest, as_json, check, durable, step_of, write_manifest
 from lamina.train.trees import flatten, unflatten
 from lamina.weights.files import Entry, SafetensorsFile, read_json, write_safetensors
-from lamina.weights.headers import shown
 from lamina.weights.saving import FORMAT, install, refused, remove, sync, write_file
 
-VERSION = 1  # of the format of a checkpoint
-MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
+STATE, LATEST = "state.json", "latest"
 TREE = "tree"  # in a file's metadata: what beside its tensors belongs to it, as JSON
-NAME = re.compile(r"step-(\d{1,18})")
 RUBBISH = (".tmp-", f".{LATEST}.")  # what a killed saver leaves begins so
 ROOM = 1.1  # times the estimate must be free before anything is written
-LONG = 100_000_000  # bytes that the JSON of a checkpoint may have
 
 Write = Callable[[Path], None]
 
 
 def moment(name: str) -> None:
     """Called at the moments of saving that differ in what is on disk. Does nothing: tests put a kill in its place."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint says of itself."""
-
-    step: int
-    serial: int  # one more than any other in the directory had: the newest has the highest, whatever the clock said
-    files: Mapping[str, tuple[int, str]]  # size in bytes and sha256, by path below the folder
-    world: int = 1  # processes that saved it
-    mesh: Mapping[str, int] = field(default_factory=dict)  # size by axis
-    spec: str = ""  # hash of the model's spec
-    data: str = ""  # hash of the prepared data
-    lamina: str = ""  # versions that wrote it
-    torch: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,21 +62,21 @@ class Content:
             plan = {key: Entry(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
             write_safetensors(folder / f"{name}.safetensors", plan, tensors.__getitem__, metadata)
             moment(f"wrote {name}")
-        write_file(folder / STATE, _json(dict(self.state)))
+        write_file(folder / STATE, as_json(dict(self.state)))
         for name, data in self.files.items():
             write_file(folder / name, data)
 
     @property
     def nbytes(self) -> int:
         tensors = [tensor for _, (part, _) in self._parts() for tensor in part.values()]
-        return sum(tensor.nbytes for tensor in tensors) + sum(map(len, self.files.values())) + len(_json(self.state))
+        return sum(tensor.nbytes for tensor in tensors) + sum(map(len, self.files.values())) + len(as_json(self.state))
 
     def _parts(self) -> Iterator[tuple[str, tuple[Mapping[str, Tensor], dict[str, str]]]]:
         for name, tensors in self.tensors.items():
             yield name, (tensors, dict(FORMAT))
         for name, tree in self.trees.items():
             tensors, rest = flatten(tree)
-            yield name, (tensors, dict(FORMAT) | {TREE: _json(rest).decode()})
+            yield name, (tensors, dict(FORMAT) | {TREE: as_json(rest).decode()})
 
 
 @dataclass(frozen=True)
@@ -161,10 +141,10 @@ def save(
                 moment("began")
                 write(temporary)
                 moment("wrote all")
-                files = {name: _durable(temporary / name) for name in _names(temporary)}
+                files = durable(temporary)
                 versions = {"lamina": version("lamina") or "", "torch": torch.__version__}
                 manifest = Manifest(step, max(serials, default=0) + 1, files, **about, **versions)
-                write_file(temporary / MANIFEST, _manifest_text(manifest))
+                write_manifest(temporary, manifest)
                 sync(temporary)
                 moment("wrote manifest")
                 install(temporary, target, force=True)
@@ -199,26 +179,8 @@ def newest_valid(directory: str | os.PathLike[str], verify: bool = False) -> tup
         except CheckpointError as error:
             failed.append((path, str(error)))
         else:  # what has no readable manifest has no serial: its step tells whether it would have been newer
-            return path, failed + [(other, why) for other, why in damaged if _step(other) > _step(path)]
+            return path, failed + [(other, why) for other, why in damaged if step_of(other) > step_of(path)]
     return None, failed + damaged
-
-
-def check(path: str | os.PathLike[str], verify: bool = False) -> Manifest:
-    """The manifest of a valid checkpoint. Raises CheckpointError naming what is damaged and both numbers."""
-    path = Path(path)
-    manifest = _manifest(path)
-    for name, (size, digest) in manifest.files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: is missing, and {MANIFEST} lists it with {size:,} bytes")
-        found = file.stat().st_size
-        if found != size:
-            raise CheckpointError(f"{file}: has {found:,} bytes, and {MANIFEST} says {size:,}")
-        if verify and (hashed := _sha256(file)) != digest:
-            raise CheckpointError(
-                f"{file}: its sha256 is {hashed[:12]}..., and {MANIFEST} says {digest[:12]}...: it was damaged"
-            )
-    return manifest
 
 
 def read(path: str | os.PathLike[str], verify: bool = False) -> Saved:
@@ -256,13 +218,9 @@ def _checkpoints(directory: Path) -> list[Path]:
     paths = directory.iterdir() if directory.is_dir() else ()
     return sorted(
         (path for path in paths if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()),
-        key=_step,
+        key=step_of,
         reverse=True,
     )
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 def _complete(directory: Path, damaged: list[tuple[Path, str]] | None = None) -> list[tuple[Path, Manifest]]:
@@ -288,53 +246,3 @@ def _forget(directory: Path, keep: int) -> None:
         sync(directory)
         moment("set aside")
         remove(aside)
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def _durable(path: Path) -> tuple[int, str]:
-    """Size and sha256 of a file, once its bytes and its name are on disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    sync(path.parent)
-    return path.stat().st_size, _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, allow_nan=False) + "\n").encode()
-
-
-def _manifest_text(manifest: Manifest) -> bytes:
-    said = {"format": VERSION, **asdict(manifest)}
-    return _json(said | {"sha256": hashlib.sha256(_json(said)).hexdigest()})
-
-
-def _manifest(path: Path) -> Manifest:
-    file = path / MANIFEST
-    said = read_json(file, LONG)
-    found, version = said.pop("sha256", None), said.pop("format", None)
-    if isinstance(version, int) and version > VERSION:
-        raise CheckpointError(f"{file}: its format is {version}, and this lamina reads up to {VERSION}; upgrade lamina")
-    if version != VERSION or found != hashlib.sha256(_json({"format": version, **said})).hexdigest():
-        raise CheckpointError(f"{file}: does not match its own sha256: it was damaged or edited")
-    try:
-        files = {name: (int(size), str(digest)) for name, (size, digest) in said.pop("files").items()}
-        manifest = Manifest(files=files, **said)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: is no manifest of a checkpoint ({error})") from None
-    for name in files:
-        if name.startswith("/") or any(part in ("", ".", "..") or "\\" in part for part in name.split("/")):
-            raise CheckpointError(f"{file}: lists {shown(name)}, and may only list files below its folder")
-    if manifest.step != _step(path):
-        raise CheckpointError(f"{file}: is of step {manifest.step}, and its folder is named {path.name}")
-    return manifest

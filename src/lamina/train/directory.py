@@ -6,7 +6,7 @@ env.json          command, versions, machine, git commit
 metrics.jsonl     a JSON record a line, only ever added to; a run that resumes cuts it back to its step
 events.log        what happened, a line each with the time
 samples/          texts written on the way, one file each
-nonfinite/        what was found in steps that were skipped (train/guards.py)
+nonfinite/        what was found in steps that were skipped (train/finite.py)
 checkpoints/      train/checkpoint.py
 report.html       train/report.py
 run.lock          who writes here: held by the system's lock, so a dead owner holds nothing

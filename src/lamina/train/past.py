@@ -104,8 +104,11 @@ def find_runs(directories: Iterable[str | os.PathLike[str]]) -> list[Past]:
 
 
 def configuration(run: Past) -> dict[str, Any]:
-    """The configuration as {path: value}; nothing where it cannot be read."""
+    """The configuration as {path: value}; nothing where it cannot be read, or refers to parts of itself: some kilobytes
+    of such references can stand for gigabytes, and lamina writes none."""
     try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(run.config)):
+            return {}
         found = yaml.safe_load(run.config)
     except yaml.YAMLError:
         return {}
