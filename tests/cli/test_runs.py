@@ -59,6 +59,12 @@ def test_list(lam, shelf: Path, monkeypatch: pytest.MonkeyPatch):
     assert lam("runs", "list").out == "no runs here\n"
 
 
+def test_the_best_loss_is_a_finite_one(lam, tmp_path: Path):
+    run_of(tmp_path / "a", [math.nan, 4.0, 3.0, 3.5]).close()
+    found = lam("runs", "show", tmp_path / "a", "--json").document
+    assert (found["best_validation_loss"], found["best_step"]) == (4.0, 3)
+
+
 def test_half_written_and_damaged_runs_are_read(lam, shelf: Path):
     with open(shelf / "a/metrics.jsonl", "ab") as file:
         file.write(b'\x00\xff\n{"step": 4, "loss": 1.0}\n{"step": 5, "lo')

@@ -110,6 +110,7 @@ def test_any_tree_comes_back():
         "scalar": torch.tensor(7, dtype=torch.int64),
         "empty": torch.empty(0, 3, dtype=torch.float16),
         "$tensor": "not one",
+        "ours": [{"$tensor": "x"}, {"$float": "1"}, {"$tuple": []}, {"$items": []}],
     }
     tensors, rest = flatten(odd)
     assert len(tensors) == 4
@@ -287,6 +288,14 @@ def test_a_full_disk_is_said_before_and_during(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(StorageError, match=r"step-2: cannot be written: No space left on device: [\d,]+ bytes are "
                            "needed, and 10 are free; the last good checkpoint, step-1, is kept"):  # fmt: skip
             save(tmp_path, 2, small(2))
+    # A tenth more than is needed must be free; nothing is begun where it is not.
+    large, begun = Content({"model": {"a": torch.zeros(100_000)}}), []
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(1.05 * large.nbytes)))
+        patched.setattr(checkpoint, "moment", begun.append)
+        with pytest.raises(StorageError, match="are needed"):
+            save(tmp_path, 2, large)
+    assert begun == []
     for place in ("wrote model", "wrote all"):
 
         def moment(name: str, place: str = place) -> None:

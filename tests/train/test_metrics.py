@@ -99,6 +99,7 @@ def test_one_that_hangs_takes_no_time_and_is_left_behind():
     class Hangs(Kept):
         def write(self, record: Mapping[str, Any]) -> None:
             let_go.wait(60)
+            raise OSError("too late to be said")
 
     all_of_them = Metrics(own.append)
     all_of_them.behind = (Behind("it", Hangs, said.append, waiting=20),)
@@ -109,6 +110,7 @@ def test_one_that_hangs_takes_no_time_and_is_left_behind():
     all_of_them.close(patience=0.3)
     whole = time.perf_counter() - begin
     let_go.set()
+    all_of_them.behind[0]._thread.join(10)
     assert len(own) == 2000 and sending < 1.0 and whole < 3.0
     assert len(said) == 1 and "records were not taken in time" in said[0]
 
