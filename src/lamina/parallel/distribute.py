@@ -48,14 +48,14 @@ def distribute(model: Model, mesh: Mesh, *, precision: str | None = None, reshar
     plan(mesh.spec, mesh.spec.ranks, model.spec)
     if not model.embedding.weight.is_meta:
         model.to(mesh.device)
-    spec, devices = mesh.spec, mesh.devices
+    spec = mesh.spec
     if spec.expert > 1:
         axes = ("expert", "tensor") if spec.tensor > 1 else ("expert",)
-        experts.spread(model, devices[axes], devices["expert"].get_group())
+        experts.spread(model, mesh.experts[axes], mesh.places["expert"].get_group())
     if spec.tensor > 1:
         share(model, mesh.tensor, model.spec.embedding.vocabulary)
     if spec.context > 1:
-        cut_texts(model, mesh.cut, devices["context"].get_group())
+        cut_texts(model, mesh.cut, mesh.places["context"].get_group())
     _layers(model, mesh, precision, reshard)
     model.mesh = mesh
     return model
@@ -70,7 +70,8 @@ def _layers(model: Model, mesh: Mesh, precision: str | None, reshard: bool) -> N
         # A router's correction is moved by hand after a step, alike on all ranks.
         "ignored_params": {one for one in model.parameters() if not one.requires_grad},
     }
-    over = {name: mesh.devices[("replicate", name)] if mesh.spec.replicate > 1 else mesh.devices[name] for name in NAMES}
+    copies = ("replicate",) if mesh.spec.replicate > 1 else ()
+    over = {name: getattr(mesh, name)[(*copies, name)] for name in ("layers", "experts")}
     if mesh.spec.expert > 1:
         for module in list(model.modules()):
             if isinstance(module, Experts):
@@ -84,9 +85,6 @@ def _layers(model: Model, mesh: Mesh, precision: str | None, reshard: bool) -> N
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # a sum, not a mean
             module.set_force_sum_reduction_for_comms(True)  # which every backend has
-
-
-NAMES = ("layers", "experts")
 
 
 def synchronise(model: nn.Module, on: bool) -> None:

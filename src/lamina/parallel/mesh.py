@@ -20,7 +20,8 @@ from lamina.parallel.context import Cut
 from lamina.parallel.plan import MeshSpec, plan
 from lamina.parallel.tensor import Axis
 
-DIMENSIONS = ("replicate", "expert", "shard", "context", "tensor")
+PLACES = ("replicate", "expert", "shard", "context", "tensor")
+"""The axes of the mesh, from the outermost: ranks that differ in `tensor` alone are neighbours, and talk most."""
 
 
 class RankError(RuntimeError):
@@ -33,7 +34,10 @@ class Mesh:
 
     spec: MeshSpec
     device: torch.device
-    devices: DeviceMesh
+    places: DeviceMesh  # replicate, expert, shard, context, tensor
+    layers: DeviceMesh  # replicate, layers, tensor: `layers` are the ranks among which FSDP shares layers out
+    experts: DeviceMesh  # replicate, expert, experts, tensor: `experts` are the ranks that have the same experts
+    readers_group: dist.ProcessGroup  # ranks that differ in anything but tensor
     control: dist.ProcessGroup  # all ranks, on the CPU: what is said beside the tensors
     timeout: float  # seconds after which a collective gives up
 
@@ -55,18 +59,18 @@ class Mesh:
     @property
     def reader(self) -> int:
         """Which of these parts this rank reads. Ranks on context and tensor read the same."""
-        place = {name: self.devices.get_local_rank(name) for name in DIMENSIONS[:3]}
+        place = {name: self.places.get_local_rank(name) for name in PLACES[:3]}
         return (place["replicate"] * self.spec.expert + place["expert"]) * self.spec.shard + place["shard"]
 
     @property
     def cut(self) -> Cut:
         """Which tokens of a text are this rank's."""
-        return Cut(self.devices.get_local_rank("context"), self.spec.context)
+        return Cut(self.places.get_local_rank("context"), self.spec.context)
 
     @property
     def tensor(self) -> Axis:
         """The ranks that share layers out."""
-        axis = self.devices["tensor"]
+        axis = self.layers["tensor"]
         return Axis(axis, axis.get_group(), axis.get_local_rank(), axis.size())
 
     def labels(self, labels: Tensor, ignore: int = -100) -> Tensor:
@@ -80,7 +84,7 @@ class Mesh:
         """The sum over all tokens of the global batch of what each rank has counted for its own: losses, labels that
         count, loads of experts. Ranks on tensor, which hold the same, count once."""
         out = value.detach().clone()
-        dist.all_reduce(out, group=self.devices["total"].get_group())
+        dist.all_reduce(out, group=self.readers_group)
         return out
 
     def barrier(self, name: str, timeout: float | None = None) -> None:
@@ -116,14 +120,14 @@ class Mesh:
         if not inner or not outer:
             return tensor.full_tensor()
         # FSDP has cut again what the other axes had cut, so its axis is put together first.
-        place = placements[names.index(inner[0])]
+        home, place = getattr(self, inner[0]), placements[names.index(inner[0])]
         shape = list(tensor.shape)
         for name, other in outer:
             if isinstance(other, Shard):
-                shape[other.dim] //= self.devices[name].size()
-        part = _joined(tensor.to_local(), self.devices[inner[0]], [Shard(place.dim)], shape)  # pyright: ignore
+                shape[other.dim] //= home[name].size()
+        part = _joined(tensor.to_local(), home[inner[0]], [Shard(place.dim)], shape)  # pyright: ignore
         axes, places = zip(*outer, strict=True)
-        return _joined(part, self.devices[axes], places, tensor.shape)
+        return _joined(part, home[axes], places, tensor.shape)
 
     def together(
         self, names: Iterable[str], read: Callable[[str], Tensor], write: Callable[[Callable[[str], Tensor]], None]
@@ -189,13 +193,21 @@ def open_mesh(
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
-    sizes = tuple(getattr(spec, axis) for axis in DIMENSIONS)
-    devices = init_device_mesh(device.type, sizes, mesh_dim_names=DIMENSIONS)
-    devices["expert", "shard", "context"]._flatten("layers")  # that share the parameters of layers out
-    devices["shard", "context"]._flatten("experts")  # and those of experts
-    devices["replicate", "expert", "shard", "context"]._flatten("total")
-    control = dist.new_group(backend="gloo", timeout=limit)
-    return Mesh(spec, device, devices, control, timeout)
+
+    def over(**sizes: int) -> DeviceMesh:
+        return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+    same = spec.shard * spec.context
+    return Mesh(
+        spec=spec,
+        device=device,
+        places=over(**{axis: getattr(spec, axis) for axis in PLACES}),
+        layers=over(replicate=spec.replicate, layers=spec.expert * same, tensor=spec.tensor),
+        experts=over(replicate=spec.replicate, expert=spec.expert, experts=same, tensor=spec.tensor),
+        readers_group=over(readers=world // spec.tensor, tensor=spec.tensor)["readers"].get_group(),
+        control=dist.new_group(backend="gloo", timeout=limit),
+        timeout=timeout,
+    )
 
 
 def close_mesh() -> None:

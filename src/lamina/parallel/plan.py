@@ -11,9 +11,6 @@ from lamina.layers import CapacitySpec, ExpertChoiceSpec, ExpertsSpec, FeedForwa
 from lamina.model import ModelSpec
 from lamina.specs import Spec
 
-AXES = ("replicate", "expert", "shard", "context", "tensor", "pipeline")
-"""From the outermost: ranks that differ in `tensor` alone are neighbours, and talk most."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class MeshSpec(Spec):
@@ -39,7 +36,7 @@ class MeshSpec(Spec):
     @property
     def ranks(self) -> int:
         """The product."""
-        return math.prod(getattr(self, axis) for axis in AXES)
+        return math.prod(getattr(self, axis) for axis in self.__dataclass_fields__)
 
 
 def plan(mesh: MeshSpec, world: int, model: ModelSpec) -> MeshSpec:

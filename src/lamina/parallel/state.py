@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lamina.errors import LaminaError
@@ -36,7 +36,7 @@ def load_full_state(model: Model, state: Mapping[str, Tensor] | None) -> None:
     """
     mesh: Mesh = model.mesh
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    _agree(mesh, lambda: _check(state, shapes))
+    agree(mesh, lambda: _check(state, shapes))
     _fill(model, lambda name: None if state is None else state[name])
 
 
@@ -87,11 +87,11 @@ def _parts(tensor: Tensor) -> int:
         return 1
     parts = 1
     for axis, placement in enumerate(tensor.placements):
-        parts *= tensor.device_mesh.size(axis) if placement.is_shard() or isinstance(placement, Shard) else 1
+        parts *= 1 if placement.is_replicate() else tensor.device_mesh.size(axis)
     return parts
 
 
-def _agree(mesh: Mesh, check: Callable[[], None]) -> None:
+def agree(mesh: Mesh, check: Callable[[], None]) -> None:
     """Rank 0 looks, and all stop where it finds something wrong."""
     error = None
     if mesh.first:
