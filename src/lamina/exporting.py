@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def save(
         moves = [Move(move.ours, tuple(map(called, move.theirs)), move.op) for move in moves]
         shards = None if origin is None else origin.shards
 
+    @lru_cache(maxsize=0 if model.mesh is None else 3)  # files have matrices expert by expert, of three tensors in turn
     def whole(name: str) -> Tensor:
         parameter = parameters[name].detach()
         return parameter if model.mesh is None else model.mesh.whole(parameter)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from lamina.errors import LaminaError
 from lamina.model import ModelSpec
 from lamina.parallel.context import Cut
-from lamina.parallel.plan import MeshSpec, plan
+from lamina.parallel.axes import MeshSpec, plan
 from lamina.parallel.tensor import Axis
 
 PLACES = ("replicate", "expert", "shard", "context", "tensor")

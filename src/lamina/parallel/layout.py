@@ -23,7 +23,7 @@ from lamina.model import Model
 from lamina.parallel import experts
 from lamina.parallel.context import cut_texts
 from lamina.parallel.mesh import Mesh
-from lamina.parallel.plan import plan
+from lamina.parallel.axes import plan
 from lamina.parallel.tensor import share
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
