@@ -46,7 +46,10 @@ MIXTRAL = tiny.LLAMA | {
 def layers(op: Any, **stack: Any) -> lamina.ModelSpec:
     """A decoder of two layers with another attention than usual, a rank-sharing embedding and a head of its own."""
     both = SumSpec(
-        branches=(BranchSpec(name="one", op=op, pre=RMSNormSpec()), BranchSpec(name="two", op=FeedForwardSpec(hidden=10)))
+        branches=(
+            BranchSpec(name="one", op=op, pre=RMSNormSpec()),
+            BranchSpec(name="two", op=FeedForwardSpec(hidden=10)),
+        )
     )
     steps = (StepSpec(name="both", op=both), StepSpec(name="feedforward", op=FeedForwardSpec(hidden=12, bias=True)))
     return lamina.ModelSpec(
@@ -195,7 +198,11 @@ def compare(name: str, fields: dict[str, int]) -> None:
         assert (parameter.grad is None) == (other.grad is None), path
         if parameter.grad is not None and other.grad is not None:
             torch.testing.assert_close(
-                mesh.whole(other.grad), parameter.grad, rtol=1e-8, atol=1e-10, msg=lambda text, path=path: f"{path}: {text}"
+                mesh.whole(other.grad),
+                parameter.grad,
+                rtol=1e-8,
+                atol=1e-10,
+                msg=lambda text, path=path: f"{path}: {text}",
             )
             squares += parameter.grad.square().sum()
     torch.testing.assert_close(gradient_norm(model), squares.sqrt())

@@ -27,7 +27,11 @@ MIXTRAL = same.MODELS["mixtral"]()
     [
         ({"replicate": 2, "shard": 2, "tensor": 2}, 4, "replicate 2 x shard 2 x tensor 2 = 8 ranks; this run has 4"),
         ({}, 2, "shard 1 = 1 rank; this run has 2"),
-        ({"shard": -1, "tensor": 3}, 4, "shard is what is left, but tensor 3 = 3 ranks do not divide the 4 of this run"),
+        (
+            {"shard": -1, "tensor": 3},
+            4,
+            "shard is what is left, but tensor 3 = 3 ranks do not divide the 4 of this run",
+        ),
         ({"tensor": 3}, 3, "decoder.layers.0.steps.0.op: 4 heads cannot be shared by tensor = 3"),
         ({"expert": 2}, 2, "expert is 2, and this model has no experts; use shard in its stead"),
         ({"pipeline": 2}, 2, "pipeline is 2, and pipeline is not built"),
@@ -58,7 +62,9 @@ def test_what_a_model_cannot_be_shared_by():
         plan(MeshSpec(tensor=2), 2, tiny.spec(tiny.LLAMA | {"intermediate_size": 49}))
     with pytest.raises(LaminaError, match="3 key heads cannot be shared, nor copied, by tensor = 2"):
         plan(
-            MeshSpec(tensor=2), 2, tiny.spec(tiny.LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4})
+            MeshSpec(tensor=2),
+            2,
+            tiny.spec(tiny.LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}),
         )
     plan(MeshSpec(tensor=4), 4, tiny.spec(tiny.LLAMA))  # two ranks have each key head
 
@@ -122,5 +128,7 @@ def test_torchrun_starts_us():
 
 
 def test_a_mesh_is_read_without_torch_distributed():
-    code = "import sys; from lamina.parallel import MeshSpec, arguments; print('torch.distributed.tensor' in sys.modules)"
+    code = (
+        "import sys; from lamina.parallel import MeshSpec, arguments; print('torch.distributed.tensor' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False"]

@@ -40,7 +40,11 @@ FOUR = {
 WORLDS = {
     2: {f"{name} {axis}": (name, {axis: 2}) for name, axes in TWO.items() for axis in axes.split()},
     4: {
-        **{f"{name} {' x '.join(axes)}": (name, dict.fromkeys(axes, 2)) for name, pairs in FOUR.items() for axes in pairs},
+        **{
+            f"{name} {' x '.join(axes)}": (name, dict.fromkeys(axes, 2))
+            for name, pairs in FOUR.items()
+            for axes in pairs
+        },
         "llama tensor 4": ("llama", {"tensor": 4}),
         "t5 context 4": ("t5", {"context": 4}),
         "mixtral shard 4": ("mixtral", {"shard": 4}),

@@ -59,7 +59,9 @@ def alone(name: str, steps: int) -> dict[str, Tensor]:
 def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert list(found) == list(expected)
     for path, tensor in expected.items():
-        torch.testing.assert_close(found[path], tensor, rtol=1e-7, atol=1e-9, msg=lambda text, path=path: f"{path}: {text}")
+        torch.testing.assert_close(
+            found[path], tensor, rtol=1e-7, atol=1e-9, msg=lambda text, path=path: f"{path}: {text}"
+        )
 
 
 def state(rank: int, folder: Path) -> None:
@@ -237,7 +239,7 @@ def one(rank: int, folder: Path) -> None:
     other = model("llama", {})
     from lamina.parallel import load_parts
 
-    with pytest.raises(CheckpointError, match=r"lacks model\.|is torch.float64 \[264, 32\]"):
+    with pytest.raises(CheckpointError, match=r"op\.k\.weight is torch.float64 \[32, 32\]; .*\[16, 32\] is needed"):
         load_parts(folder / "gpt2-2", other)
 
 
@@ -252,17 +254,13 @@ def hang(rank: int, folder: Path) -> None:
     mesh = open_mesh(MeshSpec(shard=-1), same.MODELS["gpt2"]())
     mesh.barrier("start", 20.0)
     if rank == 2:
-        while not (folder / "0 named it").exists():
+        while not all((folder / f"{one} named it").exists() for one in (0, 1)):
             time.sleep(0.05)
         return
     start = time.monotonic()
-    if rank == 1:
-        with pytest.raises(RankError, match="step 7: "):
-            mesh.barrier("step 7", 1.5)
-    else:
-        with pytest.raises(RankError, match="step 7: rank 2 did not come within 1.5 seconds"):
-            mesh.barrier("step 7", 1.5)
-        (folder / "0 named it").touch()
+    with pytest.raises(RankError, match="step 7: rank 2 did not come within 1.5 seconds"):
+        mesh.barrier("step 7", 1.5)
+    (folder / f"{rank} named it").touch()
     assert time.monotonic() - start < 20
 
 
@@ -277,8 +275,7 @@ def die(rank: int, folder: Path) -> None:
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     start = time.monotonic()
-    said = r"the forward: rank 1 did not come" if rank == 0 else "the forward: "
-    with pytest.raises(RankError, match=said):
+    with pytest.raises(RankError, match="the forward: rank 1 did not come"):
         with mesh.watched("the forward", 3.0):
             for _ in range(1000):
                 dist.all_reduce(torch.ones(1000))
@@ -287,9 +284,7 @@ def die(rank: int, folder: Path) -> None:
 
 @pytest.mark.timeout(400)
 def test_states_and_folders():
-    checks = {
-        one.__name__: one for one in (begin, state, meta, folders, clipped, micro, refused)
-    }
+    checks = {one.__name__: one for one in (begin, state, meta, folders, clipped, micro, refused)}
     with ranks.folder() as name:
         folder = Path(name)
         found = ranks.run(2, checks, folder)

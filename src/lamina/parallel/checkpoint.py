@@ -47,6 +47,13 @@ class _Unpickler(pickle.Unpickler):
         raise CheckpointError(f"asks for {module}.{name}, which has no place in a checkpoint; nothing was run")
 
 
+class _Writer(dcp.FileSystemWriter):
+    """torch's writer, which would write down where the directory lay on this machine."""
+
+    def storage_meta(self) -> StorageMeta | None:
+        return StorageMeta(save_id=self.save_id)
+
+
 class _Reader(dcp.FileSystemReader):
     """torch's reader, with `.metadata` read as said above and files named in it within the directory only."""
 
@@ -79,7 +86,9 @@ def read_metadata(path: Path) -> Metadata:
     for place in metadata.storage_data.values():
         where = str(getattr(place, "relative_path", None))
         if not PART.fullmatch(where) or getattr(place, "transform_descriptors", None):
-            raise CheckpointError(f"{path}: names the file {where[:100]!r}; files of a checkpoint are like __0_0.distcp")
+            raise CheckpointError(
+                f"{path}: names the file {where[:100]!r}; files of a checkpoint are like __0_0.distcp"
+            )
     return metadata
 
 
@@ -102,7 +111,7 @@ def save_parts(
 
     agree(mesh, check)
     state = _state(model, optimizer) | {f"more.{name}": tensor for name, tensor in (more or {}).items()}
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(target, sync_files=True), process_group=mesh.control)
+    dcp.save(state, storage_writer=_Writer(target, sync_files=True), process_group=mesh.control)
 
 
 def load_parts(
@@ -120,7 +129,9 @@ def load_parts(
     if optimizer is not None:
         _prepare(model, optimizer, entries)
     state = _state(model, optimizer)
-    more = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items() if _more(name)}
+    more = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items() if _more(name)
+    }
     _fits(target, state, entries)
     try:
         dcp.load(state | more, storage_reader=_Reader(target), process_group=model.mesh.control)
@@ -164,7 +175,9 @@ def _prepare(model: Model, optimizer: torch.optim.Optimizer, entries: Mapping[st
             if key.startswith(prefix) and "." not in key[len(prefix) :]:
                 like = tuple(entry.size) == tuple(parameter.shape)
                 dtype = entry.properties.dtype
-                made = torch.zeros_like(parameter.detach(), dtype=dtype) if like else torch.zeros(entry.size, dtype=dtype)
+                made = (
+                    torch.zeros_like(parameter.detach(), dtype=dtype) if like else torch.zeros(entry.size, dtype=dtype)
+                )
                 optimizer.state[parameter][key[len(prefix) :]] = made
 
 

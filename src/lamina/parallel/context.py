@@ -50,7 +50,9 @@ class Cut:
         """This rank's tokens, and those of all ranks in their order."""
         marked = None if tokens.marked is None else self.ordered(tokens.marked.to(torch.int8)).bool()
         full = Tokens(self.ordered(tokens.position, HOLE), self.ordered(tokens.document), marked)
-        parts = [None if x is None else x.chunk(self.size, 1)[self.rank] for x in (full.position, full.document, marked)]
+        parts = [
+            None if x is None else x.chunk(self.size, 1)[self.rank] for x in (full.position, full.document, marked)
+        ]
         return Tokens(*parts), full  # pyright: ignore[reportArgumentType]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
@@ -40,6 +42,7 @@ class Mesh:
     readers_group: dist.ProcessGroup  # ranks that differ in anything but tensor
     control: dist.ProcessGroup  # all ranks, on the CPU: what is said beside the tensors
     timeout: float  # seconds after which a collective gives up
+    run: int  # a number that these processes alone have: others may have met at the same place before
 
     @property
     def rank(self) -> int:
@@ -88,13 +91,30 @@ class Mesh:
         return out
 
     def barrier(self, name: str, timeout: float | None = None) -> None:
-        """Wait until all ranks come here. Raises RankError naming the ranks that do not within `timeout` seconds; on
-        another rank than 0 it may only say that rank 0 gave up."""
+        """Wait until all ranks come here. Raises RankError, on every rank that has come, naming those that do not
+        within `timeout` seconds."""
         seconds = self.timeout if timeout is None else timeout
         try:
             dist.monitored_barrier(self.control, timedelta(seconds=seconds), wait_all_ranks=self.first)
         except RuntimeError as error:
-            raise RankError(f"{name}: {_named(str(error), seconds)}") from error
+            raise RankError(f"{name}: {self._missing(name, seconds, error)}") from error
+
+    def _missing(self, name: str, seconds: float, error: RuntimeError) -> str:
+        """Who does not come. A barrier may break at a closed connection before it knows, so ranks sign a list."""
+        store, world = distributed_c10d._get_default_store(), self.spec.ranks
+        keys = [f"lamina/{self.run}/{name}/{rank}" for rank in range(world)]
+        until = time.monotonic() + seconds + 1.0
+        try:
+            store.set(keys[self.rank], "here")
+            while not (here := store.check(keys)) and time.monotonic() < until:
+                time.sleep(0.05)
+            missing = [] if here else [rank for rank in range(world) if not store.check([keys[rank]])]
+        except (dist.DistStoreError, dist.DistNetworkError) as lost:
+            return f"the process where ranks meet cannot be reached: it has died, or hangs ({_line(lost)})"
+        if not missing:
+            return f"all ranks are there, and their connection broke ({_line(error)})"
+        ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+        return f"{ranks} did not come within {seconds:g} seconds: died, or hangs"
 
     @contextmanager
     def watched(self, name: str, patience: float = 10.0) -> Iterator[None]:
@@ -176,9 +196,7 @@ def _joined(part: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], sha
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride).full_tensor()
 
 
-def open_mesh(
-    spec: MeshSpec, model: ModelSpec, *, device: torch.device | str = "cpu", timeout: float = 600.0
-) -> Mesh:
+def open_mesh(spec: MeshSpec, model: ModelSpec, *, device: torch.device | str = "cpu", timeout: float = 600.0) -> Mesh:
     """Join the run that torchrun (or whoever set RANK, WORLD_SIZE and MASTER_ADDR) started, as `plan` says.
 
     With `device="cuda"` each process takes the GPU LOCAL_RANK. Every collective gives up after `timeout` seconds.
@@ -198,6 +216,9 @@ def open_mesh(
         return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
     same = spec.shard * spec.context
+    control = dist.new_group(backend="gloo", timeout=limit)
+    run = torch.tensor([time.time_ns()])
+    dist.broadcast(run, 0, group=control)
     return Mesh(
         spec=spec,
         device=device,
@@ -205,8 +226,9 @@ def open_mesh(
         layers=over(replicate=spec.replicate, layers=spec.expert * same, tensor=spec.tensor),
         experts=over(replicate=spec.replicate, expert=spec.expert, experts=same, tensor=spec.tensor),
         readers_group=over(readers=world // spec.tensor, tensor=spec.tensor)["readers"].get_group(),
-        control=dist.new_group(backend="gloo", timeout=limit),
+        control=control,
         timeout=timeout,
+        run=int(run),
     )
 
 
@@ -230,13 +252,5 @@ def _of_ranks(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
 
 
-def _named(text: str, seconds: float) -> str:
-    """What a monitored barrier says, in a line: the ranks that it missed."""
-    import re
-
-    found = re.search(r"[Rr]anks? ((?:\d+[,\s]*)+) ?failed to pass", text) or re.search(r"[Rr]ank (\d+)", text)
-    first = text.strip().splitlines()[0]
-    if found is None or "rank 0" in text.lower() and "failed to pass" not in text:
-        return f"another rank gave up, and rank 0 says which is missing ({first})"
-    ranks = ", ".join(found[1].replace(",", " ").split())
-    return f"rank {ranks} did not come within {seconds:g} seconds: it has died, or hangs"
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
