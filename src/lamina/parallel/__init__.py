@@ -26,14 +26,32 @@ _HOME = {
 }
 """Name -> its file. One process that only reads a `MeshSpec`, or starts others, does not import torch.distributed."""
 
-__all__ = [*sorted(_HOME)]
+__all__ = [
+    "Mesh",
+    "MeshSpec",
+    "RankError",
+    "arguments",
+    "clip_gradients",
+    "close_mesh",
+    "distribute",
+    "full_state",
+    "gradient_norm",
+    "load_full_state",
+    "load_parts",
+    "materialise",
+    "open_mesh",
+    "plan",
+    "save_parts",
+    "synchronise",
+    "template",
+]
 
 if TYPE_CHECKING:
-    from lamina.parallel.checkpoint import load_parts, save_parts
-    from lamina.parallel.layout import distribute, synchronise
-    from lamina.parallel.launch import arguments, template
-    from lamina.parallel.mesh import Mesh, RankError, close_mesh, open_mesh
     from lamina.parallel.axes import MeshSpec, plan
+    from lamina.parallel.checkpoint import load_parts, save_parts
+    from lamina.parallel.launch import arguments, template
+    from lamina.parallel.layout import distribute, synchronise
+    from lamina.parallel.mesh import Mesh, RankError, close_mesh, open_mesh
     from lamina.parallel.state import clip_gradients, full_state, gradient_norm, load_full_state, materialise
 
 

@@ -94,7 +94,7 @@ def _shared(path: str, part: Any, ranks: int) -> None:
 
 def _contexts(model: ModelSpec) -> None:
     """Refuse what looks at all of a text, other than attention, whose keys are gathered."""
-    if model.pooler is not None or model.two_stacks and model.labels is not None:
+    if model.pooler is not None or (model.two_stacks and model.labels is not None):
         raise UnsupportedError("context above 1 cuts each text, and a pooled head reads one token of the whole")
     for path, part in model.walk():
         if isinstance(part, LongformerSpec | ExpertChoiceSpec | CapacitySpec):

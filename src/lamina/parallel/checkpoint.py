@@ -1,8 +1,8 @@
 """Model and optimiser on disk in parts, one file a rank, read again by any other number of ranks
 (torch.distributed.checkpoint).
 
-The directory's `.metadata` is a pickle. It is read by an unpickler that knows a handful of classes and nothing else, and
-a checkpoint of ours holds tensors alone, so that nothing in it is ever run.
+The directory's `.metadata` is a pickle. It is read by an unpickler that knows a handful of classes and no more, and a
+checkpoint of ours holds tensors alone, so that nothing in it is ever run.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from lamina.errors import CheckpointError
 from lamina.model import Model
@@ -47,14 +50,14 @@ class _Unpickler(pickle.Unpickler):
         raise CheckpointError(f"asks for {module}.{name}, which has no place in a checkpoint; nothing was run")
 
 
-class _Writer(dcp.FileSystemWriter):
+class _Writer(FileSystemWriter):
     """torch's writer, which would write down where the directory lay on this machine."""
 
     def storage_meta(self) -> StorageMeta | None:
         return StorageMeta(save_id=self.save_id)
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     """torch's reader, with `.metadata` read as said above and files named in it within the directory only."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -111,7 +114,7 @@ def save_parts(
 
     agree(mesh, check)
     state = _state(model, optimizer) | {f"more.{name}": tensor for name, tensor in (more or {}).items()}
-    dcp.save(state, storage_writer=_Writer(target, sync_files=True), process_group=mesh.control)
+    save(state, storage_writer=_Writer(target, sync_files=True), process_group=mesh.control)
 
 
 def load_parts(
@@ -134,8 +137,8 @@ def load_parts(
     }
     _fits(target, state, entries)
     try:
-        dcp.load(state | more, storage_reader=_Reader(target), process_group=model.mesh.control)
-    except (dcp.api.CheckpointException, RuntimeError, OSError) as error:
+        load(state | more, storage_reader=_Reader(target), process_group=model.mesh.control)
+    except (CheckpointException, RuntimeError, OSError) as error:
         raise CheckpointError(f"{target}: cannot be read: {_first(error)}") from error
     return {name.removeprefix("more."): tensor for name, tensor in more.items()}
 

@@ -83,4 +83,4 @@ def spread(model: nn.Module, mesh: DeviceMesh, group: dist.ProcessGroup) -> None
                 part._parameters[leaf] = nn.Parameter(made, requires_grad=parameter.requires_grad)
                 region.views[part, leaf] = lambda x: x
         if mesh.ndim == 1:  # else the region of tensor parallelism does it
-            module.experts.forward = region
+            module.experts.forward = region  # pyright: ignore[reportAttributeAccessIssue]

@@ -21,9 +21,9 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import Experts, Layer
 from lamina.model import Model
 from lamina.parallel import experts
+from lamina.parallel.axes import plan
 from lamina.parallel.context import cut_texts
 from lamina.parallel.mesh import Mesh
-from lamina.parallel.axes import plan
 from lamina.parallel.tensor import share
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}

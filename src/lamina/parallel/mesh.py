@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 
 from lamina.errors import LaminaError
 from lamina.model import ModelSpec
-from lamina.parallel.context import Cut
 from lamina.parallel.axes import MeshSpec, plan
+from lamina.parallel.context import Cut
 from lamina.parallel.tensor import Axis
 
 PLACES = ("replicate", "expert", "shard", "context", "tensor")
@@ -217,6 +217,7 @@ def open_mesh(spec: MeshSpec, model: ModelSpec, *, device: torch.device | str = 
 
     same = spec.shard * spec.context
     control = dist.new_group(backend="gloo", timeout=limit)
+    assert isinstance(control, dist.ProcessGroup)
     run = torch.tensor([time.time_ns()])
     dist.broadcast(run, 0, group=control)
     return Mesh(

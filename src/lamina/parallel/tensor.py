@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lamina.layers import Call
 from lamina.parallel.collectives import enter, gather, leave
@@ -107,7 +107,7 @@ class Table(Shared):
         assert parameter is not None
         total = parameter.shape[0]
         size = total // self.axis.size
-        torch._assert_async(((x >= 0) & (x < total)).all())
+        torch._assert_async(((x >= 0) & (x < total)).all())  # pyright: ignore[reportPrivateImportUsage]
         ids = x - self.axis.rank * size
         mine = (ids >= 0) & (ids < size)
         found = super().__call__(ids.clamp(0, size - 1), *args)
