@@ -35,8 +35,8 @@ def save(
     """Write a model. "hf": transformers' from_pretrained opens it as is; "native": spec.json and our own names.
 
     Raises UnsupportedError naming the field of the spec that the Hugging Face layout cannot say; LaminaError where
-    `directory` exists (unless `force`). What was there stays whole until the new one is. Where the model lies on several
-    ranks all of them call it, rank 0 writes, and one tensor at a time is whole there.
+    `directory` exists (unless `force`). What was there stays whole until the new one is. Where the model lies on
+    several ranks all of them call it, and rank 0 writes.
     """
     if format not in ("hf", "native"):
         raise LaminaError(unknown("format", format, ("hf", "native")))
