@@ -116,7 +116,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("ranks: all know of a failure", "if what == failed:", "if False:"),
         (
             "ranks: the missing are named",
-            "[] if here else [rank for rank in range(world) if not store.check([keys[rank]])]",
+            "[rank for rank, key in enumerate(keys) if not store.check([key])]",
             "[]",
         ),
     ],

@@ -277,7 +277,7 @@ def die(rank: int, folder: Path) -> None:
     start = time.monotonic()
 
     def forward() -> None:
-        with mesh.watched("the forward", 8.0):
+        with mesh.watched("the forward", 4.0):
             for _ in range(1000):
                 dist.all_reduce(torch.ones(1000))
 

@@ -43,6 +43,8 @@ class Mesh:
     control: dist.ProcessGroup  # all ranks, on the CPU: what is said beside the tensors
     timeout: float  # seconds after which a collective gives up
     run: int  # a number that these processes alone have: others may have met at the same place before
+    barriers: int = 0  # that this rank has come to
+    signed: str | None = None  # where it signed at the last one
 
     @property
     def rank(self) -> int:
@@ -94,23 +96,27 @@ class Mesh:
         """Wait until all ranks come here. Raises RankError, on every rank that has come, naming those that do not
         within `timeout` seconds."""
         seconds = self.timeout if timeout is None else timeout
+        store = distributed_c10d._get_default_store()
+        self.barriers += 1
+        keys = [f"lamina/{self.run}/{self.barriers}/{rank}" for rank in range(self.spec.ranks)]
         try:
-            dist.monitored_barrier(self.control, timedelta(seconds=seconds), wait_all_ranks=self.first)
-        except RuntimeError as error:
-            raise RankError(f"{name}: {self._missing(name, seconds, error)}") from error
-
-    def _missing(self, name: str, seconds: float, error: RuntimeError) -> str:
-        """Who does not come. A barrier may break at a closed connection before it knows, so ranks sign a list."""
-        store, world = distributed_c10d._get_default_store(), self.spec.ranks
-        keys = [f"lamina/{self.run}/{name}/{rank}" for rank in range(world)]
-        until = time.monotonic() + seconds + 1.0
-        try:
+            # A barrier breaks at the first closed connection and does not know whose it was, so ranks sign a list.
             store.set(keys[self.rank], "here")
-            while not (here := store.check(keys)) and time.monotonic() < until:
-                time.sleep(0.05)
-            missing = [] if here else [rank for rank in range(world) if not store.check([keys[rank]])]
-        except (dist.DistStoreError, dist.DistNetworkError) as lost:
-            return f"the process where ranks meet cannot be reached: it has died, or hangs ({_line(lost)})"
+            dist.monitored_barrier(self.control, timedelta(seconds=seconds), wait_all_ranks=self.first)
+        except (dist.DistStoreError, dist.DistNetworkError) as error:
+            raise RankError(f"{name}: the process where ranks meet cannot be reached: {_line(error)}") from error
+        except RuntimeError as error:
+            raise RankError(f"{name}: {self._missing(store, keys, seconds, error)}") from error
+        if self.signed is not None:
+            store.delete_key(self.signed)  # all have left that one
+        self.signed = keys[self.rank]
+
+    def _missing(self, store: dist.Store, keys: list[str], seconds: float, error: RuntimeError) -> str:
+        """Who has not signed, `seconds` later."""
+        until = time.monotonic() + seconds
+        while not store.check(keys) and time.monotonic() < until:
+            time.sleep(0.05)
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         if not missing:
             return f"all ranks are there, and their connection broke ({_line(error)})"
         ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
