@@ -99,7 +99,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("context: filled places are holes", "self.ordered(tokens.position, HOLE)", "self.ordered(tokens.position)"),
         ("context: the source is cut", "source, full = cut.tokens(source)", "full = cut.tokens(source)[1]"),
         ("context: values of two heads", "if key.shape[:-1] == value.shape[:-1]:", "if True:"),
-        ("context: no cache", "if given.get(name) is not None:", "if False:"),
+        ("context: no cache", "if given.get(name) is not None and", "if False and"),
     ],
     "parallel/layout.py": [
         ("ranks: gradients are added up", "module.set_gradient_divide_factor(1.0)", "pass"),
@@ -109,7 +109,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("state: copies count once", "mesh.spec.ranks // _parts(gradient)", "1"),
         ("state: what is cut twice", "1 if placement.is_replicate() else", "1 if not placement.is_shard() else"),
         ("state: where a part lies", "min(start, part.shape[dim])", "0"),
-        ("state: names are checked", "if more := [name for name in state if name not in shapes]:", "if more := []:"),
+        ("state: names are checked", "if more := [name for name in state if name not in wanted]:", "if more := []:"),
     ],
     "parallel/mesh.py": [
         ("ranks: the inner cut is joined first", "shape[other.dim] //= home[name].size()", "pass"),

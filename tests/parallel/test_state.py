@@ -84,7 +84,10 @@ def state(rank: int, folder: Path) -> None:
             close(second, dict(plain.state_dict()))
         wrong = dict(plain.state_dict())
         path = next(iter(wrong))
-        for change, says in (({"more": wrong[path]}, "the state has more"), ({path: wrong[path][1:]}, "has shape")):
+        for change, says in (
+            ({"more": wrong[path]}, "the state has more"),
+            ({path: wrong[path][1:]}, " is torch.float64 "),
+        ):
             error, says = (LaminaError, says) if rank == 0 else (RankError, "rank 0 refuses")
             with pytest.raises(error, match=says):
                 load_full_state(made, wrong | change if rank == 0 else None)
@@ -177,6 +180,25 @@ def micro(rank: int, folder: Path) -> None:
     full_state(halved)
 
 
+def outside(rank: int, folder: Path) -> None:
+    """A loss that takes the hidden states and multiplies with the table itself has the same gradients."""
+    for name, fields in (("gpt2", {"shard": 2}), ("mixtral", {"expert": 2}), ("llama", {"context": 2})):
+        made = model(name, fields).eval()
+        spec, mesh = made.spec, made.mesh
+        expected, one = same.alone(spec, same.batch(spec), 1, False)
+        mine = same.batch(spec).rows(mesh.reader, mesh.readers)
+        labels, asked = mesh.labels(mine.labels), int((same.batch(spec).labels >= 0).sum())
+        hidden = made(**mine.given, keep_logits=0).hidden
+        table = made.embedding.weight if made.head.weight is None else made.head.weight
+        logits = torch.nn.functional.linear(hidden, table)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / asked
+        loss.backward()
+        torch.testing.assert_close(mesh.total(loss), expected, rtol=1e-10, atol=1e-10)
+        for (path, parameter), other in zip(one.named_parameters(), made.parameters(), strict=True):
+            assert parameter.grad is not None and other.grad is not None
+            torch.testing.assert_close(mesh.whole(other.grad), parameter.grad, rtol=1e-8, atol=1e-10, msg=path)
+
+
 def refused(rank: int, folder: Path) -> None:
     """What cannot be is said in one line."""
     from lamina.parallel import MeshSpec, distribute, open_mesh
@@ -188,8 +210,16 @@ def refused(rank: int, folder: Path) -> None:
         distribute(same.MODELS["gpt2"]().build(), made.mesh, precision="int4")
     with pytest.raises(lamina.LaminaError, match="cache is for whole texts"):
         made(**same.batch(made.spec).given, cache=made.new_cache(batch=4))
+    assert made.mesh.stream == rank  # tokens of its own, and so random numbers of its own
     spec = same.MODELS["gpt2"]()
     table = distribute(spec.build(), open_mesh(MeshSpec(tensor=2), spec))
+    assert table.mesh.stream == 0
+    adapted = spec.build()
+    adapted.get_submodule("decoder.layers.0.attention.op.q").register_parameter(
+        "low", torch.nn.Parameter(torch.ones(2))
+    )
+    with pytest.raises(lamina.LaminaError, match="attention.op.q holds more than a weight and a bias"):
+        distribute(adapted, table.mesh)
     with pytest.raises(RuntimeError):  # an id beyond the vocabulary is nobody's, and is not taken for zeros
         table(torch.full((1, 3), 264))
 
@@ -288,7 +318,7 @@ def die(rank: int, folder: Path) -> None:
 
 @pytest.mark.timeout(400)
 def test_states_and_folders():
-    checks = {one.__name__: one for one in (begin, state, meta, folders, clipped, micro, refused)}
+    checks = {one.__name__: one for one in (begin, state, meta, folders, clipped, micro, outside, refused)}
     with ranks.folder() as name:
         folder = Path(name)
         found = ranks.run(2, checks, folder)

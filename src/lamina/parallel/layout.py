@@ -6,7 +6,9 @@ The model stays a `lamina.Model` with the same parameter names and the same resu
   whose logits it gets (`Mesh.labels`) divided by the count of the *global* batch (`Mesh.total`). Gradients of ranks are
   added up and never averaged, so their sum is the gradient of the global mean whatever the mesh is.
 - Losses of routers (`Output.losses`) are those of each rank's own tokens; weigh them by its share of the tokens.
-- `Output.logits` are whole on every rank of tensor: the head's parts of the vocabulary are gathered.
+- `Output.logits` are whole on every rank of tensor: the head's parts of the vocabulary are gathered. Without tensor a
+  loss may as well begin from `Output.hidden` and multiply with the table itself, right after the forward.
+- Random numbers are drawn alike on the ranks of tensor, and by no other two: seed by `Mesh.stream`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import Experts, Layer
+from lamina.layers.router import TopK
 from lamina.model import Model
 from lamina.parallel import experts
 from lamina.parallel.axes import plan
@@ -67,8 +70,10 @@ def _layers(model: Model, mesh: Mesh, precision: str | None, reshard: bool) -> N
     given: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32),
         "reshard_after_forward": reshard,
-        # A router's correction is moved by hand after a step, alike on all ranks.
-        "ignored_params": {one for one in model.parameters() if not one.requires_grad},
+        # A router's correction is moved by hand after a step (`rebalance`), alike on all ranks.
+        "ignored_params": {
+            one.correction for one in model.modules() if isinstance(one, TopK) and one.correction is not None
+        },
     }
     copies = ("replicate",) if mesh.spec.replicate > 1 else ()
     over = {name: getattr(mesh, name)[(*copies, name)] for name in ("layers", "experts")}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,6 +69,12 @@ class Mesh:
         return (place["replicate"] * self.spec.expert + place["expert"]) * self.spec.shard + place["shard"]
 
     @property
+    def stream(self) -> int:
+        """Which random numbers this rank draws: ranks on tensor have to drop the same places, all others have other
+        tokens. (The heads of two ranks on tensor then drop alike in their attentions.)"""
+        return self.reader * self.spec.context + self.cut.rank
+
+    @property
     def cut(self) -> Cut:
         """Which tokens of a text are this rank's."""
         return Cut(self.places.get_local_rank("context"), self.spec.context)
@@ -88,7 +95,7 @@ class Mesh:
     def total(self, value: Tensor) -> Tensor:
         """The sum over all tokens of the global batch of what each rank has counted for its own: losses, labels that
         count, loads of experts. Ranks on tensor, which hold the same, count once."""
-        out = value.detach().clone()
+        out = value.detach().to(self.device, copy=True)
         dist.all_reduce(out, group=self.readers_group)
         return out
 
@@ -111,7 +118,7 @@ class Mesh:
             store.delete_key(self.signed)  # all have left that one
         self.signed = keys[self.rank]
 
-    def _missing(self, store: dist.Store, keys: list[str], seconds: float, error: RuntimeError) -> str:
+    def _missing(self, store: Any, keys: list[str], seconds: float, error: RuntimeError) -> str:
         """Who has not signed, `seconds` later."""
         until = time.monotonic() + seconds
         while not store.check(keys) and time.monotonic() < until:

@@ -31,12 +31,12 @@ def full_state(model: Model) -> dict[str, Tensor]:
 def load_full_state(model: Model, state: Mapping[str, Tensor] | None) -> None:
     """Fill the model with what rank 0 has; the others give None. A rank holds one whole tensor at a time.
 
-    Raises LaminaError on rank 0, before anything is changed, for names and shapes that are not those of the model;
-    RankError on the others.
+    Raises LaminaError on rank 0, before anything is changed, for names, shapes and dtypes that are not those of the
+    model; RankError on the others.
     """
     mesh: Mesh = model.mesh
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    agree(mesh, lambda: _check(state, shapes))
+    wanted = dict(model.named_parameters())
+    agree(mesh, lambda: _check(state, wanted))
     _fill(model, lambda name: None if state is None else state[name])
 
 
@@ -107,15 +107,16 @@ def agree(mesh: Mesh, check: Callable[[], None]) -> None:
         raise RankError("rank 0 refuses what it was given, and says why")
 
 
-def _check(state: Mapping[str, Tensor] | None, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check(state: Mapping[str, Tensor] | None, wanted: Mapping[str, Tensor]) -> None:
     if state is None:
         raise LaminaError("rank 0 needs the state of the model; it was given None")
-    for name, shape in shapes.items():
+    for name, parameter in wanted.items():
         if name not in state:
             raise LaminaError(f"the state lacks {name}")
-        if tuple(state[name].shape) != shape:
-            raise LaminaError(f"{name} has shape {list(state[name].shape)} in the state; the model needs {list(shape)}")
-    if more := [name for name in state if name not in shapes]:
+        found, needed = (f"{one.dtype} {list(one.shape)}" for one in (state[name], parameter))
+        if found != needed:
+            raise LaminaError(f"{name} is {found} in the state; the model needs {needed}")
+    if more := [name for name in state if name not in wanted]:
         raise LaminaError(f"the state has {more[0]}, and the model has none of that name")
 
 
@@ -128,7 +129,7 @@ def _fill(model: Model, get: Callable[[str], Tensor | None]) -> None:
         if given is None:
             whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=mesh.device)
         else:
-            whole = given.detach().to(mesh.device, parameter.dtype, copy=True).contiguous()
+            whole = given.detach().to(mesh.device, copy=True).contiguous()
         dist.broadcast(whole, 0)
         put(parameter, whole)
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from lamina.errors import UnsupportedError
 from lamina.layers import Call
 from lamina.parallel.collectives import enter, gather, leave
 
@@ -163,6 +164,11 @@ def _place(region: Shared, module: nn.Module, name: str, role: str) -> None:
         size = len(part) // axis.size
         setattr(module, name, part[axis.rank * size : (axis.rank + 1) * size])
         return
+    if isinstance(part, nn.Module) and {leaf for leaf, _ in part.named_parameters()} - {"weight", "bias"}:
+        raise UnsupportedError(
+            f"{getattr(region.module, 'path', '')}.{name} holds more than a weight and a bias (an adapter?), and tensor"
+            " above 1 cannot share it out; use shard"
+        )
     home, leaves = (part, ("weight", "bias")) if isinstance(part, nn.Module) else (module, (name,))
     share = axis.share(spec.key_heads if role in ("keys", "key_halves") else axis.size)
     for leaf in leaves:
