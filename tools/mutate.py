@@ -72,6 +72,9 @@ def tests_of(file: str) -> tuple[str, ...]:
             "cached": "attention",
         }
         return (f"tests/layers/test_{shared.get(name, name)}.py",)
+    if folder == "parallel":
+        own = {"axes": ("tests/parallel/test_plan.py",), "checkpoint": ("tests/parallel/test_checkpoint.py",)}
+        return own.get(name, ())
     if folder == "generation":
         return (f"tests/generation/test_{ {'limits': 'beam', 'feeder': 'loop'}.get(name, name) }.py",)
     if folder == "weights":

@@ -6,7 +6,16 @@ from __future__ import annotations
 MODEL = ("tests/test_model.py",)
 CACHE = ("tests/test_cache.py",)
 
+SAME, STATE = ("tests/parallel/test_same.py",), ("tests/parallel/test_state.py",)
+
 ALSO: dict[str, tuple[str, ...]] = {
+    "parallel/tensor.py": (*SAME, *STATE),
+    "parallel/collectives.py": SAME,
+    "parallel/context.py": SAME,
+    "parallel/experts.py": SAME,
+    "parallel/layout.py": (*SAME, *STATE),
+    "parallel/state.py": STATE,
+    "parallel/mesh.py": STATE,
     "layers/attention.py": ("tests/test_cache.py",),
     "train/past.py": ("tests/cli/test_runs.py",),
     "report/frame.py": ("tests/train/test_report.py",),
@@ -214,6 +223,66 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "report/frame.py": [
         ("report: no script", "if script else \"script-src 'none'\"", 'if script else "script-src *"'),
+    "parallel/axes.py": [
+        ("mesh: the product is the world", "if mesh.ranks != world:", "if False:"),
+        ("mesh: what is left", "mesh.replace(shard=world // rest.ranks)", "mesh.replace(shard=1)"),
+        ("mesh: heads", "if isinstance(heads, int) and heads % ranks:", "if False:"),
+        ("mesh: key heads are copied", "and key_heads % ranks and ranks % key_heads:", "and key_heads % ranks:"),
+        ("mesh: hidden features", "isinstance(part, FeedForwardSpec) and part.hidden % ranks", "False"),
+        ("mesh: experts", "if part.router.experts % mesh.expert:", "if False:"),
+        ("mesh: whole texts", "LongformerSpec | ExpertChoiceSpec | CapacitySpec", "ExpertChoiceSpec"),
+        ("mesh: phases by length", "isinstance(part, RotarySpec) and part.limit", "False"),
+    ],
+    "parallel/tensor.py": [
+        ("tensor: a bias is added once", "* float(axis.rank == 0)", ""),
+        ("tensor: gradients of the memory", "replace(one, memory=enter(one.memory, group))", "one"),
+        (
+            "tensor: gradients of what is whole",
+            "return lambda x: enter(x, axis.group)\n\n\ndef _once",
+            "return lambda x: x\n\n\ndef _once",
+        ),
+        ("tensor: which key head", "(self.rank * of // self.size, of)", "(self.rank % of, of)"),
+        ("tensor: ids of others", "found.masked_fill(~mine[..., None], 0.0)", "found"),
+        ("tensor: ids of nobody", "torch._assert_async(((x >= 0) & (x < total)).all())", "None"),
+        ("tensor: padding has another number", "padding=spec.padding - first if here else None", "padding=None"),
+        ("tensor: lists of heads", "part[axis.rank * size : (axis.rank + 1) * size]", "part[:size]"),
+        ("tensor: an odd vocabulary stays whole", "if vocabulary % axis.size:", "if False:"),
+        ("tensor: halves", '2 if "halves" in role else 1', "1"),
+    ],
+    "parallel/collectives.py": [
+        ("collectives: each makes something else of the whole", "if ctx.summed:", "if False:"),
+        ("collectives: enter sums gradients", "return _added(gradient, ctx.group), None", "return gradient, None"),
+    ],
+    "parallel/context.py": [
+        ("context: whose the keys are", "return key, value, self.full[id(tokens)][1]", "return key, value, tokens"),
+        ("context: filled places are holes", "self.ordered(tokens.position, HOLE)", "self.ordered(tokens.position)"),
+        ("context: the source is cut", "source, full = cut.tokens(source)", "full = cut.tokens(source)[1]"),
+        ("context: values of two heads", "if key.shape[:-1] == value.shape[:-1]:", "if True:"),
+        ("context: no cache", "if given.get(name) is not None and", "if False and"),
+    ],
+    "parallel/layout.py": [
+        ("ranks: gradients are added up", "module.set_gradient_divide_factor(1.0)", "pass"),
+        ("ranks: micro-batches send once", "module.set_requires_gradient_sync(on, recurse=False)", "pass"),
+    ],
+    "parallel/state.py": [
+        ("state: copies count once", "mesh.spec.ranks // _parts(gradient)", "1"),
+        ("state: what is cut twice", "1 if placement.is_replicate() else", "1 if not placement.is_shard() else"),
+        ("state: where a part lies", "min(start, part.shape[dim])", "0"),
+        ("state: names are checked", "if more := [name for name in state if name not in wanted]:", "if more := []:"),
+    ],
+    "parallel/mesh.py": [
+        ("ranks: the inner cut is joined first", "shape[other.dim] //= home[name].size()", "pass"),
+        ("ranks: all know of a failure", "if what == failed:", "if False:"),
+        (
+            "ranks: the missing are named",
+            "[rank for rank, key in enumerate(keys) if not store.check([key])]",
+            "[]",
+        ),
+    ],
+    "parallel/checkpoint.py": [
+        ("parts: the list of names", "if (module, name) in ALLOWED or isinstance(found, torch.dtype):", "if True:"),
+        ("parts: bytes", "if not isinstance(entry, TensorStorageMetadata):", "if False:"),
+        ("parts: files elsewhere", "if not PART.fullmatch(where)", "if not PART.match(where)"),
     ],
     "catalogue/inputs.py": [
         ("catalogue: NoPE asks the input and the scores", "if stack.position is None and stack.score_bias is None", ""),

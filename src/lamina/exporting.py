@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,16 @@ def save(
     """Write a model. "hf": transformers' from_pretrained opens it as is; "native": spec.json and our own names.
 
     Raises UnsupportedError naming the field of the spec that the Hugging Face layout cannot say; LaminaError where
-    `directory` exists (unless `force`). What was there stays whole until the new one is.
+    `directory` exists (unless `force`). What was there stays whole until the new one is. Where the model lies on
+    several ranks all of them call it, and rank 0 writes.
     """
     if format not in ("hf", "native"):
         raise LaminaError(unknown("format", format, ("hf", "native")))
     if any(not weight.dtype.is_floating_point for weight in model.buffers()):
         raise UnsupportedError("an int8 model is for decoding only; save the model that it was made from")
     origin: Origin | None = model.origin
+    if model.mesh is not None:
+        model.mesh.reshard(model)
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     files = {} if origin is None else _companions(origin)
@@ -58,7 +62,13 @@ def save(
         called = _called(model.spec, chosen, origin, written)
         moves = [Move(move.ours, tuple(map(called, move.theirs)), move.op) for move in moves]
         shards = None if origin is None else origin.shards
-    read = rules.saver(moves, lambda name: parameters[name].detach())
+
+    @lru_cache(maxsize=0 if model.mesh is None else 3)  # files have matrices expert by expert, of three tensors in turn
+    def whole(name: str) -> Tensor:
+        parameter = parameters[name].detach()
+        return parameter if model.mesh is None else model.mesh.whole(parameter)
+
+    read = rules.saver(moves, whole)
     dtypes = {theirs: parameters[move.ours[0]].dtype for move in moves for theirs in move.theirs}
     plan = {n: Entry(n, dtypes[n], shape) for n, shape in rules.their_shapes(moves, shapes).items()}
     if format == "hf":
@@ -66,7 +76,16 @@ def save(
     more: dict[str, Any] = {} if origin is None or origin.metadata is None else {"metadata": origin.metadata}
     if format == "hf" and origin is not None and plan == {entry.name: entry for entry in origin.stored.values()}:
         more["index"] = origin.index
-    save_checkpoint(directory, plan, read, shard_size=shard_size, shards=shards, extra_files=files, force=force, **more)
+
+    def write(read: Callable[[str], Tensor]) -> None:
+        save_checkpoint(
+            directory, plan, read, shard_size=shard_size, shards=shards, extra_files=files, force=force, **more
+        )
+
+    if model.mesh is None:
+        write(read)
+    else:
+        model.mesh.together(plan, read, write)
 
 
 def exportable(spec: ModelSpec, preferred: Family | None = None) -> tuple[Family, dict[str, Any]]:

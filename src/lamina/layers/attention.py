@@ -57,7 +57,7 @@ class AttentionSpec(Spec):
 class Attention(nn.Module):
     """(B, T, width) -> (B, T, width)."""
 
-    SHARD = {"q": "out", "k": "out", "v": "out", "o": "in", "sink": "heads"}
+    SHARD = {"q": "out", "k": "keys", "v": "keys", "o": "in", "sink": "heads"}
 
     def __init__(self, spec: AttentionSpec, width: int) -> None:
         super().__init__()

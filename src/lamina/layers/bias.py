@@ -110,6 +110,8 @@ class Alibi(nn.Module):
     neighbours share a bias. That is part of the model, so it is done here too; elsewhere near keys stay exact.
     """
 
+    SHARD = {"slopes": "heads"}
+
     def __init__(self, spec: AlibiSpec) -> None:
         super().__init__()
         self.spec = spec

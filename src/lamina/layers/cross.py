@@ -49,7 +49,7 @@ class CrossAttention(nn.Module):
     batch is n beams of each text, the n beams are read as n T queries of one text, and no key is repeated.
     """
 
-    SHARD = {"q": "out", "k": "out", "v": "out", "o": "in"}
+    SHARD = {"q": "out", "k": "keys", "v": "keys", "o": "in"}
 
     def __init__(self, spec: CrossAttentionSpec, width: int) -> None:
         super().__init__()

@@ -56,7 +56,7 @@ class DifferentialSpec(Spec):
 class Differential(nn.Module):
     """(B, T, width) -> (B, T, width)."""
 
-    SHARD = {"q": "halves", "k": "halves", "v": "halves", "o": "in"}  # each half by its output
+    SHARD = {"q": "halves", "k": "key_halves", "v": "key_halves", "o": "in"}  # each half by its output
 
     def __init__(self, spec: DifferentialSpec, width: int) -> None:
         super().__init__()

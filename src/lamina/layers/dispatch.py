@@ -54,7 +54,7 @@ def dispatch(
         gate = routing.gate.masked_fill(routing.expert == routing.experts, 0.0)
         return x.new_zeros(x.shape).index_add(0, routing.token, y * gate[:, None].to(y.dtype))
     expert, order = routing.expert.sort(stable=True)
-    if _waits(x):
+    if exchange is not None or _waits(x):  # ranks have to tell each other how many rows come
         counts = torch.bincount(expert, minlength=routing.experts + 1)[:-1]
         sizes: list[int] = counts.tolist()
         kept = sum(sizes)  # nobody's pairs are the last

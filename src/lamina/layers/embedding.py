@@ -36,7 +36,7 @@ class EmbeddingSpec(Spec):
 class Embedding(nn.Module):
     """(B, T) ids -> (B, T, width)."""
 
-    SHARD = {"weight": "vocabulary"}
+    SHARD = {"weight": "vocabulary.in"}
 
     def __init__(self, spec: EmbeddingSpec, width: int) -> None:
         super().__init__()

@@ -94,7 +94,7 @@ def _load(expert: Tensor, experts: int) -> Tensor:
 class Networks(nn.Module):
     """The feed-forward networks of all experts: (M, width), sorted by expert -> (M, width)."""
 
-    SHARD = {"gate": "experts", "up": "experts", "down": "experts"}
+    SHARD = {"gate": "experts.out", "up": "experts.out", "down": "experts.in"}
 
     def __init__(self, spec: ExpertsSpec, width: int) -> None:
         super().__init__()

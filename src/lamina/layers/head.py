@@ -98,7 +98,7 @@ class Transform(nn.Module):
 class LanguageHead(nn.Module):
     """(B, T, width) -> (B, T, vocabulary)."""
 
-    SHARD = {"weight": "vocabulary", "bias": "vocabulary"}
+    SHARD = {"weight": "vocabulary.out", "bias": "vocabulary.out"}
 
     def __init__(self, spec: LanguageHeadSpec, width: int, vocabulary: int) -> None:
         super().__init__()

@@ -68,6 +68,8 @@ class Shaw(nn.Module):
 class TransformerXL(nn.Module):
     """The position term of the scores, gathered by distance instead of by the paper's shift."""
 
+    SHARD = {"project": "out", "content": "out", "position": "out"}
+
     def __init__(self, spec: TransformerXLSpec, width: int, heads: int, size: int) -> None:
         super().__init__()
         self.wave = SinusoidalPosition(SinusoidalPositionSpec(order="interleaved", base=spec.base), width)

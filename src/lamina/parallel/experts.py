@@ -1,6 +1,7 @@
 """Experts on several ranks: rows go to the rank that has their expert, results come back (arXiv:2006.16668).
 
-Every rank has the router, its own tokens and E / ranks of the experts. Two exchanges a layer, two in its backward.
+Every rank has the router, its own tokens and E / ranks of the experts. Two exchanges a layer, two in its backward. A
+router's losses are those of its rank's own tokens, as they are those of a micro-batch where gradients add up.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from lamina.errors import LaminaError
 from lamina.layers.dispatch import Groups
 from lamina.layers.experts import Experts
+from lamina.parallel.tensor import Region
 
 
 class AllToAll:
@@ -57,19 +60,27 @@ class _Exchanged(torch.autograd.Function):
         return out, None, None, None
 
 
-def spread_experts(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Leave this rank its share of every layer of experts, and let tokens travel. Raises LaminaError where the experts
-    cannot be shared out evenly. Losses of the routers stay those of each rank's own tokens."""
+def spread(model: nn.Module, mesh: DeviceMesh, group: dist.ProcessGroup) -> None:
+    """Leave this rank its share of every layer of experts, as DTensors, and let tokens travel.
+
+    The first axis of `mesh` is that of the experts; a second one is for what tensor parallelism will cut.
+    """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    for name, module in model.named_modules():
-        if isinstance(module, Experts):
-            experts = module.spec.router.experts
-            if experts % ranks:
-                raise LaminaError(f"{name} has {experts} experts, which {ranks} ranks cannot share out evenly")
-            module.exchange = AllToAll(group)
-            share = slice(rank * experts // ranks, (rank + 1) * experts // ranks)
-            for part in module.experts.modules():
-                for leaf, parameter in list(part._parameters.items()):
-                    if parameter is not None:
-                        kept = parameter.detach()[share].clone()
-                        part._parameters[leaf] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
+    for module in list(model.modules()):
+        if not isinstance(module, Experts):
+            continue
+        assert module.spec.router.experts % ranks == 0
+        module.exchange = AllToAll(group)
+        region = Region(module.experts, module.experts.forward)
+        for part in module.experts.modules():
+            for leaf, parameter in list(part._parameters.items()):
+                if parameter is None:
+                    continue
+                kept = parameter.detach().chunk(ranks)[rank].clone()
+                placements = [Shard(0), Replicate()][: mesh.ndim]
+                shape, stride = parameter.shape, parameter.stride()
+                made = DTensor.from_local(kept, mesh, placements, run_check=False, shape=shape, stride=stride)
+                part._parameters[leaf] = nn.Parameter(made, requires_grad=parameter.requires_grad)
+                region.views[part, leaf] = lambda x: x
+        if mesh.ndim == 1:  # else the region of tensor parallelism does it
+            module.experts.forward = region  # pyright: ignore[reportAttributeAccessIssue]

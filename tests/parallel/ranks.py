@@ -1,0 +1,76 @@
+"""Several processes for a test: each does all checks of a list, one after the other, and says what failed.
+
+Starting processes takes most of the time, so many checks share one start.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Check = Callable[[int, Path], None]
+"""A check gets the rank, and a folder that all ranks share; they make an assertion where it fails."""
+
+
+def run(world: int, checks: dict[str, Check], folder: Path, patience: float = 180.0) -> dict[str, list[str]]:
+    """For each check, what failed on each rank: "" where it held, "missing" where a rank did not come so far."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_work, args=(rank, world, checks, str(folder))) for rank in range(world)]
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+    for process in processes:
+        process.join(patience)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    found: dict[str, list[str]] = {name: [] for name in checks}
+    for rank in range(world):
+        path = folder / f"{rank}.json"
+        said = json.loads(path.read_text()) if path.exists() else {}
+        for name in checks:
+            found[name].append(said.get(name, "missing"))
+    return found
+
+
+def _work(rank: int, world: int, checks: dict[str, Check], folder: str) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    said: dict[str, str] = {}
+    for name, check in checks.items():
+        try:
+            check(rank, Path(folder))
+            said[name] = ""
+        except Exception:
+            said[name] = traceback.format_exc()
+        Path(folder, f"{rank}.json").write_text(json.dumps(said))
+        if said[name]:
+            break  # the ranks may no longer be at the same place
+    dist.destroy_process_group()
+
+
+def folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="ranks-")
+
+
+def first(found: dict[str, list[str]]) -> str:
+    """What went wrong first, in full."""
+    for name, said in found.items():
+        for rank, text in enumerate(said):
+            if text not in ("", "missing"):
+                return f"{name}, rank {rank}: {text}"
+    return "a rank did not come to the end"

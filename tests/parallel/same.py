@@ -1,0 +1,208 @@
+"""Models on several ranks beside the same on one: loss and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lamina
+from lamina.layers import (
+    BranchSpec,
+    DifferentialSpec,
+    EmbeddingSpec,
+    ExpertsSpec,
+    FeedForwardSpec,
+    LanguageHeadSpec,
+    LatentAttentionSpec,
+    LayerNormSpec,
+    LayerSpec,
+    RMSNormSpec,
+    RotarySpec,
+    RouterLossSpec,
+    StackSpec,
+    StepSpec,
+    SumSpec,
+    TopKSpec,
+)
+from lamina.patterns import Causal, Window
+from tests import small, tiny
+
+ROWS, LENGTH = 4, 11
+MIXTRAL = tiny.LLAMA | {
+    "model_type": "mixtral",
+    "vocab_size": 264,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 6,
+    "router_aux_loss_coef": 0.1,
+}
+
+
+def layers(op: Any, **stack: Any) -> lamina.ModelSpec:
+    """A decoder of two layers with another attention than usual, a rank-sharing embedding and a head of its own."""
+    both = SumSpec(
+        branches=(
+            BranchSpec(name="one", op=op, pre=RMSNormSpec()),
+            BranchSpec(name="two", op=FeedForwardSpec(hidden=10)),
+        )
+    )
+    steps = (StepSpec(name="both", op=both), StepSpec(name="feedforward", op=FeedForwardSpec(hidden=12, bias=True)))
+    return lamina.ModelSpec(
+        width=12,
+        embedding=EmbeddingSpec(vocabulary=30, padding=17, inner=10),
+        decoder=StackSpec(layers=(LayerSpec(steps=steps),) * 2, norm=LayerNormSpec(), **stack),
+        head=LanguageHeadSpec(tied=False, bias=True, softcap=4.0),
+    )
+
+
+def longformer() -> lamina.ModelSpec:
+    config = tiny.BERT | {"model_type": "longformer", "architectures": ["LongformerForMaskedLM"], "attention_window": 4}
+    return tiny.spec(config | {"max_position_embeddings": 60, "type_vocab_size": 1, "pad_token_id": 1})
+
+
+SHARED = ExpertsSpec(
+    router=TopKSpec(experts=4, chosen=2, bias=True),
+    expert=FeedForwardSpec(hidden=6, bias=True, gated=False, act="gelu"),
+    shared=FeedForwardSpec(hidden=4),
+    shared_gate=True,
+    losses=RouterLossSpec(z=0.05, balance=0.1, each_row=True),
+)
+
+
+def experts() -> lamina.ModelSpec:
+    spec = layers(small.attention())
+    assert spec.decoder is not None
+    steps = (StepSpec(name="attention", op=small.attention()), StepSpec(name="experts", op=SHARED, pre=RMSNormSpec()))
+    return spec.replace(decoder=StackSpec(layers=(LayerSpec(steps=steps),) * 2))
+
+
+ROTARY = RotarySpec(base=100.0)
+MODELS: dict[str, Callable[[], lamina.ModelSpec]] = {
+    "gpt2": lambda: tiny.spec(tiny.GPT2 | {"vocab_size": 264}),
+    "gpt2-odd": lambda: tiny.spec(tiny.GPT2),
+    "llama": lambda: tiny.spec(tiny.LLAMA | {"vocab_size": 264}),
+    "llama-mqa": lambda: tiny.spec(tiny.LLAMA | {"num_key_value_heads": 1, "attention_bias": True}),
+    "t5": lambda: tiny.spec(tiny.T5 | {"vocab_size": 264}),
+    "bart": lambda: tiny.spec(tiny.BART | {"vocab_size": 264}),
+    "mixtral": lambda: tiny.spec(MIXTRAL),
+    "experts": experts,
+    "bert": lambda: tiny.spec(tiny.BERT),
+    "albert": lambda: tiny.spec(
+        tiny.BERT | {"model_type": "albert", "architectures": ["AlbertForMaskedLM"], "embedding_size": 10}
+    ),
+    "longformer": longformer,
+    "latent": lambda: layers(
+        LatentAttentionSpec(
+            heads=4, query_rank=6, key_rank=8, nope_dim=4, rope_dim=2, value_dim=3, rotary=ROTARY, bias=True
+        )
+    ),
+    "differential": lambda: layers(
+        DifferentialSpec(heads=4, key_heads=2, head_dim=4, start=0.3, rotary=ROTARY, norm=RMSNormSpec())
+    ),
+    "qk-norm": lambda: layers(
+        small.attention(qk_norm=RMSNormSpec(), rotary=ROTARY, sink=True, bias="all", pattern=Causal() & Window(back=5))
+    ),
+    **{
+        scheme: lambda scheme=scheme: layers(small.attention(**small.SCHEMES[scheme][0]), **small.SCHEMES[scheme][1])
+        for scheme in ("alibi", "shaw", "transformer-xl")
+    },
+}
+
+
+@dataclass
+class Batch:
+    given: dict[str, Tensor]
+    labels: Tensor
+
+    def rows(self, part: int, parts: int) -> Batch:
+        size = ROWS // parts
+        rows = slice(part * size, (part + 1) * size)
+        return Batch({name: x[rows] for name, x in self.given.items()}, self.labels[rows])
+
+
+def batch(spec: lamina.ModelSpec, seed: int = 1) -> Batch:
+    """Four rows: packed documents, padding on the left, padding on the right, and packed documents again."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def side(length: int) -> tuple[Tensor, Tensor, Tensor]:
+        ids = torch.randint(3, spec.embedding.vocabulary, (ROWS, length), generator=generator)
+        mask, documents = torch.ones_like(ids), torch.zeros_like(ids)
+        mask[1, :4], mask[2, 8:] = 0, 0
+        documents[0, 5:], documents[3, 7:] = 1, 1
+        return ids, mask, documents
+
+    ids, mask, documents = side(LENGTH)
+    given = {"input_ids": ids, "attention_mask": mask, "document_ids": documents}
+    if spec.two_stacks:
+        ids, mask, documents = side(LENGTH - 1)
+        given |= {"decoder_input_ids": ids, "decoder_attention_mask": mask, "decoder_document_ids": documents}
+    labels = torch.randint(0, spec.embedding.vocabulary, ids.shape, generator=generator)
+    return Batch(given, labels.masked_fill((mask == 0) | (labels % 3 == 0), -100))
+
+
+def loss(model: lamina.Model, batch: Batch, asked: int, labels: Tensor, share: float | None) -> Tensor:
+    """The rank's part of the mean over all labels, and its part of the routers' losses."""
+    out = model(**batch.given)
+    total = F.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100) / asked
+    if share is not None and out.losses:
+        total = total + share * sum(out.losses.values())
+    return total
+
+
+def tokens(batch: Batch) -> int:
+    return int(batch.given["attention_mask"].sum())
+
+
+def alone(spec: lamina.ModelSpec, whole: Batch, parts: int, routers: bool) -> tuple[Tensor, lamina.Model]:
+    """One process: the loss, and the model with its gradients. Routers are balanced in each of `parts` by itself."""
+    model = spec.build(dtype=torch.float64).eval()
+    small.shake(model)
+    asked, total = int((whole.labels >= 0).sum()), torch.zeros((), dtype=torch.float64)
+    for part in range(parts):
+        one = whole.rows(part, parts)
+        share = tokens(one) / tokens(whole) if routers else None
+        found = loss(model, one, asked, one.labels, share)
+        found.backward()
+        total += found.detach()
+    return total, model
+
+
+def compare(name: str, fields: dict[str, int]) -> None:
+    """Lay `MODELS[name]` out over a mesh; its loss and all its gradients are those of one process."""
+    from lamina.parallel import MeshSpec, distribute, gradient_norm, open_mesh
+
+    spec = MODELS[name]()
+    mesh = open_mesh(MeshSpec(**fields), spec)
+    routers = mesh.spec.context == 1
+    whole = batch(spec)
+    expected, one = alone(spec, whole, mesh.readers, routers)
+    model = spec.build(dtype=torch.float64).eval()
+    small.shake(model)
+    distribute(model, mesh)
+    mine = whole.rows(mesh.reader, mesh.readers)
+    labels = mesh.labels(mine.labels)
+    asked = mesh.total((labels >= 0).sum())
+    assert int(asked) == int((whole.labels >= 0).sum())
+    found = loss(model, mine, int(asked), labels, tokens(mine) / tokens(whole) if routers else None)
+    found.backward()
+    torch.testing.assert_close(mesh.total(found), expected, rtol=1e-10, atol=1e-10)
+    names = [path for path, _ in one.named_parameters()]
+    assert [path for path, _ in model.named_parameters()] == names
+    squares = torch.zeros((), dtype=torch.float64)
+    for (path, parameter), other in zip(one.named_parameters(), model.parameters(), strict=True):
+        assert (parameter.grad is None) == (other.grad is None), path
+        if parameter.grad is not None and other.grad is not None:
+            torch.testing.assert_close(
+                mesh.whole(other.grad),
+                parameter.grad,
+                rtol=1e-8,
+                atol=1e-10,
+                msg=lambda text, path=path: f"{path}: {text}",
+            )
+            squares += parameter.grad.square().sum()
+    torch.testing.assert_close(gradient_norm(model), squares.sqrt())
