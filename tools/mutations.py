@@ -223,6 +223,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "report/frame.py": [
         ("report: no script", "if script else \"script-src 'none'\"", 'if script else "script-src *"'),
+    ],
     "parallel/axes.py": [
         ("mesh: the product is the world", "if mesh.ranks != world:", "if False:"),
         ("mesh: what is left", "mesh.replace(shard=world // rest.ranks)", "mesh.replace(shard=1)"),

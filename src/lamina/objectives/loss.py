@@ -47,16 +47,18 @@ def cross_entropy(
     head. z_loss: + z_loss * log(Z)^2 a label (PaLM, arXiv:2204.02311, section 5; 1e-4 there). smoothing: that share of
     the probability is spread over the whole vocabulary (arXiv:1512.00567, section 7).
     """
+    matrix = table if head.weight is None else head.weight
+    if type(matrix.data) is not Tensor:  # a part of the vocabulary, whose head gathers the scores of all ranks
+        return label_cross_entropy(head(hidden, table), labels, z_loss=z_loss, smoothing=smoothing)
     rows = labels.reshape(-1).ne(IGNORE).nonzero()[:, 0]
     wanted, asked = labels.reshape(-1)[rows], len(rows)
     flat = hidden.reshape(-1, hidden.shape[-1])
     x = head.begin(flat if asked == len(flat) else flat.index_select(0, rows))
-    matrix = table if head.weight is None else head.weight
     total, nats = _Fused.apply(x, matrix, head.bias, wanted, head.spec.softcap, z_loss, smoothing)  # pyright: ignore
     return Losses(total, nats, asked)
 
 
-def label_cross_entropy(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Losses:
+def label_cross_entropy(logits: Tensor, labels: Tensor, *, z_loss: float = 0.0, smoothing: float = 0.0) -> Losses:
     """The same sums from scores (..., labels) that are there already: classifiers, whose labels are few."""
     flat, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     flat = flat if flat.dtype == torch.float64 else flat.float()
@@ -64,6 +66,8 @@ def label_cross_entropy(logits: Tensor, labels: Tensor, *, smoothing: float = 0.
     total = nats
     if smoothing:
         total = F.cross_entropy(flat, wanted, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
+    if z_loss:
+        total = total + z_loss * flat.logsumexp(-1)[wanted != IGNORE].square().sum()
     return Losses(total, nats.detach(), int(wanted.ne(IGNORE).sum()))
 
 

@@ -47,6 +47,11 @@ class Batch:
             if ids is not None
         )
 
+    def unasked(self) -> Batch:
+        """The same to be read, and nothing asked."""
+        nothing = {name: torch.full_like(one, IGNORE) for name, one in self.more.items()}
+        return replace(self, labels=torch.full_like(self.labels, IGNORE), more=nothing)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return replace(

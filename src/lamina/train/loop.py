@@ -19,7 +19,7 @@ from lamina.objectives import Batch, Objective, Total
 from lamina.train.loader import Loader
 from lamina.train.optimiser import Average, Optimiser, Optimising
 from lamina.train.precision import NAMES, Masters, Scale
-from lamina.train.ranks import Alone, Ranks
+from lamina.train.ranks import Alone, Ranks, local
 from lamina.train.recompute import recompute
 from lamina.train.schedule import Schedule
 from lamina.train.specs import LoopSpec
@@ -117,13 +117,14 @@ class Trainer:
     def step(self) -> Step:
         """Read a batch, and change the weights, unless the gradient is not finite."""
         clock, number = time.perf_counter(), self.progress.step
-        micros = self.loader.step(number)
+        micros = [self.ranks.batch(batch) for batch in self.loader.step(number)]
         own = [float(sum(batch.asked for batch in micros)), float(sum(batch.tokens for batch in micros))]
         asked, tokens = self.ranks.sum(own)
         sums: dict[str, Tensor] = {}
         loads: Record | None = None
         for index, batch in enumerate(micros):
-            torch.manual_seed(_mixed(self.seed, number, index, self.ranks.data))
+            torch.manual_seed(_mixed(self.seed, number, index, self.ranks.stream))
+            self.ranks.last(index == len(micros) - 1)
             record = Record("*.load") if self.balances else None
             total = self.objective.total(self.model, batch.to(self.device), record)
             self._backward(total, max(asked, 1.0), batch.tokens / max(tokens, 1.0))
@@ -140,7 +141,7 @@ class Trainer:
         else:
             self._change(factor, norm)
             if loads is not None:
-                rebalance(self.model, loads)
+                rebalance(self.model, self._everywhere(loads))
         if self.scale is not None:
             self.scale.update(not skipped)
             self.progress.scale, self.progress.good = self.scale.value, self.scale.good
@@ -178,14 +179,14 @@ class Trainer:
     def _norm(self) -> float:
         """Of the whole gradient, after the scale of float16 has been taken out."""
         if self.scale is not None:
-            gradients = [one.grad for one in self.parameters.values() if one.grad is not None]
+            gradients = local(one.grad for one in self.parameters.values() if one.grad is not None)
             torch._foreach_mul_(gradients, 1 / self.scale.value)  # pyright: ignore
         return float(self.ranks.norm(self.parameters.values()))
 
     def _change(self, factor: float, norm: float) -> None:
         clip = self.loop.clip
         if clip is not None and norm > clip:
-            gradients = [one.grad for one in self.parameters.values() if one.grad is not None]
+            gradients = local(one.grad for one in self.parameters.values() if one.grad is not None)
             torch._foreach_mul_(gradients, clip / (norm + 1e-6))  # pyright: ignore
         self.optimiser.step(factor)
         if self.masters is not None:
@@ -193,24 +194,48 @@ class Trainer:
         if self.average is not None:
             self.average.update()
 
+    def _everywhere(self, loads: Record) -> Record:
+        """The loads of experts of all ranks together."""
+        names = sorted(loads.values)
+        sizes = [loads.values[name].numel() for name in names]
+        summed = self.ranks.sum([float(load) for name in names for load in loads.values[name]])
+        for name, part in zip(names, torch.tensor(summed, dtype=torch.float64).split(sizes), strict=True):
+            loads.values[name] = part.to(self.device)
+        return loads
+
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Evaluated:
-        """The mean loss on held-out batches, of the moving average of the weights where there is one."""
+        """The mean loss on held-out batches, of the moving average of the weights where there is one.
+
+        All ranks give the same batches. Each reads its own, and as many as the others: where they do not come out even,
+        some read the last one once more, and are asked nothing of it.
+        """
         self.model.eval()
         self._swap()
         try:
             sums: dict[str, Tensor] = {}
-            asked = 0
-            for batch in batches:
-                total = self.objective.total(self.model, batch.to(self.device), None)
+            asked = 0.0
+            for batch in self._own(list(batches)):
+                total = self.objective.total(self.model, self.ranks.batch(batch).to(self.device), None)
                 _add(sums, total, 1.0)
                 asked += total.asked
+            sums["asked"] = torch.tensor(asked)
         finally:
             self._swap()
             self.model.train()
-        found = {name: float(value) / max(asked, 1) for name, value in sums.items()}
+        summed = self._summed(sums)
+        asked = summed.pop("asked")
+        found = {name: value / max(asked, 1) for name, value in summed.items()}
         parts = {name.removeprefix("parts."): value for name, value in found.items() if name.startswith("parts.")}
-        return Evaluated(parts.get("nats", found.get("loss", math.nan)), asked, parts)
+        return Evaluated(parts.get("nats", found.get("loss", math.nan)), int(asked), parts)
+
+    def _own(self, batches: list[Batch]) -> list[Batch]:
+        """Those that this rank reads."""
+        rank, ranks = self.ranks.data, self.ranks.data_ranks
+        mine = batches[rank::ranks]
+        if len(mine) < -(-len(batches) // ranks):
+            mine.append(batches[-1].unasked())
+        return mine
 
     def _swap(self) -> None:
         if self.average is not None:
@@ -233,16 +258,17 @@ class Trainer:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], progress: Mapping[str, Any]) -> None:
-        """Go on from there: the inverse of `tensors` and of `progress.to_dict()`."""
+        """Go on from there: the inverse of `tensors` and of `progress.to_dict()`. Given whole tensors, each rank takes
+        its part."""
         state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, value in tensors["model"].items():
-            state[name].copy_(value)
+            self.ranks.put(state[name], value)
             if name in self.parameters:
-                self.parameters[name].copy_(value)
-        self.optimiser.load(tensors["optimiser"])
+                self.ranks.put(self.parameters[name], value)
+        self.optimiser.load(tensors["optimiser"], self.ranks.put)
         if self.average is not None:
             for name, value in tensors["average"].items():
-                self.average.values[name].copy_(value)
+                self.ranks.put(self.average.values[name], value)
         self.progress = Progress(**progress)
         if self.scale is not None:
             self.scale.value, self.scale.good = self.progress.scale, self.progress.good

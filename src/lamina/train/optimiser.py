@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lamina.errors import LaminaError
 from lamina.specs import Spec, unknown
+from lamina.train.ranks import local
 from lamina.train.roles import ROLES, role
 
 Named = tuple[str, nn.Parameter]
@@ -176,8 +177,9 @@ class Optimiser:
                         found[f"{name}:{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
         return found
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`. Raises LaminaError for a weight that is not trained here, or has another shape."""
+    def load(self, state: Mapping[str, Tensor], put: Callable[[Tensor, Tensor], None]) -> None:
+        """The inverse of `state`; `put` copies what belongs here. Raises LaminaError for a weight that is not trained
+        here, or has another shape."""
         homes = {id(p): one for one in self.optimisers for group in one.param_groups for p in group["params"]}
         for key, value in state.items():
             name, _, what = key.rpartition(":")
@@ -189,7 +191,10 @@ class Optimiser:
                     f"the optimiser's {what} of {name} has shape {tuple(value.shape)};"
                     f" the weight {tuple(parameter.shape)}"
                 )
-            homes[id(parameter)].state.setdefault(parameter, {})[what] = value.clone()
+            place = torch.zeros_like(parameter, dtype=value.dtype) if value.shape == parameter.shape else value.clone()
+            if value.shape == parameter.shape:
+                put(place, value)
+            homes[id(parameter)].state.setdefault(parameter, {})[what] = place
 
 
 class Average:
@@ -204,8 +209,8 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """After each step."""
-        new = [parameter.detach().float() for parameter in self.parameters.values()]
-        torch._foreach_lerp_(list(self.values.values()), new, 1 - self.decay)  # pyright: ignore
+        new = [part.float() for part in local(parameter.detach() for parameter in self.parameters.values())]
+        torch._foreach_lerp_(local(self.values.values()), new, 1 - self.decay)  # pyright: ignore
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -2,40 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from lamina.model import Model
+from lamina.objectives import Batch
+
+if TYPE_CHECKING:
+    from lamina.parallel import Mesh
 
 
 class Ranks(Protocol):
     """The ranks of a run, as the loop sees them. `data` of `data_ranks` reads its own examples."""
 
-    rank: int
     world: int
+    first: bool  # whether this one writes what there is one of: files, lines on the screen
     data: int
     data_ranks: int
+    stream: int  # which random numbers it draws
 
     def sum(self, values: list[float]) -> list[float]:
-        """Of each value, over the ranks that read different examples."""
+        """Of each value, over the ranks that count different tokens."""
         ...
 
     def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """The norm of the gradient of the whole model."""
         ...
 
+    def batch(self, batch: Batch) -> Batch:
+        """What this rank is asked of a batch that it reads."""
+        ...
+
+    def last(self, last: bool) -> None:
+        """Whether the backward that comes is the last of its step, whose gradients are added up."""
+        ...
+
+    def write(self, tensors: Mapping[str, Tensor], write: Callable[[Mapping[str, Tensor]], None]) -> None:
+        """Run `write` where `first` is true, with whole tensors, each put together when it is asked for."""
+        ...
+
+    def put(self, place: Tensor, whole: Tensor) -> None:
+        """Copy this rank's part of a tensor."""
+        ...
+
 
 class Alone:
     """One process."""
 
-    rank, world, data, data_ranks = 0, 1, 0, 1
+    world, first, data, data_ranks, stream = 1, True, 0, 1, 0
 
     def sum(self, values: list[float]) -> list[float]:
-        """Of each value: itself."""
         return values
 
     def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """The norm of all gradients."""
         found = [parameter.grad for parameter in parameters if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(found) if found else torch.zeros(())
+
+    def batch(self, batch: Batch) -> Batch:
+        return batch
+
+    def last(self, last: bool) -> None:
+        pass
+
+    def write(self, tensors: Mapping[str, Tensor], write: Callable[[Mapping[str, Tensor]], None]) -> None:
+        write(tensors)
+
+    def put(self, place: Tensor, whole: Tensor) -> None:
+        place.copy_(whole)
+
+
+class Together:
+    """The ranks of a mesh, over which the model lies."""
+
+    def __init__(self, mesh: Mesh, model: Model) -> None:
+        self.mesh, self.model = mesh, model
+        self.world, self.first = mesh.spec.ranks, mesh.first
+        self.data, self.data_ranks, self.stream = mesh.reader, mesh.readers, mesh.stream
+
+    def sum(self, values: list[float]) -> list[float]:
+        return self.mesh.total(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        from lamina.parallel import gradient_norm
+
+        return gradient_norm(self.model)
+
+    def batch(self, batch: Batch) -> Batch:
+        return replace(batch, labels=self.mesh.labels(batch.labels))
+
+    def last(self, last: bool) -> None:
+        from lamina.parallel import synchronise
+
+        synchronise(self.model, last)
+
+    def write(self, tensors: Mapping[str, Tensor], write: Callable[[Mapping[str, Tensor]], None]) -> None:
+        self.mesh.reshard(self.model)
+        self.mesh.together(
+            tensors, lambda name: self.mesh.whole(tensors[name]).cpu(), lambda read: write(_Whole(tensors, read))
+        )
+
+    def put(self, place: Tensor, whole: Tensor) -> None:
+        from lamina.parallel.state import put
+
+        put(place, whole)
+
+
+class _Whole(dict[str, Tensor]):
+    """Tensors whose shapes are known and whose values are put together when they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
+        super().__init__(tensors)
+        self.read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The parts of tensors that lie here."""
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]  # pyright: ignore

@@ -7,6 +7,7 @@ from typing import Literal
 
 from lamina.errors import LaminaError
 from lamina.objectives import CausalLM
+from lamina.parallel import MeshSpec
 from lamina.specs import Spec
 from lamina.train.optimiser import AdamW, Optimising
 from lamina.train.schedule import Cosine, Schedule
@@ -113,4 +114,5 @@ class TrainSpec(Spec):
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     checkpoints: CheckpointSpec = field(default_factory=CheckpointSpec)
     log: LogSpec = field(default_factory=LogSpec)
+    mesh: MeshSpec = field(default_factory=MeshSpec)
     seed: int = 0
