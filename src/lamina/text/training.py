@@ -32,8 +32,8 @@ def train(kind: str, texts: Iterable[str], *, size: int | None = None, special: 
     """A tokenizer of `size` tokens, special ones included, for texts like these, which are read once.
 
     bpe: byte-level, as GPT-2's. unigram: as SentencePiece's, T5's. wordpiece: as BERT's uncased. characters: those of
-    the texts, sorted. bytes: the 256. The last two have no size. Equal texts give equal tokenizers, but for unigram and
-    wordpiece, whose trainers go through hash tables: they break ties, and round, in another way each time. special: none, gpt, bert, t5 or bart.
+    the texts, sorted. bytes: the 256. The last two have no size. special: none, gpt, bert, t5 or bart. Equal texts give
+    equal tokenizers, but for unigram and wordpiece: the package's trainers break ties in another way each time.
     Raises LaminaError for unknown names, sizes that do not hold the special tokens, and no text.
     """
     if kind not in KINDS:
