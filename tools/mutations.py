@@ -111,7 +111,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("prepare: labels of words", "labels[firsts[firsts >= 0]] = numbers[firsts >= 0]", "labels[:] = 0"),
         ("prepare: drawn from each group", 'int.from_bytes(digest, "little") % (after - first)', "0"),
     ],
-    "text/training.py": [
+    "data/training.py": [
         ("training: sentinels", "reversed(range(100))", "range(100)"),
         ("training: characters are sorted", "enumerate(sorted(found))", "enumerate(reversed(sorted(found)))"),
         ("training: what stands around", "if before or behind:", "if False:"),

@@ -16,9 +16,9 @@ import pytest
 from lamina.data import Prepared, open_prepared
 from lamina.data.prepare import NothingLeft, PrepareSpec, in_validation, prepare
 from lamina.data.sources import find
+from lamina.data.training import train
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.text import Tokenizer
-from lamina.text.training import train
 from tests import tiny
 
 BYTES = train("bytes", [], special="gpt")  # ids are the bytes, so what was read is seen
@@ -102,7 +102,7 @@ def test_a_line_without_end_takes_bounded_memory(tmp_path: Path):
         "module.PIECE, module.BATCH = 1 << 14, 1 << 17\n"
         "from lamina.data.prepare import PrepareSpec, prepare\n"
         "from lamina.data.sources import find\n"
-        "from lamina.text.training import train\n"
+        "from lamina.data.training import train\n"
         "prepare(find([sys.argv[1]]), sys.argv[2], train('bytes', []), PrepareSpec(split_on='\\n'))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )

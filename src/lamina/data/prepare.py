@@ -23,11 +23,11 @@ import numpy as np
 from lamina.data import manifest as layout
 from lamina.data.manifest import KINDS, Manifest, SourceFile
 from lamina.data.sources import CHUNK, Part, Source, Tally, rows, texts
+from lamina.data.training import train
 from lamina.data.writer import SHARD, Writer, sync_directory, write_whole
 from lamina.errors import LaminaError
 from lamina.specs import Spec, unknown
 from lamina.text import Tokenizer, cut_place, from_directory
-from lamina.text.training import train
 
 PIECE = 1 << 18  # characters of a long text encoded together; pieces of a batch go to all cores
 BATCH = 1 << 21  # characters of a batch

@@ -8,8 +8,8 @@ import pytest
 import transformers
 
 import lamina
+from lamina.data.training import SPECIAL, train
 from lamina.errors import LaminaError
-from lamina.text.training import SPECIAL, train
 
 TEXTS = ["The cat sat on the mat, and the other cats sang: über alle Maßen! 1,234 times.\n"] * 3 + [
     f"Sentence {i} has words such as w{i * 7919} and others; they differ.\n" for i in range(200)
