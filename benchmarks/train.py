@@ -2,11 +2,11 @@
 
     python benchmarks/train.py [--rounds 7] [--threads 2] [--nanogpt DIR] [--json FILE] [--device cpu]
 
-A GPT of 6 layers, width 384 and a vocabulary of 8,192 on 8 x 256 tokens: forward, loss, backward, clipping and a step of
-AdamW, in float32 and in bfloat16 (theirs by autocast, as nanoGPT trains; ours by `lamina train`).
-libraries take turns within a round; a ratio is the median of the rounds' own ratios, memory the peak of a process of its
-own. Utilisation is the arithmetic of the products (`lamina account`) by what this machine does at best in one
-large product, measured in the same run. nanoGPT is its `model.py`, in a folder of yours; libraries that are not there
+A GPT of 6 layers, width 384 and a vocabulary of 8,192 on 8 x 256 tokens: forward, loss, backward, clipping and a step
+of AdamW, in float32 and in bfloat16 (theirs by autocast, as nanoGPT trains; ours as `lamina train` does it). The
+libraries take turns within a round; a ratio is the median of the rounds' own ratios, memory the peak of a process of
+its own. Utilisation is the arithmetic of the products (`lamina account`) by what this machine does at best in one large
+product, measured in the same run. nanoGPT is its `model.py`, in a folder of yours; libraries that are not there
 are left out and said to be. On CUDA GPT-2 small in bfloat16 is measured instead, by itself.
 """
 

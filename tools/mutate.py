@@ -77,6 +77,9 @@ def tests_of(file: str) -> tuple[str, ...]:
         return own.get(name, ())
     if folder == "generation":
         return (f"tests/generation/test_{ {'limits': 'beam', 'feeder': 'loop'}.get(name, name) }.py",)
+    if folder == "data":
+        shared = {"column": "prepared", "writer": "prepared", "sources": "prepare"}
+        return (f"tests/data/test_{shared.get(name, name)}.py",)
     if folder == "weights":
         shared = {"mapped": "weights/test_ctranslate2", "rules": "test_families_ctranslate2"}
         return (f"tests/{shared.get(name, f'weights/test_{name}')}.py",)

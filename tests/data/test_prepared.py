@@ -170,6 +170,8 @@ def test_a_writer_goes_on_from_its_state(tmp_path: Path, at: int):
                 state = json.loads(json.dumps(writer.state()))
             writer.add({"text": document}, i % 2)
         if name == "killed":
+            for document in texts(9, 200):
+                writer.add({"text": document}, 1)  # more than will be, and lost
             writer.state()  # everything is on the disk; data.json is not
             writer.stop()
             writer = begin(tmp_path / name, state=state)

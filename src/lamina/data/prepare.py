@@ -23,11 +23,11 @@ import numpy as np
 from lamina.data import manifest as layout
 from lamina.data.manifest import KINDS, Manifest, SourceFile
 from lamina.data.sources import CHUNK, Part, Source, Tally, rows, texts
+from lamina.data.training import train
 from lamina.data.writer import SHARD, Writer, sync_directory, write_whole
 from lamina.errors import LaminaError
 from lamina.specs import Spec, unknown
 from lamina.text import Tokenizer, cut_place, from_directory
-from lamina.text.training import train
 
 PIECE = 1 << 18  # characters of a long text encoded together; pieces of a batch go to all cores
 BATCH = 1 << 21  # characters of a batch
@@ -248,7 +248,7 @@ class _Run:
         return made
 
     def _read(self, source: Source) -> None:
-        spec, tally, counted = self.spec, Tally(), Counted()
+        spec, tally, counted = self.spec, Tally(source.name, self.spec.damaged), Counted()
         before = [(writer.documents, sum(writer.tokens)) for writer in self.writers]
         base = self.progress.bytes
         self.progress.source = source.name
@@ -257,13 +257,13 @@ class _Run:
             parts = texts(source, tally, split_on=spec.split_on, characters=spec.characters, end=end)
         else:
             found = rows(source, tally, spec.fields, TYPES[spec.kind], spec.characters)
-            parts = self._parts(self._bounded(source, found, tally))
+            parts = self._parts(found)
         for batch in _batches(self._cut(parts)):
             self._write(batch, tally)
             self.progress.bytes = base + min(tally.bytes, source.bytes or tally.bytes)
             self.progress.tokens = sum(sum(writer.tokens) for writer in self.writers)
             self.report(self.progress)
-        self._check_damage(source, tally, 0)
+        tally.check()
         if source.kind != "hub":
             self._unchanged(source)
         self.progress.bytes = base + source.bytes
@@ -277,19 +277,6 @@ class _Run:
     def _unchanged(self, source: Source) -> None:
         if Path(source.name).stat().st_size != source.bytes:
             raise LaminaError(f"{source.name}: changed while it was read; prepare it anew when nobody writes to it")
-
-    def _bounded(self, source: Source, found: Iterable[tuple], tally: Tally) -> Iterator[tuple]:
-        """The rows, until too many of the file were damaged."""
-        for row in found:
-            self._check_damage(source, tally, 1000)
-            yield row
-
-    def _check_damage(self, source: Source, tally: Tally, least: int) -> None:
-        if tally.rows >= least and tally.damaged > self.spec.damaged * tally.rows:
-            raise LaminaError(
-                f"{source.name}: {tally.damaged:,} of {tally.rows:,} rows are damaged, more than"
-                f" {self.spec.damaged:.3g} of them (--damaged): {'; '.join(tally.examples)}"
-            )
 
     def _parts(self, found: Iterable[tuple]) -> Iterator[Part]:
         columns = len(KINDS[self.spec.kind])
@@ -326,16 +313,13 @@ class _Run:
 
     def _write(self, batch: list[Part], tally: Tally) -> None:
         if self.spec.kind == "token-classification":
-            encoded = _words(self.tokenizer, [part.texts[0] for part in batch])
-        else:
-            flat = [text for part in batch for text in part.texts]
-            encoded = iter(self.tokenizer.encode_batch(flat, special=False, control=self.spec.control))
+            for part, (ids, firsts) in zip(batch, _words(self.tokenizer, [part.texts[0] for part in batch])):
+                self._label_words(self._writer(part), ids, firsts, part, tally)
+            return
+        flat = [text for part in batch for text in part.texts]
+        encoded = iter(self.tokenizer.encode_batch(flat, special=False, control=self.spec.control))
         for part in batch:
             writer = self._writer(part)
-            if self.spec.kind == "token-classification":
-                ids, firsts = next(encoded)
-                self._label_words(writer, ids, firsts, part, tally)
-                continue
             for name in KINDS[self.spec.kind]:
                 writer.extend(next(encoded), name)
             if part.ends:

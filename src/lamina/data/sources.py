@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import hashlib
 import json
 import re
 import zlib
@@ -49,8 +48,10 @@ class Part:
 
 @dataclass
 class Tally:
-    """What became of a source, while it is read."""
+    """What became of a source, while it is read. `allowed`: the part of its rows that may be damaged."""
 
+    name: str = ""
+    allowed: float = 1.0
     rows: int = 0
     damaged: int = 0
     empty: int = 0
@@ -63,6 +64,16 @@ class Tally:
         self.damaged += 1
         if len(self.examples) < 3:
             self.examples.append(place)
+        if self.rows >= 1000:  # a long file that is damaged throughout is not read to its end
+            self.check()
+
+    def check(self) -> None:
+        """Raise LaminaError where too many rows were damaged."""
+        if self.damaged > self.allowed * self.rows:
+            raise LaminaError(
+                f"{self.name}: {self.damaged:,} of {self.rows:,} rows are damaged, more than {self.allowed:.3g} of them"
+                f" (--damaged): {'; '.join(self.examples)}"
+            )
 
 
 def find(names: Iterable[str], glob: str | None = None) -> list[Source]:
@@ -290,6 +301,9 @@ def _jsonl(source: Source, tally: Tally, fields: Sequence[str]) -> Iterator[tupl
                 continue
             try:
                 row = json.loads(text)
+            except json.JSONDecodeError as error:
+                yield place, f"not JSON: {error.msg} at column {error.pos + 1:,}"
+                continue
             except (ValueError, RecursionError) as error:
                 yield place, f"not JSON: {error}"
                 continue
@@ -298,8 +312,8 @@ def _jsonl(source: Source, tally: Tally, fields: Sequence[str]) -> Iterator[tupl
 
 def _parquet(source: Source, tally: Tally, fields: Sequence[str]) -> Iterator[tuple[str, Any]]:
     try:
-        import pyarrow
-        import pyarrow.parquet
+        import pyarrow  # pyright: ignore[reportMissingImports]
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise UnsupportedError(f"{source.name}: Parquet needs the package pyarrow; {EXTRA}") from None
     try:
@@ -320,7 +334,7 @@ def _parquet(source: Source, tally: Tally, fields: Sequence[str]) -> Iterator[tu
 def _hub(source: Source, tally: Tally, fields: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """hf:owner/name[@revision][#configuration][:split], streamed."""
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise UnsupportedError(f"{source.name}: data sets of the hub need the package datasets; {EXTRA}") from None
     found = re.fullmatch(r"hf:([^@#:]+)(?:@([^#:]+))?(?:#([^:]+))?(?::(.+))?", source.name)
@@ -337,7 +351,3 @@ def _hub(source: Source, tally: Tally, fields: Sequence[str]) -> Iterator[tuple[
         raise LaminaError(
             f"{source.name}: {line}; without a network, give a local file (JSONL or Parquet) instead"
         ) from None
-
-
-def hub_hash(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()

@@ -23,7 +23,8 @@ from lamina.train.directory import CHECKPOINTS, CONFIG
 from lamina.train.document import decode, parse
 from lamina.train.document import write as text_of
 from lamina.train.generators import generators
-from lamina.train.guards import Finite, Signals, Spikes, Watchdog
+from lamina.train.finite import Finite
+from lamina.train.guards import Signals, Spikes, Watchdog
 from lamina.train.loader import Loader, held_out
 from lamina.train.loop import Evaluated, Step, Trainer
 from lamina.train.metrics import Metrics
