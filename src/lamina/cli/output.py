@@ -24,9 +24,12 @@ class Output:
     as_json: bool = False
     quiet: bool = False
     no_color: bool = False
+    silent: bool = False  # no result either: one of several processes that do the same
 
     def result(self, document: dict[str, Any], lines: Iterable[str]) -> None:
         """The result: the document with --json, else the lines."""
+        if self.silent:
+            return
         if self.as_json:
             click.echo(json.dumps({"schema": SCHEMA, **document}, indent=1, allow_nan=False))
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,10 @@ lamina train shakespeare.yaml -o runs/four --nproc 4 mesh.shard=4
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="Directory of the run.")
 @click.option("--resume", default="none", show_default=True, metavar="auto|none|PATH", help="Go on from a checkpoint.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
+@click.option("--nproc", type=int, help="Processes on this machine; mesh says what each of them does.")
+@click.option("--print", "template", metavar="slurm|sky", help="Print a job file for several machines, and do nothing.")
+@click.option("--nodes", type=int, default=1, show_default=True, help="Machines, for --print.")
+@click.option("--gpus", type=int, default=8, show_default=True, help="GPUs of each machine, for --print.")
 @click.option("--dry-run", is_flag=True, help="Check everything, show what would be done, train nothing.")
 def train(
     out: Output,
@@ -36,6 +41,10 @@ def train(
     output: Path | None,
     resume: str,
     device: str,
+    nproc: int | None,
+    template: str | None,
+    nodes: int,
+    gpus: int,
     dry_run: bool,
 ) -> None:
     """Train a model, from its initial values or from a checkpoint.
@@ -57,9 +66,25 @@ def train(
         found = plan(spec)
         out.result({"config": encode(spec), **found}, [*write(spec).splitlines(), "", *_planned(found)])
         return
+    if template is not None:
+        from lamina.parallel import template as job
+
+        text = job(template, str(config), nodes, gpus)
+        out.result({"template": text}, text.splitlines())
+        return
     if output is None:
         output = Path("runs") / config.stem
         out.note(f"the run is in {output}")
+    if nproc is not None:
+        from lamina.parallel import arguments as started
+
+        given = ["train", str(config), *assignments, "-o", str(output), "--resume", resume, "--device", device]
+        given += ["--json"] * out.as_json + ["--quiet"] * out.quiet
+        argv = started(nproc, given)
+        sys.stdout.flush()
+        os.execv(argv[0], argv)
+    if int(os.environ.get("RANK", "0")) > 0:
+        out = Output(out.as_json, quiet=True, silent=True)  # the first rank speaks for all
     from lamina.train.training import train as run
 
     line = _Line(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lamina.specs import Spec, unknown
 from lamina.specs import diff as differences
 from lamina.train.specs import DataChoice, ModelChoice, TrainSpec
 
-LATER = ("evaluation", "checkpoints", "log", "data.workers", "loop.micro", "loop.max_skips", "loop.recompute")
+LATER = ("evaluation", "checkpoints", "log", "mesh", "data.workers", "loop.micro", "loop.max_skips", "loop.recompute")
 """What may differ when a run goes on: how it is watched, and in what pieces it is read."""
 
 
@@ -114,14 +115,14 @@ def _short(value: Any) -> str:
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
-def write(model: Model, tensors: dict[str, Tensor], directory: Path, data: Prepared) -> str:
+def write(model: Model, tensors: Mapping[str, Tensor], directory: Path, data: Prepared) -> str:
     """The model with these weights, as a source that `lamina.load` opens, with its tokenizer beside: "hf" where the
     Hugging Face layout can say it, else "native"."""
     from lamina.errors import UnsupportedError
     from lamina.exporting import exportable
 
     made = model.spec.build(device="meta").eval()
-    made.load_state_dict({name: tensor.detach().cpu() for name, tensor in tensors.items()}, assign=True)
+    made.load_state_dict({name: tensors[name].detach().cpu() for name in tensors}, assign=True)
     made.origin = model.origin
     try:
         exportable(model.spec, None if model.origin is None else model.origin.family)

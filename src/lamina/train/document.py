@@ -130,6 +130,7 @@ class _Reader:
             raise LaminaError(
                 f"{where}: the tag {found.tag.replace('tag:yaml.org,2002:', '!!')!r} is not accepted here"
             )
+        assert isinstance(found, yaml.ScalarNode)
         if found.style is None and FLOAT.fullmatch(found.value):
             return Node(float(found.value), where)
         if found.tag.endswith("timestamp") or (":" in found.value and found.tag.endswith(("int", "float"))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,18 +19,19 @@ from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.generation import generate
 from lamina.specs import Spec
 from lamina.train import checkpoint
-from lamina.train.building import data_of, fits, model_of, unlike, write
+from lamina.train.building import data_of, fits, model_of, spec_of, unlike, write
 from lamina.train.directory import CHECKPOINTS, CONFIG
 from lamina.train.document import decode, parse
 from lamina.train.document import write as text_of
-from lamina.train.generators import generators
 from lamina.train.finite import Finite
+from lamina.train.generators import generators
 from lamina.train.guards import Signals, Spikes, Watchdog
 from lamina.train.loader import Loader, held_out
 from lamina.train.loop import Evaluated, Step, Trainer
 from lamina.train.metrics import Metrics
 from lamina.train.peak import peak
 from lamina.train.precision import NAMES
+from lamina.train.ranks import Alone, Ranks, Together
 from lamina.train.report import write_report
 from lamina.train.roles import freeze
 from lamina.train.run import Run
@@ -89,9 +91,17 @@ def train(
     found = _checkpoint(directory, resume, show)
     if found is not None:
         _refuse_changes(directory, spec, found, data)
-    model = model_of(spec.model, data, seed=spec.seed, device=device)
+    mesh = _mesh(spec, data, device)
+    model = model_of(spec.model, data, seed=spec.seed, device=device if mesh is None else mesh.device)
     fits(spec, model)
     freeze(model, spec.model.freeze, spec.model.train)
+    ranks: Ranks = Alone()
+    if mesh is not None:
+        from lamina.parallel import distribute
+
+        half = None if spec.loop.precision == "float32" else spec.loop.precision
+        ranks = Together(mesh, distribute(model, mesh, precision=half))
+        device = str(mesh.device)
     examples = spec.objective.examples(data, spec.data.length)
     loop = spec.loop
     loader = Loader(
@@ -99,40 +109,50 @@ def train(
         examples,
         Order(max(len(examples), 1), spec.seed),
         batch=loop.batch,
-        micro=loop.micro or loop.batch,
+        micro=loop.micro or max(loop.batch // ranks.data_ranks, 1),
         seed=spec.seed,
+        rank=ranks.data,
+        ranks=ranks.data_ranks,
         workers=spec.data.workers,
     )
-    trainer = Trainer(model, spec.objective, loader, spec.optimiser, spec.schedule, loop, seed=spec.seed, device=device)
+    trainer = Trainer(
+        model, spec.objective, loader, spec.optimiser, spec.schedule, loop, seed=spec.seed, ranks=ranks, device=device
+    )
     if found is not None:
         _resume(trainer, found)
     with ExitStack() as stack:
         stack.callback(loader.close)
-        run = stack.enter_context(
-            Run(directory, text_of(spec), command=command, spec=model.spec.to_json(), resume=resume != "none")
-        )
-        if found is not None:
+        if mesh is not None:
+            from lamina.parallel import close_mesh
+
+            stack.callback(close_mesh)
+        run = None
+        if ranks.first:
+            run = stack.enter_context(
+                Run(directory, text_of(spec), command=command, spec=model.spec.to_json(), resume=resume != "none")
+            )
+        if found is not None and run is not None:
             run.cut_back(trainer.progress.step)
         signals = stack.enter_context(Signals())
-        metrics = stack.enter_context(
-            Metrics(run.record, spec.log.adapters, run.directory, {"config": text_of(spec)}, run.warn)
-        )
-        around = _Around(spec, trainer, run, metrics, data, held, show)
-        watchdog = stack.enter_context(Watchdog(QUIET, run.directory / "events.log"))
+        around = _Around(spec, trainer, run, data, held, show if ranks.first else lambda said: None)
+        if run is not None:
+            config = {"config": text_of(spec)}
+            around.metrics = stack.enter_context(
+                Metrics(run.record, spec.log.adapters, run.directory, config, run.warn)
+            )
+        watchdog = stack.enter_context(Watchdog(QUIET, directory / "events.log"))
         last = around.go(signals, watchdog)
         ended = trainer.progress.step >= loop.steps
         validation = around.evaluated
-        kept = None
-        if ended:
+        kept = directory / "model" if ended else None
+        if kept is not None:
             weights = trainer.tensors()
             chosen = weights["model"] | weights.get("average", {})
-            layout = write(model, chosen, run.directory / "model", data)
-            kept = run.directory / "model"
-            run.event(f"the model is in {kept} ({layout} layout)")
+            ranks.write(chosen, lambda whole: around.say(f"the model is in {kept} ({write(model, whole, kept, data)})"))
         seconds = time.perf_counter() - begun
         figures = {} if validation is None else {"validation loss": validation.loss, **around.more(validation)}
-        run.event(f"ended at step {trainer.progress.step} of {loop.steps} after {seconds:.1f} s")
-        report = write_report(run.directory, figures)
+        around.say(f"ended at step {trainer.progress.step} of {loop.steps} after {seconds:.1f} s")
+        report = None if run is None else write_report(run.directory, figures)
     return Result(
         directory=directory,
         step=trainer.progress.step,
@@ -155,33 +175,33 @@ class _Around:
         self,
         spec: TrainSpec,
         trainer: Trainer,
-        run: Run,
-        metrics: Metrics,
+        run: Run | None,
         data: Prepared,
         held: Prepared | None,
         show: Show,
     ) -> None:
-        self.spec, self.trainer, self.run, self.metrics = spec, trainer, run, metrics
+        self.spec, self.trainer, self.run, self.ranks = spec, trainer, run, trainer.ranks
+        self.metrics: Metrics | None = None
         self.data, self.held, self.show = data, held, show
-        self.finite = Finite(spec.loop.max_skips, run.directory)
+        self.finite = Finite(spec.loop.max_skips, None if run is None else run.directory)
         trainer.check = self.finite.check
         self.spikes = Spikes()
         self.evaluated: Evaluated | None = None
         self.rate = 0.0
         self.flops = _flops(spec, trainer)
-        self.saved = trainer.progress.step
 
     def go(self, signals: Signals, watchdog: Watchdog) -> Step | None:
         """Steps, until there are no more or somebody asks to stop."""
         trainer, spec = self.trainer, self.spec
         step: Step | None = None
         clock, tokens, timed = time.perf_counter(), 0, 0.0
-        while trainer.progress.step < spec.loop.steps and signals.asked != "stop":
+        stop = False
+        while trainer.progress.step < spec.loop.steps and not stop:
             step = trainer.step()
             watchdog.beat()
             tokens, timed = tokens + step.tokens, timed + step.seconds
             for said in (self.finite.said if step.skipped else None, self.spikes.check(step.step, step.loss)):
-                if said:
+                if said and self.run is not None:
                     self.run.warn(said)
                     self.show(f"warning: {said}")
             last = step.step == spec.loop.steps
@@ -191,18 +211,29 @@ class _Around:
             if last or (spec.evaluation.every and step.step % spec.evaluation.every == 0):
                 self._evaluate(step.step)
             due = spec.checkpoints.every and step.step % spec.checkpoints.every == 0
-            if last or due or signals.asked == "save":
+            # All ranks do what any of them was asked.
+            stop, save = (asked > 0 for asked in self.ranks.sum([signals.asked == "stop", signals.asked == "save"]))
+            if last or due or save or stop:
                 self._save()
                 signals.done()
             watchdog.beat()
-        if signals.asked == "stop" and self.saved != trainer.progress.step:
-            self._save()
         return step
+
+    def say(self, text: str) -> None:
+        """Into the events of the run."""
+        if self.run is not None:
+            self.run.event(text)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.record(record)
 
     def _log(self, step: Step, tokens: int, seconds: float, since: float) -> None:
         self.rate = tokens / seconds if seconds else 0.0
-        best = peak(self.trainer.device.type, NAMES[self.spec.loop.precision])
-        used = None if self.flops is None else self.rate * self.flops / best
+        used = None
+        if self.run is not None and self.flops is not None:
+            best = peak(self.trainer.device.type, NAMES[self.spec.loop.precision])
+            used = self.rate * self.flops / best / self.ranks.world
         record: dict[str, Any] = {
             "step": step.step,
             "samples": step.step * self.spec.loop.batch,
@@ -217,7 +248,7 @@ class _Around:
         }
         if used is not None:
             record["utilisation"] = used
-        self.metrics.record(record)
+        self._record(record)
         remaining = (self.spec.loop.steps - step.step) * step.seconds
         self.show(Tick(step, self.spec.loop.steps, self.rate, used, remaining))
 
@@ -231,9 +262,9 @@ class _Around:
             batches = held_out(spec.objective, examples, rows=chosen.rows, micro=micro, seed=spec.seed)
             self.evaluated = self.trainer.evaluate(batches)
             figures = {"loss": self.evaluated.loss, **self.more(self.evaluated)}
-            self.metrics.record({"step": step, "validation": figures})
+            self._record({"step": step, "validation": figures})
             self.show(f"step {step}: validation loss {self.evaluated.loss:.4f}")
-        if chosen.prompts:
+        if chosen.prompts and self.run is not None:
             for text in self._samples():
                 self.run.sample(step, text)
                 self.show(f"step {step}: {text}")
@@ -265,16 +296,55 @@ class _Around:
             model.train()
 
     def _save(self) -> None:
-        step = self.trainer.progress.step
+        step, parts = self.trainer.progress.step, self.trainer.tensors()
+        flat = {f"{file}/{name}": tensor for file, part in parts.items() for name, tensor in part.items()}
+        self.ranks.write(
+            flat, lambda whole: self._keep(step, {file: _Part(file, whole, part) for file, part in parts.items()})
+        )
+
+    def _keep(self, step: int, parts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Where this rank is the first: write them down."""
+        assert self.run is not None
         content = checkpoint.Content(
-            tensors=self.trainer.tensors(),
+            tensors=parts,
             state={"progress": self.trainer.progress.to_dict(), "generators": generators()},
             files={"config.yaml": text_of(self.spec).encode(), "spec.json": self.trainer.model.spec.to_json().encode()},
         )
-        about = {"spec": _hash(self.trainer.model.spec), "data": self.data.hash}
+        mesh = {name: getattr(self.spec.mesh, name) for name in self.spec.mesh.__dataclass_fields__}
+        about = {
+            "spec": _hash(self.trainer.model.spec),
+            "data": self.data.hash,
+            "world": self.ranks.world,
+            "mesh": mesh,
+        }
         path = checkpoint.save(self.run.checkpoints, step, content, about=about, keep=self.spec.checkpoints.keep)
-        self.saved = step
         self.run.event(f"checkpoint {path.name}")
+
+
+class _Part(dict[str, Any]):
+    """One file of a checkpoint, of tensors that are put together when they are asked for."""
+
+    def __init__(self, file: str, whole: Mapping[str, Any], part: Mapping[str, Any]) -> None:
+        super().__init__(part)
+        self.file, self.whole = file, whole
+
+    def __getitem__(self, name: str) -> Any:
+        return self.whole[f"{self.file}/{name}"]
+
+
+def _mesh(spec: TrainSpec, data: Prepared, device: str) -> Any:
+    """The mesh of a run on several ranks; None for a process by itself. Refused before anything is built."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 and spec.mesh.replace(shard=max(spec.mesh.shard, 1)).ranks == 1:
+        return None
+    from lamina.parallel import open_mesh, plan
+    from lamina.source import spec as described
+
+    found = spec_of(spec.model, data) or described(str(spec.model.source))
+    plan(spec.mesh, world, found)
+    if spec.evaluation.prompts:
+        raise UnsupportedError("evaluation.prompts are for one process; several ranks hold parts of the model")
+    return open_mesh(spec.mesh, found, device=device)
 
 
 def _flops(spec: TrainSpec, trainer: Trainer) -> int | None:

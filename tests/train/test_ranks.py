@@ -1,0 +1,68 @@
+"""`lamina train` on several processes is `lamina train` on one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.train.test_training import config, data, losses, records  # noqa: F401  (data is a fixture)
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def lamina(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lamina", "train", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=110, env=ENVIRONMENT)
+
+
+def close(one: list[tuple[int, float]], other: list[tuple[int, float]]) -> bool:
+    return [step for step, _ in one] == [step for step, _ in other] and all(
+        abs(a - b) < 2e-4 * abs(a) for (_, a), (_, b) in zip(one, other, strict=True)
+    )
+
+
+def test_two_processes_are_one_and_either_goes_on_from_the_other(tmp_path: Path, data: Path):  # noqa: F811
+    """Sharded by layer, with rows of different lengths; then one process goes on from what two have saved, and back."""
+    more: dict[str, Any] = {"loop": {"steps": 6, "batch": 4, "micro": 1, "average": 0.9}, "checkpoints": {"every": 3}}
+    file = tmp_path / "config.yaml"
+    file.write_text(config(data, **more))
+    alone = lamina(str(file), "-o", str(tmp_path / "alone"))
+    assert alone.returncode == 0, alone.stderr
+    both = lamina(str(file), "mesh.shard=2", "-o", str(tmp_path / "both"), "--nproc", "2", "--json")
+    assert both.returncode == 0, both.stderr
+    found = json.loads(both.stdout)  # one document, though two processes ran
+    assert found["step"] == 6 and Path(found["model"]).is_dir()
+    assert close(losses(tmp_path / "alone"), losses(tmp_path / "both"))
+    held = [[r["validation"]["loss"] for r in records(tmp_path / run) if "validation" in r] for run in ("alone", "both")]
+    assert held[0] == pytest.approx(held[1], rel=2e-4)
+    files = [f"checkpoints/step-6/{name}" for name in ("model", "optimiser", "average")] + ["model/model"]
+    for part in files:
+        one, other = (load_file(tmp_path / run / f"{part}.safetensors") for run in ("alone", "both"))
+        assert {name: tensor.shape for name, tensor in one.items()} == {n: t.shape for n, t in other.items()}
+    manifest = json.loads((tmp_path / "both/checkpoints/step-6/manifest.json").read_text())
+    assert manifest["world"] == 2 and manifest["mesh"]["shard"] == 2
+
+    for run in ("alone", "both"):  # as if it had been killed after step 3
+        (tmp_path / run / "checkpoints/step-6/model.safetensors").unlink()
+    other = lamina(str(file), "-o", str(tmp_path / "both"), "--resume", "auto")
+    assert other.returncode == 0, other.stderr
+    assert close(losses(tmp_path / "alone"), losses(tmp_path / "both"))
+    again = lamina(str(file), "mesh.shard=2", "-o", str(tmp_path / "alone"), "--resume", "auto", "--nproc", "2")
+    assert again.returncode == 0, again.stderr
+    assert close(losses(tmp_path / "alone"), losses(tmp_path / "both"))
+
+
+def test_a_mesh_that_does_not_fit_is_refused_by_all_in_one_line(tmp_path: Path, data: Path):  # noqa: F811
+    file = tmp_path / "config.yaml"
+    file.write_text(config(data))
+    done = lamina(str(file), "mesh.shard=3", "-o", str(tmp_path / "run"))
+    assert done.returncode == 2 and done.stderr == "lamina: error: shard 3 = 3 ranks; this run has 1\n"
+    done = lamina(str(file), "mesh.tensor=8", "--print", "slurm", "--nodes", "2")
+    assert done.returncode == 0 and "sbatch" in done.stdout.lower() and str(file) in done.stdout
