@@ -11,7 +11,7 @@ SAME, STATE = ("tests/parallel/test_same.py",), ("tests/parallel/test_state.py",
 ALSO: dict[str, tuple[str, ...]] = {
     "parallel/tensor.py": (*SAME, *STATE),
     "parallel/collectives.py": SAME,
-    "parallel/context.py": SAME,
+    "parallel/context.py": (*SAME, *STATE),
     "parallel/experts.py": SAME,
     "parallel/layout.py": (*SAME, *STATE),
     "parallel/state.py": STATE,
@@ -258,7 +258,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "parallel/context.py": [
         ("context: whose the keys are", "return key, value, self.full[id(tokens)][1]", "return key, value, tokens"),
         ("context: filled places are holes", "self.ordered(tokens.position, HOLE)", "self.ordered(tokens.position)"),
-        ("context: the source is cut", "source, full = cut.tokens(source)", "full = cut.tokens(source)[1]"),
+        ("context: whose the source is", "cut.tokens(call.memory_tokens)[1])", "cut.tokens(call.memory_tokens)[0])"),
         ("context: values of two heads", "if key.shape[:-1] == value.shape[:-1]:", "if True:"),
         ("context: no cache", "if given.get(name) is not None and", "if False and"),
     ],

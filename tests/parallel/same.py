@@ -32,7 +32,7 @@ from lamina.layers import (
 from lamina.patterns import Causal, Window
 from tests import small, tiny
 
-ROWS, LENGTH = 4, 11
+ROWS, LENGTH, PADDING = 4, 11, 17
 MIXTRAL = tiny.LLAMA | {
     "model_type": "mixtral",
     "vocab_size": 264,
@@ -54,7 +54,7 @@ def layers(op: Any, **stack: Any) -> lamina.ModelSpec:
     steps = (StepSpec(name="both", op=both), StepSpec(name="feedforward", op=FeedForwardSpec(hidden=12, bias=True)))
     return lamina.ModelSpec(
         width=12,
-        embedding=EmbeddingSpec(vocabulary=30, padding=17, inner=10),
+        embedding=EmbeddingSpec(vocabulary=30, padding=PADDING, inner=10),
         decoder=StackSpec(layers=(LayerSpec(steps=steps),) * 2, norm=LayerNormSpec(), **stack),
         head=LanguageHeadSpec(tied=False, bias=True, softcap=4.0),
     )
@@ -131,6 +131,7 @@ def batch(spec: lamina.ModelSpec, seed: int = 1) -> Batch:
 
     def side(length: int) -> tuple[Tensor, Tensor, Tensor]:
         ids = torch.randint(3, spec.embedding.vocabulary, (ROWS, length), generator=generator)
+        ids[0, 2], ids[3, 1] = PADDING, PADDING  # as a token: it has a vector, which learns nothing
         mask, documents = torch.ones_like(ids), torch.zeros_like(ids)
         mask[1, :4], mask[2, 8:] = 0, 0
         documents[0, 5:], documents[3, 7:] = 1, 1

@@ -102,8 +102,6 @@ def _cut(call: Call, cut: Cut, group: dist.ProcessGroup) -> Call:
     gathering = Gathering(group)
     tokens, full = cut.tokens(call.tokens)
     gathering.full[id(tokens)] = (tokens, full)
-    source = call.memory_tokens
-    if source is not None:
-        source, full = cut.tokens(source)
-        gathering.full[id(source)] = (source, full)
-    return replace(call, tokens=tokens, memory_tokens=source, cache=gathering)  # pyright: ignore[reportArgumentType]
+    if call.memory_tokens is not None:  # of the whole source, of which this rank has a part
+        gathering.full[id(call.memory_tokens)] = (call.memory_tokens, cut.tokens(call.memory_tokens)[1])
+    return replace(call, tokens=tokens, cache=gathering)  # pyright: ignore[reportArgumentType]
