@@ -40,7 +40,9 @@ def test_two_processes_are_one_and_either_goes_on_from_the_other(tmp_path: Path,
     found = json.loads(both.stdout)  # one document, though two processes ran
     assert found["step"] == 6 and Path(found["model"]).is_dir()
     assert close(losses(tmp_path / "alone"), losses(tmp_path / "both"))
-    held = [[r["validation"]["loss"] for r in records(tmp_path / run) if "validation" in r] for run in ("alone", "both")]
+    held = [
+        [r["validation"]["loss"] for r in records(tmp_path / run) if "validation" in r] for run in ("alone", "both")
+    ]
     assert held[0] == pytest.approx(held[1], rel=2e-4)
     files = [f"checkpoints/step-6/{name}" for name in ("model", "optimiser", "average")] + ["model/model"]
     for part in files:

@@ -239,6 +239,7 @@ class Trainer:
 
     def _swap(self) -> None:
         if self.average is not None:
+            self.ranks.settle()
             self.average.swap()
             if self.masters is not None:
                 self.masters.publish()
@@ -260,6 +261,7 @@ class Trainer:
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], progress: Mapping[str, Any]) -> None:
         """Go on from there: the inverse of `tensors` and of `progress.to_dict()`. Given whole tensors, each rank takes
         its part."""
+        self.ranks.settle()
         state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, value in tensors["model"].items():
             self.ranks.put(state[name], value)

@@ -49,6 +49,10 @@ class Ranks(Protocol):
         """Copy this rank's part of a tensor."""
         ...
 
+    def settle(self) -> None:
+        """Before weights are changed by hand: let go of what a forward has gathered of them."""
+        ...
+
 
 class Alone:
     """One process."""
@@ -73,6 +77,9 @@ class Alone:
 
     def put(self, place: Tensor, whole: Tensor) -> None:
         place.copy_(whole)
+
+    def settle(self) -> None:
+        pass
 
 
 class Together:
@@ -100,7 +107,7 @@ class Together:
         synchronise(self.model, last)
 
     def write(self, tensors: Mapping[str, Tensor], write: Callable[[Mapping[str, Tensor]], None]) -> None:
-        self.mesh.reshard(self.model)
+        self.settle()
         self.mesh.together(
             tensors, lambda name: self.mesh.whole(tensors[name]).cpu(), lambda read: write(_Whole(tensors, read))
         )
@@ -109,6 +116,9 @@ class Together:
         from lamina.parallel.state import put
 
         put(place, whole)
+
+    def settle(self) -> None:
+        self.mesh.reshard(self.model)
 
 
 class _Whole(dict[str, Tensor]):
