@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import lamina
 from lamina.attend import BACKENDS
@@ -269,12 +270,23 @@ def test_a_classifier_of_pairs_is_that_of_transformers(cases: Cases, tmp_path: P
 
 
 @torch.no_grad()
-def test_a_decoder_of_pairs_by_itself_reads_what_it_is_given(cases: Cases):  # noqa: F811
+def test_a_decoder_of_pairs_by_itself_reads_what_it_is_given(cases: Cases, tmp_path: Path):  # noqa: F811
     case = cases("pegasus-bigbird-decoder")
     memory = torch.randn(2, 6, 36, generator=torch.Generator().manual_seed(4))
     theirs = case.theirs(case.ids, encoder_hidden_states=memory).logits
     assert close(case.ours(case.ids, encoder_output=memory).logits, theirs)
     assert case.ours.spec.head is not None and not case.ours.spec.head.tied  # though its file says that it is
+    lamina.save(case.ours.spec.build(), tmp_path / "new")
+    assert load_file(tmp_path / "new/model.safetensors").keys() == load_file(case.folder / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize("name", ["bigbird-sequence", "bigbird-choice", "bigbird-span", "causal-bigbird",
+                                  "pegasus-bigbird-biased", "pegasus-bigbird-bare"])  # fmt: skip
+def test_new_files_hold_what_those_of_transformers_hold(cases: Cases, name: str, tmp_path: Path):  # noqa: F811
+    case = cases(name)
+    lamina.save(case.ours.spec.build(), tmp_path / "new")
+    assert load_file(tmp_path / "new/model.safetensors").keys() == load_file(case.source / "model.safetensors").keys()
+    assert lamina.spec(tmp_path / "new") == case.ours.spec
 
 
 @pytest.mark.parametrize(
