@@ -722,7 +722,7 @@ COUNTS = {
     **{f"{name}/{size}": count for name in ("bloom", "bloomz") for size, count in (
         ("560m", 559_214_592), ("1b1", 1_065_314_304), ("1b7", 1_722_408_960), ("3b", 3_002_557_440),
         ("7b1", 7_069_016_064), ("176b", 176_247_271_424))},
-    "bigbird/base": 127_468_800, "bigbird/large": 359_123_968,
+    "bigbird/base": 127_468_800, "bigbird/large": 359_123_968, "bigbird-pegasus/large": 576_891_904,
     "longformer/base": 148_659_456, "longformer/large": 434_600_960,
     "falcon/7b": 6_921_720_704, "falcon/40b": 41_303_293_952, "falcon/180b": 178_557_088_768,
     "falcon/rw-1b": 1_311_625_216,
