@@ -12,7 +12,7 @@ from lamina.attend import BACKENDS
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import LongformerSpec
 from lamina.layers.longformer import Longformer
-from lamina.marks import BeforeToken, EndBlocks, FirstToken
+from lamina.marks import BeforeToken, EndBlocks, FirstToken, after_token
 from lamina.tokens import HOLE, Tokens, plain
 from tests import small
 from tests.families import LENGTH, Case, close, row, tokens
@@ -112,6 +112,13 @@ def test_marks_by_rule():
     assert columns(BeforeToken(id=9)) == [0, 1]
     assert columns(BeforeToken(id=7)) == [4]
     assert columns(BeforeToken(id=8)) == []
+
+    def follows(id: int) -> list[int]:
+        return after_token(id, ids, some)[0].nonzero()[:, 0].tolist()
+
+    assert follows(9) == [3, 5, 6, 7, 8]  # in the other document a 9 comes first
+    assert follows(7) == [1, 2, 3, 6, 7, 8]
+    assert follows(8) == [1, 2, 3, 5, 6, 7, 8]  # a document without one: all but its first token
     assert columns(EndBlocks(size=2)) == [0, 1, 4, 5, 6, 7, 8]  # documents of 5 and of 4 tokens
     assert columns(EndBlocks(size=1, short=4)) == [0, 4, 5, 6, 7, 8]
     assert columns(EndBlocks(size=3), plain(1, 10)) == [0, 1, 2, 9]

@@ -69,6 +69,7 @@ PATTERNS = {
     "block table": BlockTable(size=3, table=((0, 2), (), (1,))),
     "causal block table": Causal() & BlockTable(size=2, table=((0,), (0, 1), (1, 2, 3), (0, 3))),
     "bigbird": bigbird(size=2, random_blocks=1, seed=3),
+    "bigbird to a limit": bigbird(size=1, random_blocks=2, seed=3, limit=4),
     "random blocks": RandomBlocks(size=2, count=2, blocks=4),
     "bigbird encoder": BlockWindow(size=2, back=2, ahead=1) | Global() | RandomBlocks(size=2, count=1, blocks=6),
 }
@@ -182,6 +183,8 @@ def test_lasts_is_no_more_than_it_needs_to_be():
     assert lasts(Summary(stride=3, count=1)) == [-1, -1, -2, -1, -1, -2]
     assert lasts(Prefix(length=1)) == [-2, -1, -1, -1, -1, -1]
     assert lasts(BlockTable(size=2, table=((0,), (0,), (2,)))) == [3, 3, -1, -1, 5, 5]
+    assert lasts(RandomBlocks(size=3, count=9, limit=2)) == [5, 5, 5, -1, -1, -1]  # block 1 draws block 0, and no more
+    assert RandomBlocks(size=3, count=9).lasts(keys) is None
     for forever in (Everything(), Causal(), Strided(stride=3), Causal() | Window(back=2), Window(back=2) | Global()):
         assert forever.lasts(marked) is None
 
@@ -217,6 +220,7 @@ def test_what_no_backend_could_mean_is_refused():
         lambda: BlockWindow(size=1, back=1, ahead=-1),
         lambda: RandomBlocks(size=1, count=0),
         lambda: RandomBlocks(size=1, count=1, blocks=0),
+        lambda: RandomBlocks(size=1, count=1, limit=0),
     ):
         with pytest.raises(LaminaError, match="must (be|lie)|or more"):
             wrong()
