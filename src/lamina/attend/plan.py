@@ -246,7 +246,7 @@ def _needed(
 
 
 def states(pattern: Pattern, query_blocks: Blocks, key_blocks: Blocks) -> Iterator[tuple[int, Tensor]]:
-    """Some blocks of queries at a time: the first one, and (blocks of queries, blocks of keys) of what is allowed between
+    """Some blocks of queries at a time: the first one, and (blocks of queries, blocks of keys), what is allowed between
     them: 0 no pair, 1 perhaps some, 2 every one."""
     query, whose = _extent(query_blocks, False)
     key, theirs = _extent(key_blocks, True)

@@ -81,8 +81,10 @@ def _tiled(pattern: Pattern, queries: Tokens, keys: Tokens, device: torch.device
 def _settled(predicate: Predicate, queries: Tokens, keys: Tokens, state: Tensor) -> tuple[Tensor, Tensor]:
     """(tiles, tiles): 0 none, 1 some, 2 every pair, of one row, and (S,): keys that somebody sees."""
     length, columns = queries.position.shape[1], keys.position.shape[1]
-    state[length // SIZE :].clamp_(max=1)  # the last tile may be cut off, and is then never whole
-    state[:, columns // SIZE :].clamp_(max=1)
+    # A tile that is cut off, or has a hole among its keys, is never whole.
+    real = torch.nn.functional.pad(keys.real[0], (0, -columns % SIZE)).view(-1, SIZE)
+    state[length // SIZE :].clamp_(max=1)
+    state[:, ~real.all(dim=1)] = state[:, ~real.all(dim=1)].clamp(max=1)
     within = torch.arange(SIZE, device=state.device)
     seen = torch.zeros(columns, dtype=torch.bool, device=state.device)
     whole = (state == 2).any(dim=0).nonzero() * SIZE + within  # (tiles, SIZE)
