@@ -5,7 +5,12 @@ Its numbers on the CPU are in the grid of test_attend. Tiles are a few tokens he
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +24,8 @@ from lamina.patterns import Causal, Everything, Global, Pattern, Window, bigbird
 from lamina.tokens import HOLE, Tokens, plain
 from tests import oracle, test_attend, test_blocks
 from tests.test_attend import gradients, make
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -190,16 +197,17 @@ def test_few_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch):
         return len(graphs) - before
 
     window = Causal() & Window(back=50)
-    assert [run(window, length) for length in (300, 300, 450, 500, 700, 1000)] == [1, 0, 1, 0, 0, 0]
+    assert [run(window, length) for length in (300, 300, 450, 500, 700)] == [1, 0, 1, 0, 0]
     assert [run(window, 500, batch) for batch in (2, 3, 4)] == [0, 1, 0]
-    assert [run(window, 500, softcap=cap) for cap in (3.0, 3.0, 4.0)] == [1, 0, 1]
+    assert [run(window, 500, softcap=cap) for cap in (3.0, 4.0, 4.0)] == [1, 1, 0]
     assert [run(Causal() & Window(back=back), 500) for back in (50, 60, 60)] == [0, 1, 0]
-    drawn = [bigbird(size=32, random_blocks=2, seed=seed) for seed in (1, 2, 3)]
-    assert [run(pattern, 700) for pattern in drawn] == [1, 0, 0]  # what was drawn is a tensor, not a constant
+    drawn = [bigbird(size=32, random_blocks=2, seed=seed) for seed in (1, 2)]
+    assert [run(pattern, 700) for pattern in drawn] == [1, 0]  # what was drawn is a tensor, not a constant
     torch.compiler.reset()
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, of its inductor
 def test_a_kernel_of_the_cpu_compiles_too(monkeypatch: pytest.MonkeyPatch):
     """By inductor and not only by name: one kernel, whose tiles the compiled code skips by their table."""
     monkeypatch.setattr(flex, "_eager", flex._kernel)
@@ -326,3 +334,17 @@ def test_which_backend_is_taken_on_cuda(monkeypatch: pytest.MonkeyPatch):
 def test_neither_is_taken_on_the_cpu():
     one = request(Causal() & Window(back=5), plain(2, 512))
     assert not flex.suits(one) and not flex.suits(replace(one, softcap=2.0))
+
+
+def test_the_benchmark_runs_in_a_small_size_and_refuses_without_a_gpu(tmp_path: Path):
+    program = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--json", str(tmp_path / "figures.json")]
+    small = ["--device", "cpu", "--lengths", "256", "--window", "32", "--rounds", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([*program, *small], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())["forward, 256"]
+    assert {"dense", "Longformer", "BigBird"} < figures["seconds"].keys()
+    assert figures["refused"] == {"causal window, packed": "tensors that are not on CUDA"}
+    if not torch.cuda.is_available():
+        done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 1 and "there is no CUDA device here" in done.stderr
