@@ -187,6 +187,21 @@ def test_what_packing_cannot_do_is_refused_by_name():
         assert "multiples of 8" in str(varlen.refuses(replace(half, query=Elsewhere(some), value=some)))
 
 
+@pytest.mark.parametrize(
+    "built, capability, serves", [(True, (8, 0), True), (True, (7, 5), False), (False, (9, 0), False)]
+)
+def test_a_gpu_without_the_kernel_is_refused(
+    monkeypatch: pytest.MonkeyPatch, built: bool, capability: tuple[int, int], serves: bool
+):
+    whole = request(Causal() & Window(back=3), plain(1, 6))
+    half = replace(whole, query=Elsewhere(whole.query.bfloat16()))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+    assert (varlen.refuses(half) is None) == serves
+    assert serves or "compute capability 8.0" in str(varlen.refuses(half))
+
+
 @pytest.mark.gpu
 @cuda
 @pytest.mark.parametrize("where", ["plain", "chunk", "left padding", "right padding", "documents", "marked"])

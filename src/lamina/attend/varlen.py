@@ -25,8 +25,15 @@ def refuses(request: Request) -> str | None:
         return "tensors that are not on CUDA"
     if reason := _unsupported(request):
         return reason
+    if not _there(request.query.device):
+        return "a GPU without FlashAttention (compute capability 8.0, and a torch that was built with it)"
     found = packed(request)
     return found if isinstance(found, str) else None
+
+
+def _there(device: torch.device) -> bool:
+    flash = torch.backends.cuda.is_flash_attention_available()
+    return not torch.cuda.is_available() or (flash and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def _unsupported(request: Request) -> str | None:
