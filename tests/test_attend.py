@@ -337,6 +337,6 @@ def test_large_scores_do_not_overflow():
     queries = plain(1, 3)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         q = torch.full((1, 1, 3, 4), 100.0, dtype=dtype)
-        for backend in BACKENDS:
-            request = Request(q, q, torch.ones_like(q), queries, queries, Causal(), 1.0)
+        request = Request(q, q, torch.ones_like(q), queries, queries, Causal(), 1.0)
+        for backend in (name for name, module in BACKENDS.items() if module.refuses(request) is None):
             assert torch.equal(attend(request, backend), torch.ones_like(q)), (backend, dtype)
