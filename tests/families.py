@@ -132,6 +132,7 @@ BART = {
     "eos_token_id": 96,
     "decoder_start_token_id": 3,
 }
+PEGASUS = BART | {"block_size": 1, "num_random_blocks": 1}
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 WHISPER = {
     "vocab_size": VOCABULARY,
@@ -187,10 +188,11 @@ class Row:
     def __str__(self) -> str:
         return self.name
 
-    @property
-    def shows(self) -> bool:
-        """Whether transformers shows what attention sees: Longformer's weights are a band, BigBird's lack keys."""
-        return self.kernel == "eager" and not self.model.startswith(("Longformer", "BigBird"))
+    def shows(self, stack: str) -> bool:
+        """Whether transformers shows what attention sees: Longformer's weights are a band, and those of BigBird's
+        encoder lack keys."""
+        hidden = ("Longformer", "BigBird") if stack == "encoder" else ("Longformer",)
+        return self.kernel == "eager" and not self.model.startswith(hidden)
 
 
 def _rows(model: str, config: str, rows: dict[str, dict[str, Any]], **more: Any) -> list[Row]:
@@ -393,6 +395,14 @@ ROWS = [
     *_rows("BigBirdForMaskedLM", "BigBirdConfig", {"bigbird-mlm": BIGBIRD | {"hidden_act": "relu"}}),
     *_rows("BigBirdForPreTraining", "BigBirdConfig", {"bigbird-pretraining": BIGBIRD}),
     *_rows("BigBirdForTokenClassification", "BigBirdConfig", {"bigbird-token": BIGBIRD | {"num_labels": 5}}),
+    *_rows("BigBirdForSequenceClassification", "BigBirdConfig", {
+        "bigbird-sequence": BIGBIRD | LABELS | {"hidden_act": "relu"},
+    }),
+    *_rows("BigBirdForMultipleChoice", "BigBirdConfig", {"bigbird-choice": BIGBIRD | {"hidden_dropout_prob": 0.2}}),
+    *_rows("BigBirdForQuestionAnswering", "BigBirdConfig", {"bigbird-span": BIGBIRD | {"sep_token_id": 95}}),
+    *_rows("BigBirdForCausalLM", "BigBirdConfig", {
+        "causal-bigbird": BIGBIRD | {"attention_type": "original_full", "is_decoder": True, "eos_token_id": 96},
+    }),
     *_rows("AlbertModel", "AlbertConfig", {
         "albert": ALBERT | {"layer_norm_eps": 1e-3},
         "albert-groups": ALBERT | {"num_hidden_groups": 2, "hidden_act": "relu", "hidden_size": 24,
@@ -425,6 +435,17 @@ ROWS = [
     *_rows("BartModel", "BartConfig", {"bart-bare": BART}),
     *_rows("BartForQuestionAnswering", "BartConfig", {"bart-span-bare": BART}),
     *_rows("BartForCausalLM", "BartConfig", {"bart-decoder": BART | {"encoder_layers": 2}}),
+    *_rows("BigBirdPegasusForConditionalGeneration", "BigBirdPegasusConfig", {
+        "pegasus-bigbird": PEGASUS,
+        "pegasus-bigbird-biased": PEGASUS | {"use_bias": True, "scale_embedding": False, "num_random_blocks": 2,
+                                             "activation_function": "relu", "activation_dropout": 0.2},
+        "pegasus-bigbird-full": PEGASUS | {"attention_type": "original_full"},
+    }),
+    *_rows("BigBirdPegasusModel", "BigBirdPegasusConfig", {"pegasus-bigbird-bare": PEGASUS}),
+    *_rows("BigBirdPegasusForQuestionAnswering", "BigBirdPegasusConfig", {"pegasus-bigbird-span-bare": PEGASUS}),
+    *_rows("BigBirdPegasusForCausalLM", "BigBirdPegasusConfig", {
+        "pegasus-bigbird-decoder": PEGASUS | {"encoder_layers": 2},
+    }),
     *_rows("MT5ForConditionalGeneration", "MT5Config", {"mt5": T5 | GATED}),
     # With 64 places nothing is dropped in transformers: there a capacity holds in evaluation too (R4, test_peers.py).
     *_rows("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", {
@@ -445,11 +466,11 @@ ROWS = [
 
 ENCODERS = ("albert", "bert", "bigbird", "longformer", "roberta", "switch-encoder", "t5-encoder")
 """How the names of rows that only read begin."""
-PAIRS = ("t5", "mt5", "bart", "switch")
+PAIRS = ("t5", "mt5", "bart", "pegasus-bigbird", "switch")
 """How the names of rows begin that read one text and write another; those that only read aside."""
 HEARING = ("whisper",)
 """How the names of rows begin whose encoder reads a spectrogram: each row one text, padded on the right only."""
-COUNTING = ("T5", "MT5", "Bart", "Switch")
+COUNTING = ("T5", "MT5", "Bart", "BigBirdPegasus", "Switch")
 """How the names of those classes of transformers begin that count positions themselves and take none."""
 
 
@@ -520,8 +541,9 @@ class Case:
     def theirs_on(self, ids: torch.Tensor, model: Any = None, **more: Any) -> Any:
         """The model of transformers, or a copy of it, on the same."""
         model = self.theirs if model is None else model
-        if self.row.model.startswith("BigBird"):  # which a short text turns dense for good
-            getattr(model, "bert", model).set_attention_type(model.config.attention_type)
+        again(model)
+        if self.row.model.endswith("MultipleChoice"):  # of one choice
+            return model(ids[:, None], **{n: v[:, None] if torch.is_tensor(v) else v for n, v in more.items()})
         if self.row.model == "LongformerForQuestionAnswering":  # which fails in a text without three separators
             more.setdefault("global_attention_mask", torch.zeros_like(ids))
         if not self.two_stacks:
@@ -540,11 +562,19 @@ class Case:
 
     def segments(self, ids: torch.Tensor) -> dict[str, Any]:
         """Random token_type_ids for a model that has them."""
-        stack = self.ours.spec.encoder
+        stack = self.ours.spec.encoder or self.ours.spec.decoder
         if stack is None or stack.segment is None:
             return {}
         generator = torch.Generator().manual_seed(5)
         return {"token_type_ids": torch.randint(0, stack.segment.count, ids.shape, generator=generator)}
+
+
+def again(model: Any) -> None:
+    """Make a BigBird of transformers what its configuration says: a short text turns it dense for good."""
+    said = getattr(model.config, "attention_type", "")
+    for module in model.modules():
+        if isinstance(module, transformers.BigBirdModel) or type(module).__name__ == "BigBirdPegasusEncoder":
+            module.set_attention_type(said)
 
 
 def tokens(batch: int, length: int, seed: int) -> torch.Tensor:

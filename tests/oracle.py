@@ -59,7 +59,8 @@ def sees(pattern: Pattern, query: int, key: int, marked: bool = False, asker: bo
             return query // size in range(len(table)) and key // size in table[query // size]
         case RandomBlocks(size=size):
             block = query // size
-            if block < 0 or (pattern.blocks is not None and block >= pattern.blocks):
+            ends = [end for end in (pattern.blocks, pattern.limit) if end is not None]
+            if block < 0 or any(block >= end for end in ends):
                 return False
             drawn = pattern.rows(block + 1)[block]
             among = range(block if pattern.blocks is None else pattern.blocks)
@@ -126,6 +127,9 @@ def rope(x: Tensor, positions: list[int], frequency: list[float], interleaved: b
             out[:, t, b] = x[:, t, a] * sin + x[:, t, b] * cos
     return out
 
+
+ON_THE_CPU = ("blocks", "sdpa", "dense")
+"""The backends that serve the CPU with gradients too; `flex` and `varlen` have tests of their own."""
 
 LAYOUTS = ("plain", "chunk", "step", "left padding", "right padding", "documents", "shuffled", "fixed", "marked")
 

@@ -192,6 +192,7 @@ FORGETFUL: dict[str, tuple[Pattern, int]] = {
     "dilated": (Causal() & (Window(back=2, dilation=3) | Sinks(count=1)), 5),
     "summaries": (fixed(7, 1)[1], 30),  # of 200 tokens each seventh, and the newest
     "blocks": (bigbird(size=3, random_blocks=0), 3 + 6),
+    "random blocks": (bigbird(size=4, random_blocks=1, seed=2, limit=50), 59),  # after token 98
     "table": (Causal() & BlockTable(size=4, table=((0,), (0, 1), (2,), *((i,) for i in range(3, 50)))), 8),
     "global positions": (Causal() & (Window(back=3) | Global(positions=(0, 2))), 5),
 }

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import lamina
-from lamina.attend import BACKENDS
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import LongformerSpec
 from lamina.layers.longformer import Longformer
-from lamina.marks import BeforeToken, EndBlocks, FirstToken
+from lamina.marks import BeforeToken, EndBlocks, FirstToken, after_token
 from lamina.tokens import HOLE, Tokens, plain
 from tests import small
 from tests.families import LENGTH, Case, close, row, tokens
+from tests.oracle import ON_THE_CPU
 from tests.test_families import Cases, cases, quiet, result  # noqa: F401  (two are fixtures)
 
 
@@ -46,7 +46,7 @@ def test_global_tokens_are_those_of_transformers(case: Case, mask: str, absorbs:
         given[1, :2] = 0
     ids = torch.where(given.bool(), case.ids, case.theirs.config.pad_token_id)  # they count positions by the ids
     theirs = case.theirs(ids, attention_mask=given, global_attention_mask=SOME.long(), output_hidden_states=True)
-    for backend in (None, *BACKENDS):
+    for backend in (None, *ON_THE_CPU):
         ours = case.ours(ids, None if mask == "none" else given, marked=SOME, backend=backend)
         for mine, other in ((ours.hidden, theirs.hidden_states[-1]), (result(ours), result(theirs))):
             assert close(mine[given.bool()], other[given.bool()])
@@ -112,6 +112,13 @@ def test_marks_by_rule():
     assert columns(BeforeToken(id=9)) == [0, 1]
     assert columns(BeforeToken(id=7)) == [4]
     assert columns(BeforeToken(id=8)) == []
+
+    def follows(id: int) -> list[int]:
+        return after_token(id, ids, some)[0].nonzero()[:, 0].tolist()
+
+    assert follows(9) == [3, 5, 6, 7, 8]  # in the other document a 9 comes first
+    assert follows(7) == [1, 2, 3, 6, 7, 8]
+    assert follows(8) == [1, 2, 3, 5, 6, 7, 8]  # a document without one: all but its first token
     assert columns(EndBlocks(size=2)) == [0, 1, 4, 5, 6, 7, 8]  # documents of 5 and of 4 tokens
     assert columns(EndBlocks(size=1, short=4)) == [0, 4, 5, 6, 7, 8]
     assert columns(EndBlocks(size=3), plain(1, 10)) == [0, 1, 2, 9]

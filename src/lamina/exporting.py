@@ -142,7 +142,8 @@ def _with_extras(
     """Add to `plan` what the source stored beside the weights: unused tensors, and second copies of tied ones."""
     extra: dict[str, Tensor] = {}
     if origin is None:  # transformers asks for both of two names, also where one is not used
-        extra = {one: read(twin) for twin, one in chosen.aliases.items() if twin in plan and one not in plan}
+        twins = {twin: one for twin, one in chosen.aliases.items() if twin in plan and chosen.unread(one)}
+        extra = {one: read(twin) for twin, one in twins.items() if one not in plan}
         if spec.head is not None and not spec.head.tied:  # transformers then keeps the tables of the stacks apart too
             extra |= {one: read(first) for one, first in chosen.copies.items() if first in plan and one not in plan}
         dtype = next(iter(plan.values())).dtype

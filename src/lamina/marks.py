@@ -12,6 +12,19 @@ from lamina.specs import Spec
 from lamina.tokens import Tokens, earlier
 
 
+def later(which: Tensor, documents: Tensor) -> Tensor:
+    """(B, T): how many of those tokens of its document come after each token."""
+    return earlier(which.flip(1), documents.flip(1)).flip(1)
+
+
+def after_token(id: int, ids: Tensor, tokens: Tokens) -> Tensor:
+    """(B, T) bool: what follows the first token of this id in its document; all but the first token of one without."""
+    ends = (ids == id) & tokens.real
+    before = earlier(ends, tokens.document)
+    some = before + ends + later(ends, tokens.document) > 0
+    return torch.where(some, before > 0, earlier(tokens.real, tokens.document) > 0) & tokens.real
+
+
 class Marks(Spec):
     """A rule for the marks of a text."""
 
@@ -41,7 +54,7 @@ class BeforeToken(Marks):
 
     def mark(self, ids: Tensor, tokens: Tokens) -> Tensor:
         ends = (ids == self.id) & tokens.real
-        follows = earlier(ends.flip(1), tokens.document.flip(1)).flip(1)
+        follows = later(ends, tokens.document)
         return (earlier(ends, tokens.document) == 0) & ~ends & (follows > 0)
 
 
@@ -60,7 +73,7 @@ class EndBlocks(Marks):
 
     def mark(self, ids: Tensor, tokens: Tokens) -> Tensor:
         before = earlier(tokens.real, tokens.document)
-        after = earlier(tokens.real.flip(1), tokens.document.flip(1)).flip(1)
+        after = later(tokens.real, tokens.document)
         length = before + after + 1
         last = torch.div(length - 1, self.size, rounding_mode="floor")
         ends = (before < self.size) | (torch.div(before, self.size, rounding_mode="floor") == last)

@@ -22,7 +22,7 @@ from lamina.layers import (
     RotarySpec,
     StackSpec,
 )
-from lamina.marks import BeforeToken, EndBlocks, FirstToken
+from lamina.marks import BeforeToken, EndBlocks, FirstToken, after_token
 from lamina.reading import read
 from lamina.specs import Spec, unknown
 from lamina.tokens import Tokens
@@ -218,7 +218,8 @@ class Model(nn.Module):
 
         attention_mask: (B, T), 1 for tokens and 0 for padding, on either side. position_ids: (B, T); where they
         restart, a new document begins. document_ids: (B, T); documents do not see each other. token_type_ids: (B, T)
-        segments. marked: (B, T), the prefix of a prefix-LM, Longformer's global tokens; None: as `spec.marks` says.
+        segments; None: 0, or, where `labels.after` is given, 1 after the question. marked: (B, T), the prefix of a
+        prefix-LM, Longformer's global tokens; None: as `spec.marks` says.
         cache: from `new_cache`; it is extended. record: what to write down. backend: of attention, by name.
         keep_logits: only for that many last positions.
 
@@ -270,13 +271,18 @@ class Model(nn.Module):
         )
         stack = self.encoder if self.decoder is None else self.decoder
         assert stack is not None
+        context = self._context(given, tokens)
+        if token_type_ids is None and context is not None:
+            token_type_ids = context.to(torch.int64)
         hidden = stack(x, call, None if pair else token_type_ids)
         record.check()
         if cache is not None:
             cache.advance(tokens)
             if cache.memory is None and memory is not None:  # now that its keys lie in the cache, and not before
                 cache.memory, cache.source = memory, source.content
-        out = self._heads(hidden, tokens, record, keep_logits)
+        if context is not None:  # the first token says that there is no answer
+            context |= FirstToken().mark(given.checked_ids(), tokens)
+        out = self._heads(hidden, call, keep_logits, context)
         out.encoder_output = memory
         return out
 
@@ -395,8 +401,13 @@ class Model(nn.Module):
             return tokens
         return self.spec.marks.put(given.checked_ids(), tokens)
 
-    def _heads(self, hidden: Tensor, tokens: Tokens, record: Record, keep_logits: int | None) -> Output:
-        out = Output(None, hidden, losses=record.losses)
+    def _context(self, given: Given, tokens: Tokens) -> Tensor | None:
+        """(B, T) bool: what follows the question, where the model reads a question and what may answer it."""
+        after = None if self.labels is None else self.labels.spec.after
+        return None if after is None else after_token(after, given.checked_ids(), tokens)
+
+    def _heads(self, hidden: Tensor, call: Call, keep_logits: int | None, answers: Tensor | None) -> Output:
+        out, tokens = Output(None, hidden, losses=call.record.losses), call.tokens
         if self.head is not None:
             kept = hidden if keep_logits is None else hidden[:, hidden.shape[1] - keep_logits :]
             out.logits = self.head(kept, self.embedding.weight)
@@ -406,7 +417,7 @@ class Model(nn.Module):
             at = real.shape[1] - 1 - real.flip(1).argmax(dim=1) if last else real.argmax(dim=1)
             out.pooled = self.pooler(hidden[torch.arange(hidden.shape[0], device=hidden.device), at])
         if self.labels is not None:
-            out.label_logits = self.labels(hidden if self.labels.spec.each_token else out.pooled)
+            out.label_logits = self.labels(hidden if self.labels.spec.each_token else out.pooled, call, answers)
             if self.head is None:
                 out.logits = out.label_logits
         return out

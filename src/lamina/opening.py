@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -133,9 +132,7 @@ def _understand(located: Located, checkpoint: Any, config: dict[str, Any], text:
         origin.shards = {file: list(shard.entries) for file, shard in checkpoint.shards.items()}
         origin.metadata, origin.index = checkpoint.metadata, checkpoint.index
     view = _Renamed(checkpoint, names)
-    origin.extras = {
-        name: view.read(name) for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in chosen.ignored)
-    }
+    origin.extras = {name: view.read(name) for name in names if chosen.unread(name)}
     spec = _settle_twins(spec, chosen, view, origin)
     return Opened(spec, view, chosen.rules(spec), origin)
 

@@ -341,7 +341,7 @@ WORDS: dict[type, Callable[[Any], str]] = {
     LayerSpec: lambda spec: " and ".join(step.name for step in spec.steps),
     LongformerSpec: _longformer,
     LearnedPositionSpec: lambda spec: f"learned positions, {spec.size}",
-    PoolerSpec: lambda spec: f"tanh of the {spec.token} token",
+    PoolerSpec: lambda spec: f"{spec.act} of the {spec.token} token",
     Prefix: _pattern,
     RMSNormSpec: _rms_norm,
     RotarySpec: _rotary,

@@ -13,6 +13,7 @@ FAMILIES = {
     "bart": "bart:BART",
     "bert": "bert:BERT",
     "big_bird": "bigbird:BIGBIRD",
+    "bigbird_pegasus": "bigbird_pegasus:BIGBIRD_PEGASUS",
     "bloom": "bloom:BLOOM",
     "deepseek_v2": "deepseek:V2",
     "deepseek_v3": "deepseek:V3",

@@ -1,8 +1,13 @@
-"""BART (arXiv:1910.13461): post-norm encoder and decoder, learned positions after two rows, one table for all."""
+"""BART (arXiv:1910.13461): post-norm encoder and decoder, learned positions after two rows, one table for all.
+BigBird-Pegasus (bigbird_pegasus.py) is made of the same.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 from lamina.families.bert import labels
 from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, need, parts, special_config, the
@@ -29,23 +34,37 @@ BIAS = "final_logits_bias"
 KINDS = ("ForConditionalGeneration", "ForCausalLM", "ForSequenceClassification", "ForQuestionAnswering", "Model")
 
 
-def spec(fields: Fields) -> ModelSpec:
-    """config.json, and the tensors where there are any -> spec."""
-    for name, value in OLD.items():
+@dataclass(frozen=True)
+class Flavour:
+    """Where BigBird-Pegasus differs from BART."""
+
+    model_type: str
+    name: str  # of the classes
+    special: tuple[int, int, int]
+    place: Literal["after", "pre"]  # of the norms of a step; the norm of a stack stands at the other end of it
+    offset: int  # rows of the position table before position 0
+    defaults: Mapping[str, Any]
+    only: Mapping[str, Any]  # what its fields have to be, where they are there
+
+
+def spec(fields: Fields, flavour: Flavour, bias: str = "all") -> ModelSpec:
+    """config.json, and the tensors where there are any -> spec; `bias`: which projections have one."""
+    for name, value in flavour.only.items():
         fields.must(name, value)
-    fields = fields.over(DEFAULTS)
+    fields = fields.over(flavour.defaults)
     positions, norm = fields.count("max_position_embeddings"), LayerNormSpec()
-    special = fields.special(0, 2, 1).replace(decoder_start=fields.token("decoder_start_token_id", 2))
+    special = fields.special(*flavour.special).replace(decoder_start=fields.token("decoder_start_token_id", 2))
 
     def stack(side: str) -> StackSpec:
         return StackSpec(
-            layers=layers(fields, side, "after"),
-            position=LearnedPositionSpec(size=positions, offset=OFFSET),
-            input_norm=norm,
+            layers=layers(fields, side, flavour.place, bias),
+            position=LearnedPositionSpec(size=positions, offset=flavour.offset),
+            input_norm=norm if flavour.place == "after" else None,
             dropout=fields.number("dropout"),
+            norm=norm if flavour.place == "pre" else None,
         )
 
-    encodes, kind = _parts(fields)
+    encodes, kind = _parts(fields, flavour)
     generates = kind in ("ForConditionalGeneration", "ForCausalLM")
     rate, classifies = fields.number("classifier_dropout"), kind == "ForSequenceClassification"
     label = {"ForQuestionAnswering": LabelHeadSpec(labels=2, task="span")}
@@ -55,7 +74,7 @@ def spec(fields: Fields) -> ModelSpec:
     return ModelSpec(
         width=fields.count("d_model"),
         embedding=EmbeddingSpec(
-            vocabulary=fields.count("vocab_size", 50265),
+            vocabulary=fields.count("vocab_size"),
             scale="root" if fields.flag("scale_embedding", False) else "none",
             padding=special.pad,
         ),
@@ -107,6 +126,7 @@ DEFAULTS = (
     sizes(12, 1024, 16)
     | RATES
     | {
+        "vocab_size": 50265,
         "max_position_embeddings": 1024,
         "activation_function": "gelu",
         "dropout": 0.1,
@@ -125,12 +145,15 @@ OLD: dict[str, Any] = {
 """Fields that say what BART is in files of 2020, or that it leaves out whole layers in training, which is not built."""
 
 
-def _parts(fields: Fields) -> tuple[bool, str]:
+BART_FLAVOUR = Flavour("bart", "Bart", (0, 2, 1), "after", OFFSET, DEFAULTS, OLD)
+
+
+def _parts(fields: Fields, flavour: Flavour) -> tuple[bool, str]:
     """Whether there is an encoder, and what is on the decoder: as the tensors say, else the architecture."""
-    said = fields.config.get("architectures") or ["BartForConditionalGeneration"]
-    kind = str(said[0]).removeprefix("Bart")
+    said = fields.config.get("architectures") or [f"{flavour.name}{KINDS[0]}"]
+    kind = str(said[0]).removeprefix(flavour.name)
     if kind not in KINDS:
-        raise ValueError(f"{fields.where}: architectures is {said}; known here: Bart with {', '.join(KINDS)}")
+        raise ValueError(f"{fields.where}: architectures is {said}; known here: {flavour.name} with {', '.join(KINDS)}")
     if fields.names is None:
         return kind != "ForCausalLM", kind
     encodes = any(name.startswith("model.encoder.layers.") for name in fields.names)
@@ -142,7 +165,7 @@ def _parts(fields: Fields) -> tuple[bool, str]:
     return encodes, kind
 
 
-def config(spec: ModelSpec) -> dict[str, Any]:
+def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
     """spec -> config.json."""
     tasks = {None: "Model", "sequence": "ForSequenceClassification", "span": "ForQuestionAnswering"}
     task = None if spec.labels is None else spec.labels.task
@@ -151,8 +174,8 @@ def config(spec: ModelSpec) -> dict[str, Any]:
     if spec.head is not None:
         kind = "ForCausalLM" if spec.encoder is None else "ForConditionalGeneration"
     said: dict[str, Any] = {
-        "model_type": "bart",
-        "architectures": [f"Bart{kind}"],
+        "model_type": flavour.model_type,
+        "architectures": [f"{flavour.name}{kind}"],
         "is_encoder_decoder": spec.encoder is not None,
         "is_decoder": spec.encoder is None,
         "vocab_size": spec.embedding.vocabulary,
@@ -186,24 +209,27 @@ def side_config(spec: ModelSpec, side: str, called: str) -> tuple[StackSpec, dic
     }
 
 
-def rules(side: str, place: str) -> tuple[Rule, ...]:
+PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
+
+
+def rules(side: str, place: str, projections: Mapping[str, str] = PROJECTIONS) -> tuple[Rule, ...]:
     """The names of the layers of one side, whose norms stand as `layers` has them, and of its positions."""
     ours, theirs = f"{side}.layers.{{i}}.", f"model.{side}.layers.{{i}}."
     steps = (("attention", "self_attn"), ("cross", "encoder_attn"))[: 1 if side == "encoder" else 2]
-    projections = (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "out_proj"))
-    names = {f"{step}.op.{p}": f"{called}.{t}" for step, called in steps for p, t in projections}
+    names = {f"{step}.op.{p}": f"{called}.{t}" for step, called in steps for p, t in projections.items()}
     names |= {f"{step}.{place}": f"{called}_layer_norm" for step, called in steps}
     names |= {"feedforward.op.up": "fc1", "feedforward.op.down": "fc2", f"feedforward.{place}": "final_layer_norm"}
     position = Rule(f"{side}.position.weight", f"model.{side}.embed_positions.weight")
     return (position, *pairs(ours, theirs, names))
 
 
-WEIGHTS = (
-    *(rule for side in SIDES for rule in rules(side, "after")),
-    *(rule for side in SIDES for rule in pairs(f"{side}.", f"model.{side}.", {"input_norm": "layernorm_embedding"})),
-    Rule("head.weight", "lm_head.weight"),
-    Rule("head.bias", BIAS, OneRow()),
-)
+def ends(norm: str) -> tuple[Rule, ...]:
+    """The names of what stands at the ends of the stacks: their norm (`norm` says which of ours), and the head."""
+    norms = {f"{side}.{norm}": f"model.{side}.layernorm_embedding" for side in SIDES}
+    return (*pairs("", "", norms), Rule("head.weight", "lm_head.weight"), Rule("head.bias", BIAS, OneRow()))
+
+
+WEIGHTS = (*(rule for side in SIDES for rule in rules(side, "after")), *ends("input_norm"))
 
 
 def heads(spec: ModelSpec) -> tuple[Rule, ...]:
@@ -221,16 +247,31 @@ def unused(spec: ModelSpec) -> dict[str, Shape]:
     return {BIAS: (1, spec.embedding.vocabulary)} if bare else {}
 
 
-BART = Family(
-    model_type="bart",
-    spec=spec,
-    config=config,
-    weights=WEIGHTS,
-    heads=heads,
-    base="model.",
-    aliases={"lm_head.weight": "model.shared.weight"},
-    copies={f"model.{side}.embed_tokens.weight": "model.shared.weight" for side in SIDES},
-    ignored=(BIAS, "model.encoder.version", "model.decoder.version"),
-    zeros=unused,
-    sizes={"bart/base": sizes(6, 768, 12), "bart/large": sizes(12, 1024, 16)},
-)
+bart_spec, bart_config = spec, config
+
+
+def family_of(
+    flavour: Flavour,
+    weights: tuple[Rule, ...],
+    sizes: Mapping[str, dict[str, Any]],
+    *,
+    spec: Callable[[Fields], ModelSpec] | None = None,
+    config: Callable[[ModelSpec], dict[str, Any]] | None = None,
+) -> Family:
+    """The family of a flavour. `spec` and `config`: where they say more than BART's."""
+    return Family(
+        model_type=flavour.model_type,
+        spec=partial(bart_spec, flavour=flavour) if spec is None else spec,
+        config=partial(bart_config, flavour=flavour) if config is None else config,
+        weights=weights,
+        heads=heads,
+        base="model.",
+        aliases={"lm_head.weight": "model.shared.weight"},
+        copies={f"model.{side}.embed_tokens.weight": "model.shared.weight" for side in SIDES},
+        ignored=(BIAS, "model.encoder.version", "model.decoder.version"),
+        zeros=unused,
+        sizes=sizes,
+    )
+
+
+BART = family_of(BART_FLAVOUR, WEIGHTS, {"bart/base": sizes(6, 768, 12), "bart/large": sizes(12, 1024, 16)})

@@ -2,7 +2,8 @@
 ALBERT (albert.py) is made of the same.
 
 The head is what the file holds: an encoder with or without pooler, masked LM, pre-training (masked LM and next
-sentence), next sentence alone, sequence or token classification, or question answering.
+sentence), next sentence alone, sequence or token classification, or question answering; in some flavours a choice among
+rows, or the same layers as a decoder.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
+from lamina.errors import CheckpointError
 from lamina.families.family import (
     ACTIVATIONS,
     Family,
@@ -36,16 +38,24 @@ from lamina.layers import (
     StackSpec,
     TransformSpec,
 )
+from lamina.layers.head import Task
 from lamina.model import ModelSpec
-from lamina.patterns import Everything
+from lamina.patterns import Causal, Everything
 from lamina.weights.rules import Rule, Shape, pairs
 
-Task = Literal["sequence", "next_sentence", "token", "span"]
+TASKS: dict[str, Task] = {
+    "ForNextSentencePrediction": "next_sentence",
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "token",
+    "ForQuestionAnswering": "span",
+}
+CHOICE = "ForMultipleChoice"
+CAUSAL = "ForCausalLM"
 
 
 @dataclass(frozen=True)
 class Flavour:
-    """Where RoBERTa and ALBERT differ from BERT."""
+    """Where RoBERTa, ALBERT and BigBird differ from BERT."""
 
     model_type: str
     name: str  # of the classes
@@ -56,6 +66,8 @@ class Flavour:
     pooler: str = "pooler.dense"
     pair: str = "cls.seq_relationship"  # which sentence comes next
     prefix: str = ""  # of what is not a head, where it is not the model type
+    answers: str = "qa_outputs"
+    more: tuple[str, ...] = ()  # of CHOICE and CAUSAL
 
     @property
     def base(self) -> str:
@@ -63,8 +75,23 @@ class Flavour:
 
     @property
     def roberta(self) -> bool:
-        """Whether positions count from the id of padding, and the classifier has its own dense layer."""
+        """Whether positions count from the id of padding."""
         return self.model_type in ("roberta", "longformer")
+
+    @property
+    def summarises(self) -> bool:
+        """Whether the classifier of sequences has its own dense layer, and does not read the pooler."""
+        return self.roberta or self.model_type == "big_bird"
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """The labels that there are, by the ends of the names of classes."""
+        return {**TASKS, CHOICE: "choice"} if CHOICE in self.more else TASKS
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The ends of the names of classes."""
+        return ("Model", "ForMaskedLM", "ForPreTraining", *self.tasks, *(one for one in self.more if one == CAUSAL))
 
 
 BERT_FLAVOUR = Flavour(
@@ -72,18 +99,17 @@ BERT_FLAVOUR = Flavour(
 )
 ROBERTA_FLAVOUR = Flavour("roberta", "Roberta", (0, 2, 1), 512, "lm_head.", ("dense", "layer_norm"))
 
-TASKS: dict[str, Task] = {
-    "ForNextSentencePrediction": "next_sentence",
-    "ForSequenceClassification": "sequence",
-    "ForTokenClassification": "token",
-    "ForQuestionAnswering": "span",
-}
-
 
 def spec(fields: Fields, flavour: Flavour) -> ModelSpec:
     """config.json, and the names of the tensors where there are any -> spec."""
     fields.must("position_embedding_type", "absolute")
-    fields.must("is_decoder", False)
+    causal = CAUSAL in flavour.more and _kind_of(fields, flavour) == CAUSAL
+    fields.must("is_decoder", causal)
+    if causal and not fields.flag("is_decoder", False):
+        raise CheckpointError(
+            f"{fields.where}: is_decoder is not true, so tokens of this {flavour.name}{CAUSAL} would see later ones;"
+            f" set it, or say {flavour.name}ForMaskedLM in architectures"
+        )
     fields.must("add_cross_attention", False)
     fields = fields.over({"hidden_size": 768, "num_attention_heads": 12})
     width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
@@ -101,7 +127,7 @@ def spec(fields: Fields, flavour: Flavour) -> ModelSpec:
         heads=heads,
         key_heads=heads,
         head_dim=fields.head_dim("hidden_size", "num_attention_heads"),
-        pattern=Everything(),
+        pattern=Causal() if causal else Everything(),
         bias="all",
         dropout=fields.number("attention_probs_dropout_prob", 0.1),
     )
@@ -112,46 +138,56 @@ def spec(fields: Fields, flavour: Flavour) -> ModelSpec:
     labels_rate = fields.number("classifier_dropout", rate)
     transform = TransformSpec(act="gelu" if roberta else act, norm=norm)
     head = LanguageHeadSpec(tied=fields.flag("tie_word_embeddings", True), bias=True, transform=transform)
+    stack = StackSpec(
+        layers=(layer,) * fields.layers(),
+        position=LearnedPositionSpec(size=rows - offset, offset=offset),
+        segment=SegmentSpec(count=fields.count("type_vocab_size", 2)),
+        input_norm=norm,
+        dropout=rate,
+    )
+    pooler = PoolerSpec(dropout=labels_rate if flavour.summarises and task == "sequence" else 0.0)
     return ModelSpec(
         width=width,
         embedding=EmbeddingSpec(vocabulary=fields.count("vocab_size", 30522), padding=special.pad),
-        encoder=StackSpec(
-            layers=(layer,) * fields.layers(),
-            position=LearnedPositionSpec(size=rows - offset, offset=offset),
-            segment=SegmentSpec(count=fields.count("type_vocab_size", 2)),
-            input_norm=norm,
-            dropout=rate,
-        ),
+        encoder=None if causal else stack,
+        decoder=stack if causal else None,
         head=head if language else None,
-        pooler=PoolerSpec(dropout=labels_rate if roberta and task == "sequence" else 0.0) if pooled else None,
+        pooler=pooler if pooled else None,
         labels=None if task is None else labels(fields, task, labels_rate),
         context=rows - offset,
         special=special,
     )
 
 
+def _kind_of(fields: Fields, flavour: Flavour) -> str:
+    """The end of the name of the class that the file names."""
+    said = fields.config.get("architectures") or [f"{flavour.name}Model"]
+    return str(said[0]).removeprefix(flavour.name)
+
+
 def _parts(fields: Fields, flavour: Flavour) -> tuple[bool, bool, Task | None]:
     """Whether there is a language head and a pooler, and which labels: as the tensors say, else the architecture."""
-    said = fields.config.get("architectures") or [f"{flavour.name}Model"]
-    kind = str(said[0]).removeprefix(flavour.name)
+    kind = _kind_of(fields, flavour)
     if fields.names is None:
-        if kind not in ("Model", "ForMaskedLM", "ForPreTraining", *TASKS):
-            known = ", ".join(("Model", "ForMaskedLM", "ForPreTraining", *TASKS))
+        if kind not in flavour.kinds:
+            said, known = fields.config["architectures"], ", ".join(flavour.kinds)
             raise ValueError(f"{fields.where}: architectures is {said}; known here: {flavour.name} with {known}")
-        task = "next_sentence" if kind == "ForPreTraining" else TASKS.get(kind)
-        language = kind in ("ForMaskedLM", "ForPreTraining")
-        return language, kind == "Model" or task in ("sequence", "next_sentence"), task
+        task = "next_sentence" if kind == "ForPreTraining" else flavour.tasks.get(kind)
+        language = kind in ("ForMaskedLM", "ForPreTraining", CAUSAL)
+        return language, kind == "Model" or task in ("sequence", "next_sentence", "choice"), task
     language = any(name.startswith(flavour.language) for name in fields.names)
     if any(name.startswith(f"{flavour.pair}.") for name in fields.names):
         return language, True, "next_sentence"
     if language:
         return True, False, None
-    if "qa_outputs.weight" in fields.names:
+    if f"{flavour.answers}.weight" in fields.names:
         return False, False, "span"
     if "classifier.out_proj.weight" in fields.names:
         return False, True, "sequence"
     if "classifier.weight" in fields.names:
-        by_token = kind == "ForTokenClassification" or flavour.roberta
+        if kind == CHOICE and CHOICE in flavour.more:
+            return False, True, "choice"
+        by_token = kind == "ForTokenClassification" or flavour.summarises
         return (False, False, "token") if by_token else (False, True, "sequence")
     return False, f"{flavour.base}{flavour.pooler}.weight" in fields.names, None
 
@@ -160,6 +196,8 @@ def labels(fields: Fields, task: Task, rate: float) -> LabelHeadSpec:
     """As many labels as the configuration names."""
     if task in ("next_sentence", "span"):
         return LabelHeadSpec(labels=2, task=task)
+    if task == "choice":
+        return LabelHeadSpec(labels=1, task=task, dropout=rate)
     named = fields.config.get("id2label")
     count = fields.count("num_labels", len(named) if isinstance(named, dict) and named else 2)
     return LabelHeadSpec(labels=count, task=task, dropout=rate)
@@ -167,11 +205,13 @@ def labels(fields: Fields, task: Task, rate: float) -> LabelHeadSpec:
 
 def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
     """spec -> config.json."""
-    stack, attention, feedforward = parts(spec, "encoder")
-    position = the(LearnedPositionSpec, stack.position, "encoder.position")
+    causal = CAUSAL in flavour.more and spec.decoder is not None and spec.decoder.segment is not None
+    side = "decoder" if causal else "encoder"
+    stack, attention, feedforward = parts(spec, side)
+    position = the(LearnedPositionSpec, stack.position, f"{side}.position")
     said = {
         "model_type": flavour.model_type,
-        "architectures": [flavour.name + _kind(spec)],
+        "architectures": [flavour.name + (CAUSAL if causal else _kind(spec, flavour))],
         "vocab_size": spec.embedding.vocabulary,
         "hidden_size": spec.width,
         "num_hidden_layers": len(stack.layers),
@@ -181,25 +221,30 @@ def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
         "hidden_dropout_prob": stack.dropout,
         "attention_probs_dropout_prob": attention.dropout,
         "max_position_embeddings": position.size + position.offset,
-        "type_vocab_size": the(SegmentSpec, stack.segment, "encoder.segment").count,
-        "layer_norm_eps": the(LayerNormSpec, stack.input_norm, "encoder.input_norm").eps,
+        "type_vocab_size": the(SegmentSpec, stack.segment, f"{side}.segment").count,
+        "layer_norm_eps": the(LayerNormSpec, stack.input_norm, f"{side}.input_norm").eps,
         "tie_word_embeddings": spec.head is None or spec.head.tied,
         **special_config(spec.special),
     }
+    if causal:
+        said["is_decoder"] = True
     if spec.labels is not None and spec.labels.task in ("sequence", "token"):
         said |= {"num_labels": spec.labels.labels, "classifier_dropout": spec.labels.dropout}
     return said
 
 
-def _kind(spec: ModelSpec) -> str:
+def _kind(spec: ModelSpec, flavour: Flavour) -> str:
     task = None if spec.labels is None else spec.labels.task
     if spec.head is not None:
         need(task in (None, "next_sentence"), "labels", f"are of a {task} beside a language head")
         return "ForMaskedLM" if task is None else "ForPreTraining"
-    return "Model" if task is None else next(name for name, one in TASKS.items() if one == task)
+    kinds = {one: name for name, one in flavour.tasks.items()}
+    need(task is None or task in kinds, "labels", f"are of a {task}")
+    return "Model" if task is None else kinds[task]
 
 
-def weights(base: str) -> tuple[Rule, ...]:
+def weights(base: str, *sides: str) -> tuple[Rule, ...]:
+    """The names of what is not a head, in the stacks that there may be: the encoder, where no others are named."""
     names = {
         "attention.op.q": "attention.self.query",
         "attention.op.k": "attention.self.key",
@@ -210,20 +255,24 @@ def weights(base: str) -> tuple[Rule, ...]:
         "feedforward.op.down": "output.dense",
         "feedforward.after": "output.LayerNorm",
     }
-    return (
-        Rule("embedding.weight", f"{base}embeddings.word_embeddings.weight"),
-        Rule("encoder.position.weight", f"{base}embeddings.position_embeddings.weight"),
-        Rule("encoder.segment.weight", f"{base}embeddings.token_type_embeddings.weight"),
-        *pairs("", "", {"encoder.input_norm": f"{base}embeddings.LayerNorm"}),
-        *pairs("encoder.layers.{i}.", base + "encoder.layer.{i}.", names),
-    )
+
+    def stack(side: str) -> tuple[Rule, ...]:
+        return (
+            Rule(f"{side}.position.weight", f"{base}embeddings.position_embeddings.weight"),
+            Rule(f"{side}.segment.weight", f"{base}embeddings.token_type_embeddings.weight"),
+            *pairs(f"{side}.", f"{base}embeddings.", {"input_norm": "LayerNorm"}),
+            *pairs(side + ".layers.{i}.", base + "encoder.layer.{i}.", names),
+        )
+
+    table = Rule("embedding.weight", f"{base}embeddings.word_embeddings.weight")
+    return (table, *(rule for side in sides or ("encoder",) for rule in stack(side)))
 
 
 def heads(spec: ModelSpec, flavour: Flavour) -> tuple[Rule, ...]:
     """The names of a pooler, a language head and a label head, which depend on each other."""
     task = None if spec.labels is None else spec.labels.task
-    inside = flavour.roberta and task == "sequence"  # RoBERTa's classifier has its own dense layer
-    labels = {"next_sentence": flavour.pair, "span": "qa_outputs"}.get(task or "", "classifier")
+    inside = flavour.summarises and task == "sequence"
+    labels = {"next_sentence": flavour.pair, "span": flavour.answers}.get(task or "", "classifier")
     dense, norm = flavour.transform
     names = {
         "pooler.dense": "classifier.dense" if inside else f"{flavour.base}{flavour.pooler}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -56,6 +57,10 @@ class Family:
     def rules(self, spec: ModelSpec) -> tuple[Rule, ...]:
         """The whole weight table of one of its models."""
         return self.weights + self.heads(spec)
+
+    def unread(self, name: str) -> bool:
+        """Whether a tensor of theirs is kept but not used."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.ignored)
 
 
 class Fields:

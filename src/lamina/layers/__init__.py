@@ -16,6 +16,7 @@ from lamina.layers.feedforward import FeedForward, FeedForwardSpec
 from lamina.layers.head import (
     LabelHead,
     LabelHeadSpec,
+    LabelStepSpec,
     LanguageHead,
     LanguageHeadSpec,
     Pooler,
@@ -66,6 +67,7 @@ __all__ = [
     "GroupLimitSpec",
     "LabelHead",
     "LabelHeadSpec",
+    "LabelStepSpec",
     "LanguageHead",
     "LanguageHeadSpec",
     "LatentAttention",

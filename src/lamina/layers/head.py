@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError
+from lamina.layers.call import Call
 from lamina.layers.dropout import dropout
-from lamina.layers.feedforward import ACTIVATIONS, Activation
+from lamina.layers.feedforward import ACTIVATIONS, Activation, FeedForwardSpec
 from lamina.layers.linear import Linear, linear
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.layers.parameter import parameter
@@ -50,13 +51,36 @@ class LanguageHeadSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class PoolerSpec(Spec):
-    """tanh(dense(one token)): BERT's summary of a sequence; RoBERTa's and BART's classifiers have dropout first."""
+    """act(dense(one token)): BERT's summary of a sequence; RoBERTa's and BART's classifiers have dropout first."""
 
     token: Literal["first", "last"] = "first"  # of the real ones; the last in BART, whose decoder is causal
     dropout: float = 0.0  # before the dense layer
+    act: Activation = "tanh"  # that of the layers in BigBird's classifier
 
     def build(self, width: int) -> Pooler:
         return Pooler(self, width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelStepSpec(Spec):
+    """norm(x + dropout(feedforward(dropout(x)))) before the labels: where BigBird answers questions (arXiv:2007.14062,
+    its code)."""
+
+    feedforward: FeedForwardSpec
+    norm: LayerNormSpec | RMSNormSpec
+    dropout: float = 0.0
+
+    def check(self) -> None:
+        if not 0 <= self.dropout <= 1:
+            raise LaminaError(f"dropout={self.dropout} must lie within 0 and 1")
+
+    def build(self, width: int) -> LabelStep:
+        return LabelStep(self, width)
+
+
+Task = Literal["sequence", "next_sentence", "choice", "token", "span"]
+"""What labels are of: a row, a pair of sentences, a row that is one of several choices; each token, or each token as
+the start and the end of an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +88,16 @@ class LabelHeadSpec(Spec):
     """A linear layer over labels: of the pooled sequence, or of each token."""
 
     labels: int
-    task: Literal["sequence", "next_sentence", "token", "span"] = "sequence"  # span: where an answer starts and ends
+    task: Task = "sequence"
     dropout: float = 0.0  # before it
+    step: LabelStepSpec | None = None  # before that: BigBird's answers
+    after: int | None = None  # answers stand after the first such id, or are the first token (there is none): BigBird
 
     def check(self) -> None:
         if self.labels < 1 or not 0 <= self.dropout <= 1:
             raise LaminaError(f"labels={self.labels} must be at least 1, dropout={self.dropout} within 0 and 1")
+        if self.after is not None and self.task != "span":
+            raise LaminaError(f"after={self.after} is for answers (task 'span'), and these labels are of a {self.task}")
 
     @property
     def each_token(self) -> bool:
@@ -138,7 +166,25 @@ class Pooler(nn.Module):
         self.dense = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.dense(dropout(x, self.spec.dropout, self.training)))
+        return ACTIVATIONS[self.spec.act](self.dense(dropout(x, self.spec.dropout, self.training)))
+
+
+class LabelStep(nn.Module):
+    """(B, T, width) -> (B, T, width)."""
+
+    def __init__(self, spec: LabelStepSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.feedforward = spec.feedforward.build(width)
+        self.norm = spec.norm.build(width)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        h = self.feedforward(dropout(x, self.spec.dropout, self.training), call)
+        return self.norm(x + dropout(h, self.spec.dropout, self.training))
+
+
+LOWERED = 1e6
+"""What the scores of tokens lose at which no answer may stand: transformers' number, so that sums over them agree."""
 
 
 class LabelHead(nn.Module):
@@ -147,7 +193,11 @@ class LabelHead(nn.Module):
     def __init__(self, spec: LabelHeadSpec, width: int) -> None:
         super().__init__()
         self.spec = spec
+        self.step = None if spec.step is None else spec.step.build(width)
         self.dense = nn.Linear(width, spec.labels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dense(dropout(x, self.spec.dropout, self.training))
+    def forward(self, x: Tensor, call: Call, answers: Tensor | None = None) -> Tensor:
+        """`answers`: (B, T) bool, where one may stand; None: anywhere."""
+        x = x if self.step is None else self.step(x, call)
+        scores = self.dense(dropout(x, self.spec.dropout, self.training))
+        return scores if answers is None else torch.where(answers[:, :, None], scores, scores - LOWERED)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lamina.errors import LaminaError
 from lamina.patterns.near import Causal, Sinks
-from lamina.patterns.pattern import Extent, Pattern, Retained
+from lamina.patterns.pattern import Extent, Pattern, Predicate, Retained
 from lamina.tokens import Tokens
 
 
@@ -63,11 +63,27 @@ class _Table(Pattern):
         """The key blocks of the first `count` query blocks, or of as many as there are."""
         raise NotImplementedError
 
+    def most(self) -> int | None:
+        """Blocks beyond which nothing sees or is seen; None: there are always more."""
+        raise NotImplementedError
+
     def __call__(self, query: Tokens, key: Tokens) -> Tensor:
         i, j = query.position // self.size, key.position // self.size
-        seen = _table(self, self._count(i, j)).to(i.device)
-        inside = (i >= 0) & (j >= 0) & (i < len(seen)) & (j < len(seen))
-        return seen[i.clamp(0, len(seen) - 1), j.clamp(0, len(seen) - 1)] & inside
+        return self._drawn(self._count(i, j), i.device)(query, key)
+
+    def drawn(self, positions: int, device: torch.device) -> Predicate:
+        last = torch.tensor((positions - 1) // self.size)
+        return self._drawn(self._count(last, last), device)
+
+    def _drawn(self, count: int, device: torch.device) -> Predicate:
+        seen, size = _table(self, count).to(device), self.size
+
+        def predicate(query: Tokens, key: Tokens) -> Tensor:
+            i, j = query.position // size, key.position // size
+            inside = (i >= 0) & (j >= 0) & (i < len(seen)) & (j < len(seen))
+            return seen[i.clamp(0, len(seen) - 1), j.clamp(0, len(seen) - 1)] & inside
+
+        return predicate
 
     def over(self, query: Extent, key: Extent) -> tuple[Any, Any]:
         i, j = ((one.first // self.size, one.last // self.size) for one in (query, key))
@@ -85,6 +101,17 @@ class _Table(Pattern):
         """Blocks that a table needs; a power of two, so that few are made while a text grows."""
         largest = max(int(i.amax()), int(j.amax()), 0) if i.numel() and j.numel() else 0
         return 1 << largest.bit_length()
+
+    def lasts(self, key: Tokens) -> Tensor | None:
+        most = self.most()
+        if most is None:
+            return None
+        seen = _table(self, most)
+        rows = torch.arange(1, len(seen) + 1)[:, None] * seen
+        last = (rows.amax(dim=0) * self.size - 1).to(key.position.device)  # of each key block
+        block = key.position // self.size
+        inside = (block >= 0) & (block < len(last))
+        return torch.where(inside, last[block.clamp(0, len(last) - 1)], -1)
 
     def looks_ahead(self) -> bool:
         return True
@@ -105,16 +132,11 @@ class BlockTable(_Table):
     def rows(self, count: int) -> tuple[tuple[int, ...], ...]:
         return self.table
 
-    def _count(self, i: Tensor, j: Tensor) -> int:
+    def most(self) -> int:
         return max(len(self.table), 1 + max((block for row in self.table for block in row), default=0))
 
-    def lasts(self, key: Tokens) -> Tensor | None:
-        seen = _table(self, self._count(key.position, key.position))
-        rows = torch.arange(1, len(seen) + 1)[:, None] * seen
-        last = (rows.amax(dim=0) * self.size - 1).to(key.position.device)  # of each key block
-        block = key.position // self.size
-        inside = (block >= 0) & (block < len(last))
-        return torch.where(inside, last[block.clamp(0, len(last) - 1)], -1)
+    def _count(self, i: Tensor, j: Tensor) -> int:
+        return self.most()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,22 +145,31 @@ class RandomBlocks(_Table):
     (BigBird; arXiv:2007.14062, section 2).
 
     They are drawn from `blocks` blocks, or, where that is None, from those before the query's own: so a text that is
-    being written never changes what was drawn.
+    being written never changes what was drawn. With `limit` only the first so many blocks draw, and a cache knows which
+    keys nobody will draw any more.
     """
 
     size: int
     count: int
     seed: int = 0
     blocks: int | None = None
+    limit: int | None = None
 
     def check(self) -> None:
-        if self.size < 1 or self.count < 1 or (self.blocks is not None and self.blocks < 1):
-            raise LaminaError(
-                f"RandomBlocks(size={self.size}, count={self.count}, blocks={self.blocks}): each must be 1 or more"
-            )
+        for value in (self.size, self.count, self.blocks, self.limit):
+            if value is not None and value < 1:
+                raise LaminaError(
+                    f"RandomBlocks(size={self.size}, count={self.count}, blocks={self.blocks}, limit={self.limit}):"
+                    " each must be 1 or more"
+                )
+
+    def most(self) -> int | None:
+        ends = [end for end in (self.blocks, self.limit) if end is not None]
+        return max(ends, default=None)
 
     def rows(self, count: int) -> tuple[tuple[int, ...], ...]:
-        return tuple(self._row(i) for i in range(count if self.blocks is None else self.blocks))
+        ends = [end for end in (self.blocks, self.limit) if end is not None]
+        return tuple(self._row(i) for i in range(min(ends, default=count)))
 
     def _row(self, block: int) -> tuple[int, ...]:
         among = block if self.blocks is None else self.blocks
@@ -166,10 +197,12 @@ def _totals(pattern: _Table, count: int) -> Tensor:
     return torch.nn.functional.pad(counted, (1, 0, 1, 0))
 
 
-def bigbird(size: int = 64, random_blocks: int = 3, seed: int = 0) -> Pattern:
+def bigbird(size: int = 64, random_blocks: int = 3, seed: int = 0, limit: int | None = None) -> Pattern:
     """BigBird for decoders: causal, with a window of two blocks, the first block seen by all, and random earlier ones.
 
-    A block that has passed may still be drawn by a later one, so only without random blocks does a cache of it shrink.
+    A block that has passed may still be drawn by a later one, so a cache keeps it; but not where no more than `limit`
+    blocks draw and none of those to come does: with 3 random blocks a cache then holds about half of `limit`.
     """
     near = BlockWindow(size=size, back=2) | Sinks(count=size)
-    return Causal() & (near | RandomBlocks(size=size, count=random_blocks, seed=seed) if random_blocks else near)
+    drawn = RandomBlocks(size=size, count=random_blocks, seed=seed, limit=limit) if random_blocks else None
+    return Causal() & (near if drawn is None else near | drawn)
