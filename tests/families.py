@@ -132,6 +132,11 @@ BART = {
     "eos_token_id": 96,
     "decoder_start_token_id": 3,
 }
+LED = {name: value for name, value in BART.items() if name != "max_position_embeddings"} | {
+    "max_encoder_position_embeddings": 64,  # what transformers pads to has positions too
+    "max_decoder_position_embeddings": 40,
+    "attention_window": [4, 8, 4],
+}
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 WHISPER = {
     "vocab_size": VOCABULARY,
@@ -187,10 +192,13 @@ class Row:
     def __str__(self) -> str:
         return self.name
 
-    @property
-    def shows(self) -> bool:
-        """Whether transformers shows what attention sees: Longformer's weights are a band, BigBird's lack keys."""
-        return self.kernel == "eager" and not self.model.startswith(("Longformer", "BigBird"))
+    def shows(self, stack: str) -> bool:
+        """Whether transformers shows what attention of a stack sees: Longformer's weights are a band, as are those of
+        LED's encoder, and BigBird's lack keys."""
+        banded = self.model.startswith(("Longformer", "BigBird")) or (
+            self.model.startswith("LED") and stack == "encoder"
+        )
+        return self.kernel == "eager" and not banded
 
 
 def _rows(model: str, config: str, rows: dict[str, dict[str, Any]], **more: Any) -> list[Row]:
@@ -425,6 +433,13 @@ ROWS = [
     *_rows("BartModel", "BartConfig", {"bart-bare": BART}),
     *_rows("BartForQuestionAnswering", "BartConfig", {"bart-span-bare": BART}),
     *_rows("BartForCausalLM", "BartConfig", {"bart-decoder": BART | {"encoder_layers": 2}}),
+    *_rows("LEDForConditionalGeneration", "LEDConfig", {
+        "led": LED,
+        "led-biased": LED | {"attention_window": 4, "activation_function": "relu", "attention_dropout": 0.2},
+        "led-wide": LED | {"attention_window": 32, "pad_token_id": 3},
+    }),
+    *_rows("LEDModel", "LEDConfig", {"led-bare": LED}),
+    *_rows("LEDForQuestionAnswering", "LEDConfig", {"led-span-bare": LED}),
     *_rows("MT5ForConditionalGeneration", "MT5Config", {"mt5": T5 | GATED}),
     # With 64 places nothing is dropped in transformers: there a capacity holds in evaluation too (R4, test_peers.py).
     *_rows("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", {
@@ -445,11 +460,11 @@ ROWS = [
 
 ENCODERS = ("albert", "bert", "bigbird", "longformer", "roberta", "switch-encoder", "t5-encoder")
 """How the names of rows that only read begin."""
-PAIRS = ("t5", "mt5", "bart", "switch")
+PAIRS = ("t5", "mt5", "bart", "led", "switch")
 """How the names of rows begin that read one text and write another; those that only read aside."""
 HEARING = ("whisper",)
 """How the names of rows begin whose encoder reads a spectrogram: each row one text, padded on the right only."""
-COUNTING = ("T5", "MT5", "Bart", "Switch")
+COUNTING = ("T5", "MT5", "Bart", "LED", "Switch")
 """How the names of those classes of transformers begin that count positions themselves and take none."""
 
 

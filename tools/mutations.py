@@ -33,9 +33,14 @@ ALSO: dict[str, tuple[str, ...]] = {
     "reading.py": MODEL,
     "cache/growing.py": ("tests/generation/test_beam.py",),
     "generation/limits.py": ("tests/generation/test_loop.py", "tests/test_families_whisper.py"),
-    "generation/feeder.py": ("tests/test_encoder_decoder.py",),
+    "generation/feeder.py": ("tests/test_encoder_decoder.py", "tests/test_families_led.py"),
     "generation/text.py": ("tests/cli/test_writing.py",),
-    "model.py": ("tests/test_encoder_decoder.py", "tests/test_families_bart.py", "tests/layers/test_convolution.py"),
+    "model.py": (
+        "tests/test_encoder_decoder.py",
+        "tests/test_families_bart.py",
+        "tests/test_families_led.py",
+        "tests/layers/test_convolution.py",
+    ),
     "families/rope.py": ("tests/test_families_gemma.py",),
     "families/gemma.py": ("tests/test_families_gemma.py",),
     "families/bert.py": ("tests/test_families_bert.py",),
@@ -46,7 +51,8 @@ ALSO: dict[str, tuple[str, ...]] = {
     "families/whisper.py": ("tests/test_families_whisper.py",),
     "families/ctranslate2.py": ("tests/test_families_ctranslate2.py",),
     "families/t5.py": ("tests/test_families_t5.py",),
-    "families/bart.py": ("tests/test_families_bart.py",),
+    "families/bart.py": ("tests/test_families_bart.py", "tests/test_families_led.py"),
+    "families/led.py": ("tests/test_families_led.py",),
     "opening.py": ("tests/test_families_t5.py",),
     "exporting.py": ("tests/test_families_t5.py",),
     "families/gpt_neox.py": ("tests/test_families_parallel.py",),
@@ -460,8 +466,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
         (
             "longformer: windows are written",
-            "both = [2 * one.window for one in found]",
-            "both = [one.window for one in found]",
+            "[2 * one.window for one in found]",
+            "[one.window for one in found]",
         ),
     ],
     "attend/__init__.py": [
@@ -1543,10 +1549,13 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("biases of the attention", ', "bias": bias}', "}"),
         (
             "positions after two rows",
-            "LearnedPositionSpec(size=positions, offset=OFFSET)",
-            "LearnedPositionSpec(size=positions + 2)",
+            "LearnedPositionSpec(size=rows[side], offset=flavour.offset)",
+            "LearnedPositionSpec(size=rows[side] + flavour.offset)",
         ),
-        ("norm of the input", "            input_norm=norm,\n", ""),
+        ("norm of the input", "            input_norm=LayerNormSpec(),\n", ""),
+        ("positions of each side", "size=rows[side], offset", 'size=rows["encoder"], offset'),
+        ("what is written ends with the decoder's positions", 'context=rows["decoder"]', 'context=rows["encoder"]'),
+        ("labels that the family has", "in fields.names and one in kinds:", "in fields.names:"),
         ("post-norm", "{place: LayerNormSpec(),", '{"post": LayerNormSpec(),'),
         ("dropout of a step", ', "dropout": fields.number("dropout")}', "}"),
         ("scale of the embedding", '"root" if fields.flag("scale_embedding", False) else "none"', '"none"'),
@@ -1563,6 +1572,22 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("the unused buffer is written", "return {BIAS: (1, spec.embedding.vocabulary)} if bare else {}", "return {}"),
         ("dropout of attention", '"dropout": fields.number("attention_dropout")', '"dropout": 0.0'),
         ("dropout inside", 'dropout=fields.number("activation_dropout")', "dropout=0.0"),
+    ],
+    "families/led.py": [
+        ("led: embeddings are not scaled", 'fields.must("scale_embedding", False)', "pass"),
+        (
+            "led: windows",
+            "longformer.sparse(fields, bart.spec(fields.over(DEFAULTS), FLAVOUR))",
+            "bart.spec(fields.over(DEFAULTS), FLAVOUR)",
+        ),
+        ("led: global projections", '"op.global_"): f"{theirs}_global"', '"op.global_"): theirs'),
+        ("led: positions", "(16384, 1024)", "(1024, 1024)"),
+        ("led: windows are written", ' | {"attention_window": both}\n    need', "\n    need"),
+        (
+            "led: a scale that cannot be said",
+            'need(not said.pop("scale_embedding"),',
+            'need(said.pop("scale_embedding") is not None,',
+        ),
     ],
     "families/t5.py": [
         ("unscaled scores", '"scale": 1.0, ', ""),
@@ -1594,6 +1619,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "generation/feeder.py": [
         ("relative positions go on", 'cache == "sinks" or model.spec.two_stacks', 'cache == "sinks"'),
         ("learned positions end", "two_stacks) and not isinstance(position, LearnedPositionSpec)", "two_stacks)"),
+        ("marks of the source", "model.encode(input_ids, mask, marked=marked)", "model.encode(input_ids, mask)"),
+        ("marks of one stack", "elif marked is not None:", "elif False:"),
     ],
     "generation/text.py": [
         ("beams: the length of each", "new = row[begun : begun + length]", "new = row[begun:]"),
@@ -1673,6 +1700,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("weights that are not finite", "check_finite(logits, count)", "pass"),
     ],
     "model.py": [
+        (
+            "an encoder reads as far as its positions",
+            "return position.size if isinstance",
+            "return self.context if isinstance",
+        ),
         (
             "a classifier's decoder: each text has its start",
             "begins[:, 1:] &= ~tokens.real[:, :-1] | (tokens.document[:, 1:] != tokens.document[:, :-1])",

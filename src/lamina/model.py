@@ -17,6 +17,7 @@ from lamina.layers import (
     EmbeddingSpec,
     LabelHeadSpec,
     LanguageHeadSpec,
+    LearnedPositionSpec,
     PoolerSpec,
     Record,
     RotarySpec,
@@ -58,6 +59,12 @@ class ModelSpec(Spec):
     def two_stacks(self) -> bool:
         """Whether it is an encoder-decoder: what it writes does not continue what it reads."""
         return self.encoder is not None and self.decoder is not None
+
+    @property
+    def source_context(self) -> int | None:
+        """Tokens that the first stack reads: LED's encoder has 16,384 positions, and its decoder 1,024 (`context`)."""
+        position = self.encoder.position if self.encoder is not None and self.two_stacks else None
+        return position.size if isinstance(position, LearnedPositionSpec) else self.context
 
     def check(self) -> None:
         if self.width < 1 or (self.encoder is None and self.decoder is None):

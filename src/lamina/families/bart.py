@@ -1,7 +1,12 @@
-"""BART (arXiv:1910.13461): post-norm encoder and decoder, learned positions after two rows, one table for all."""
+"""BART (arXiv:1910.13461): post-norm encoder and decoder, learned positions after two rows, one table for all.
+LED (led.py) is made of the same.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lamina.families.bert import labels
@@ -24,28 +29,48 @@ from lamina.model import ModelSpec
 from lamina.patterns import Causal, Everything
 from lamina.weights.rules import OneRow, Rule, Shape, pairs
 
-OFFSET = 2  # rows of the position table before position 0: fairseq counts from the id of padding, which is 1
 BIAS = "final_logits_bias"
-KINDS = ("ForConditionalGeneration", "ForCausalLM", "ForSequenceClassification", "ForQuestionAnswering", "Model")
 
 
-def spec(fields: Fields) -> ModelSpec:
+@dataclass(frozen=True)
+class Flavour:
+    """Where LED differs from BART."""
+
+    model_type: str
+    name: str  # of the classes
+    base: str  # prefix of what is not a head
+    kinds: tuple[str, ...]  # what is on the decoder, as the classes are called
+    places: tuple[str, str]  # fields that say how many positions the two sides have
+    offset: int  # rows of the position table before position 0: fairseq counts from the id of padding, which is 1
+
+
+BART_FLAVOUR = Flavour(
+    "bart",
+    "Bart",
+    "model.",
+    ("ForConditionalGeneration", "ForCausalLM", "ForSequenceClassification", "ForQuestionAnswering", "Model"),
+    ("max_position_embeddings", "max_position_embeddings"),
+    2,
+)
+
+
+def spec(fields: Fields, flavour: Flavour) -> ModelSpec:
     """config.json, and the tensors where there are any -> spec."""
     for name, value in OLD.items():
         fields.must(name, value)
     fields = fields.over(DEFAULTS)
-    positions, norm = fields.count("max_position_embeddings"), LayerNormSpec()
+    rows = {side: fields.count(place) for side, place in zip(SIDES, flavour.places, strict=True)}
     special = fields.special(0, 2, 1).replace(decoder_start=fields.token("decoder_start_token_id", 2))
 
     def stack(side: str) -> StackSpec:
         return StackSpec(
             layers=layers(fields, side, "after"),
-            position=LearnedPositionSpec(size=positions, offset=OFFSET),
-            input_norm=norm,
+            position=LearnedPositionSpec(size=rows[side], offset=flavour.offset),
+            input_norm=LayerNormSpec(),
             dropout=fields.number("dropout"),
         )
 
-    encodes, kind = _parts(fields)
+    encodes, kind = _parts(fields, flavour)
     generates = kind in ("ForConditionalGeneration", "ForCausalLM")
     rate, classifies = fields.number("classifier_dropout"), kind == "ForSequenceClassification"
     label = {"ForQuestionAnswering": LabelHeadSpec(labels=2, task="span")}
@@ -64,7 +89,7 @@ def spec(fields: Fields) -> ModelSpec:
         head=head if generates else None,
         pooler=PoolerSpec(token="last", dropout=rate) if classifies else None,
         labels=label.get(kind),
-        context=positions,
+        context=rows["decoder"],
         special=special,
     )
 
@@ -118,41 +143,46 @@ OLD: dict[str, Any] = {
     "add_final_layer_norm": False,
     "normalize_embedding": True,
     "static_position_embeddings": False,
-    "extra_pos_embeddings": OFFSET,
+    "extra_pos_embeddings": 2,
     "encoder_layerdrop": 0.0,
     "decoder_layerdrop": 0.0,
 }
 """Fields that say what BART is in files of 2020, or that it leaves out whole layers in training, which is not built."""
 
 
-def _parts(fields: Fields) -> tuple[bool, str]:
+def _parts(fields: Fields, flavour: Flavour) -> tuple[bool, str]:
     """Whether there is an encoder, and what is on the decoder: as the tensors say, else the architecture."""
-    said = fields.config.get("architectures") or ["BartForConditionalGeneration"]
-    kind = str(said[0]).removeprefix("Bart")
-    if kind not in KINDS:
-        raise ValueError(f"{fields.where}: architectures is {said}; known here: Bart with {', '.join(KINDS)}")
+    name, kinds = flavour.name, flavour.kinds
+    said = fields.config.get("architectures") or [f"{name}ForConditionalGeneration"]
+    kind = str(said[0]).removeprefix(name)
+    if kind not in kinds:
+        raise ValueError(f"{fields.where}: architectures is {said}; known here: {name} with {', '.join(kinds)}")
     if fields.names is None:
         return kind != "ForCausalLM", kind
-    encodes = any(name.startswith("model.encoder.layers.") for name in fields.names)
-    for name, one in (("qa_outputs.weight", KINDS[3]), ("classification_head.dense.weight", KINDS[2])):
-        if name in fields.names:
-            return encodes, one
+    alone = "ForCausalLM" in kinds and not any(n.startswith(f"{flavour.base}encoder.layers.") for n in fields.names)
+    for tensor, one in LABELS.items():
+        if f"{tensor}.weight" in fields.names and one in kinds:
+            return not alone, one
     if BIAS in fields.names or "lm_head.weight" in fields.names:
         kind = "ForConditionalGeneration"
-    return encodes, kind
+    return not alone, kind
 
 
-def config(spec: ModelSpec) -> dict[str, Any]:
+LABELS = {"qa_outputs": "ForQuestionAnswering", "classification_head.dense": "ForSequenceClassification"}
+"""The tensor that only a model with such labels has."""
+
+
+def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
     """spec -> config.json."""
     tasks = {None: "Model", "sequence": "ForSequenceClassification", "span": "ForQuestionAnswering"}
     task = None if spec.labels is None else spec.labels.task
-    need(task in tasks, "labels", f"are of a {task}")
+    need(tasks.get(task) in flavour.kinds, "labels", f"are of a {task}")
     kind = tasks[task]
     if spec.head is not None:
         kind = "ForCausalLM" if spec.encoder is None else "ForConditionalGeneration"
     said: dict[str, Any] = {
-        "model_type": "bart",
-        "architectures": [f"Bart{kind}"],
+        "model_type": flavour.model_type,
+        "architectures": [f"{flavour.name}{kind}"],
         "is_encoder_decoder": spec.encoder is not None,
         "is_decoder": spec.encoder is None,
         "vocab_size": spec.embedding.vocabulary,
@@ -166,10 +196,10 @@ def config(spec: ModelSpec) -> dict[str, Any]:
     if spec.labels is not None and spec.labels.task == "sequence":
         count = spec.labels.labels
         said |= {"classifier_dropout": spec.labels.dropout, "num_labels": count}
-    for side in SIDES:
+    for side, place in zip(SIDES, flavour.places, strict=True):
         stack, told = side_config(spec, side if spec.encoder is not None else "decoder", side)
         said |= told
-        said["max_position_embeddings"] = the(LearnedPositionSpec, stack.position, f"{side}.position").size
+        said[place] = the(LearnedPositionSpec, stack.position, f"{side}.position").size
     return said
 
 
@@ -186,29 +216,29 @@ def side_config(spec: ModelSpec, side: str, called: str) -> tuple[StackSpec, dic
     }
 
 
-def rules(side: str, place: str) -> tuple[Rule, ...]:
+def projections(step: str, called: str) -> dict[str, str]:
+    """The names of the projections of an attention, below those of its layer."""
+    names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
+    return {f"{step}.op.{ours}": f"{called}.{theirs}" for ours, theirs in names.items()}
+
+
+ATTENTION = projections("attention", "self_attn")
+
+
+def rules(side: str, place: str, base: str = "model.", attention: Mapping[str, str] = ATTENTION) -> tuple[Rule, ...]:
     """The names of the layers of one side, whose norms stand as `layers` has them, and of its positions."""
-    ours, theirs = f"{side}.layers.{{i}}.", f"model.{side}.layers.{{i}}."
-    steps = (("attention", "self_attn"), ("cross", "encoder_attn"))[: 1 if side == "encoder" else 2]
-    projections = (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "out_proj"))
-    names = {f"{step}.op.{p}": f"{called}.{t}" for step, called in steps for p, t in projections}
-    names |= {f"{step}.{place}": f"{called}_layer_norm" for step, called in steps}
+    ours, theirs = f"{side}.layers.{{i}}.", f"{base}{side}.layers.{{i}}."
+    names = {**attention, f"attention.{place}": "self_attn_layer_norm"}
+    if side == "decoder":
+        names |= projections("cross", "encoder_attn") | {f"cross.{place}": "encoder_attn_layer_norm"}
     names |= {"feedforward.op.up": "fc1", "feedforward.op.down": "fc2", f"feedforward.{place}": "final_layer_norm"}
-    position = Rule(f"{side}.position.weight", f"model.{side}.embed_positions.weight")
+    position = Rule(f"{side}.position.weight", f"{base}{side}.embed_positions.weight")
     return (position, *pairs(ours, theirs, names))
 
 
-WEIGHTS = (
-    *(rule for side in SIDES for rule in rules(side, "after")),
-    *(rule for side in SIDES for rule in pairs(f"{side}.", f"model.{side}.", {"input_norm": "layernorm_embedding"})),
-    Rule("head.weight", "lm_head.weight"),
-    Rule("head.bias", BIAS, OneRow()),
-)
-
-
-def heads(spec: ModelSpec) -> tuple[Rule, ...]:
+def heads(spec: ModelSpec, flavour: Flavour) -> tuple[Rule, ...]:
     """The name of the embedding, which a decoder alone holds under its own, and those of the labels."""
-    table = f"model.{'decoder.embed_tokens' if spec.encoder is None else 'shared'}.weight"
+    table = f"{flavour.base}{'decoder.embed_tokens' if spec.encoder is None else 'shared'}.weight"
     spans = spec.labels is not None and spec.labels.task == "span"
     names = {"labels.dense": "qa_outputs" if spans else "classification_head.out_proj"}
     names |= {"pooler.dense": "classification_head.dense"}
@@ -221,16 +251,40 @@ def unused(spec: ModelSpec) -> dict[str, Shape]:
     return {BIAS: (1, spec.embedding.vocabulary)} if bare else {}
 
 
-BART = Family(
-    model_type="bart",
-    spec=spec,
-    config=config,
-    weights=WEIGHTS,
-    heads=heads,
-    base="model.",
-    aliases={"lm_head.weight": "model.shared.weight"},
-    copies={f"model.{side}.embed_tokens.weight": "model.shared.weight" for side in SIDES},
-    ignored=(BIAS, "model.encoder.version", "model.decoder.version"),
-    zeros=unused,
-    sizes={"bart/base": sizes(6, 768, 12), "bart/large": sizes(12, 1024, 16)},
-)
+bart_spec, bart_config = spec, config
+
+
+def family_of(
+    flavour: Flavour,
+    sizes: dict[str, dict[str, Any]],
+    *,
+    spec: Callable[[Fields], ModelSpec] | None = None,
+    config: Callable[[ModelSpec], dict[str, Any]] | None = None,
+    attention: Mapping[str, str] = ATTENTION,
+) -> Family:
+    """The family of a flavour. `spec`, `config`, `attention` (names): where the encoder does not attend as BART's."""
+    base = flavour.base
+    shared = f"{base}shared.weight"
+    norms = {f"{side}.input_norm": f"{side}.layernorm_embedding" for side in SIDES}
+    return Family(
+        model_type=flavour.model_type,
+        spec=partial(bart_spec, flavour=flavour) if spec is None else spec,
+        config=partial(bart_config, flavour=flavour) if config is None else config,
+        weights=(
+            *rules("encoder", "after", base, attention),
+            *rules("decoder", "after", base),
+            *pairs("", base, norms),
+            Rule("head.weight", "lm_head.weight"),
+            Rule("head.bias", BIAS, OneRow()),
+        ),
+        heads=partial(heads, flavour=flavour),
+        base=base,
+        aliases={"lm_head.weight": shared},
+        copies={f"{base}{side}.embed_tokens.weight": shared for side in SIDES},
+        ignored=(BIAS, *(f"{base}{side}.version" for side in SIDES)),
+        zeros=unused,
+        sizes=sizes,
+    )
+
+
+BART = family_of(BART_FLAVOUR, {"bart/base": sizes(6, 768, 12), "bart/large": sizes(12, 1024, 16)})
