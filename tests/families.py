@@ -368,6 +368,7 @@ ROWS = [
     *_rows("BertForSequenceClassification", "BertConfig", {"bert-sequence": ENCODER | LABELS}),
     *_rows("BertForTokenClassification", "BertConfig", {"bert-token": ENCODER | {"num_labels": 5}}),
     *_rows("BertForQuestionAnswering", "BertConfig", {"bert-span": ENCODER}),
+    *_rows("BertForMultipleChoice", "BertConfig", {"bert-choice": ENCODER | {"classifier_dropout": 0.25}}),
     *_rows("RobertaModel", "RobertaConfig", {"roberta": ROBERTA | {"layer_norm_eps": 1e-3}}),
     *_rows("RobertaForMaskedLM", "RobertaConfig", {
         "roberta-mlm": ROBERTA | {"hidden_act": "relu", "pad_token_id": 3},
@@ -376,6 +377,7 @@ ROWS = [
     *_rows("RobertaForSequenceClassification", "RobertaConfig", {"roberta-sequence": ROBERTA | LABELS}),
     *_rows("RobertaForTokenClassification", "RobertaConfig", {"roberta-token": ROBERTA | {"num_labels": 1}}),
     *_rows("RobertaForQuestionAnswering", "RobertaConfig", {"roberta-span": ROBERTA}),
+    *_rows("RobertaForMultipleChoice", "RobertaConfig", {"roberta-choice": ROBERTA | {"classifier_dropout": 0.25}}),
     *_rows("LongformerModel", "LongformerConfig", {
         "longformer": LONGFORMER | {"attention_window": [4, 8, 4]},
         "longformer-wide": LONGFORMER | {"attention_window": 64, "pad_token_id": 3},
@@ -393,6 +395,9 @@ ROWS = [
     *_rows("LongformerForQuestionAnswering", "LongformerConfig", {
         "longformer-span": LONGFORMER | {"sep_token_id": 95},
     }),
+    *_rows("LongformerForMultipleChoice", "LongformerConfig", {
+        "longformer-choice": LONGFORMER | {"hidden_dropout_prob": 0.2},
+    }),
     *_rows("BigBirdModel", "BigBirdConfig", {
         "bigbird": BIGBIRD,
         "bigbird-twice": BIGBIRD | {"num_random_blocks": 2, "rescale_embeddings": True, "layer_norm_eps": 1e-3},
@@ -401,6 +406,7 @@ ROWS = [
     *_rows("BigBirdForMaskedLM", "BigBirdConfig", {"bigbird-mlm": BIGBIRD | {"hidden_act": "relu"}}),
     *_rows("BigBirdForPreTraining", "BigBirdConfig", {"bigbird-pretraining": BIGBIRD}),
     *_rows("BigBirdForTokenClassification", "BigBirdConfig", {"bigbird-token": BIGBIRD | {"num_labels": 5}}),
+    *_rows("BigBirdForMultipleChoice", "BigBirdConfig", {"bigbird-choice": BIGBIRD}),
     *_rows("AlbertModel", "AlbertConfig", {
         "albert": ALBERT | {"layer_norm_eps": 1e-3},
         "albert-groups": ALBERT | {"num_hidden_groups": 2, "hidden_act": "relu", "hidden_size": 24,
@@ -417,6 +423,7 @@ ROWS = [
     }),
     *_rows("AlbertForTokenClassification", "AlbertConfig", {"albert-token": ALBERT | {"num_labels": 5}}),
     *_rows("AlbertForQuestionAnswering", "AlbertConfig", {"albert-span": ALBERT}),
+    *_rows("AlbertForMultipleChoice", "AlbertConfig", {"albert-choice": ALBERT | {"classifier_dropout_prob": 0.25}}),
     *_rows("T5ForConditionalGeneration", "T5Config", {
         "t5": T5,
         "t5-v1.1": T5 | GATED,  # as published: the head is its own
@@ -537,8 +544,11 @@ class Case:
         model = self.theirs if model is None else model
         if self.row.model.startswith("BigBird"):  # which a short text turns dense for good
             getattr(model, "bert", model).set_attention_type(model.config.attention_type)
-        if self.row.model == "LongformerForQuestionAnswering":  # which fails in a text without three separators
-            more.setdefault("global_attention_mask", torch.zeros_like(ids))
+        if self.row.model in ("LongformerForQuestionAnswering", "LongformerForMultipleChoice"):
+            more.setdefault("global_attention_mask", torch.zeros_like(ids))  # or they ask for three separators a text
+        if self.row.model.endswith("MultipleChoice"):  # a choice of one
+            told = {name: one[:, None] if isinstance(one, torch.Tensor) else one for name, one in more.items()}
+            return model(ids[:, None], **told)
         if not self.two_stacks:
             return model(ids, **more)
         return model(**{self.reads: self.sources[: len(ids)]}, decoder_input_ids=ids, **more)

@@ -28,7 +28,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "layers/stack.py": (*MODEL, "tests/test_encoder_decoder.py"),
     "layers/cross.py": ("tests/test_encoder_decoder.py",),
     "layers/embedding.py": ("tests/test_encoder_decoder.py",),
-    "layers/head.py": ("tests/test_encoder_decoder.py",),
+    "layers/head.py": ("tests/test_encoder_decoder.py", "tests/test_families_bert.py"),
     "layers/block.py": ("tests/layers/test_cross.py",),
     "reading.py": MODEL,
     "cache/growing.py": ("tests/generation/test_beam.py",),
@@ -448,6 +448,13 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("marks: the first of each document", "earlier(tokens.real, tokens.document) == 0", "tokens.position == 0"),
         ("marks: a question ends before its end", "& ~ends & (follows > 0)", "& (follows > 0)"),
         ("marks: no question", "& ~ends & (follows > 0)", "& ~ends"),
+        ("marks: a choice begins behind two separators", "return behind & (earlier(", "return behind | (earlier("),
+        ("marks: padding is not behind one", "(earlier(behind & tokens.real,", "(earlier(behind,"),
+        (
+            "marks: padding is no separator",
+            "behind = earlier((ids == self.id) & tokens.real,",
+            "behind = earlier(ids == self.id,",
+        ),
         ("marks: the last block", "ends = (before < self.size) | (", "ends = (before < self.size) & ("),
         ("marks: short texts", "return ends | (length <= self.short)", "return ends | (length < self.short)"),
         ("marks: padding", "self.mark(ids, tokens) & tokens.real", "self.mark(ids, tokens)"),
@@ -455,14 +462,14 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "families/longformer.py": [
         ("longformer: half the window", "return [one // 2 for one in both]", "return [one for one in both]"),
         (
-            "longformer: the question",
-            'marks = FirstToken() if task == "sequence" else question',
-            'marks = FirstToken() if task == "sequence" else None and question',
+            "longformer: the question and the choice",
+            "if rule is None or separator is None",
+            "if True",
         ),
         (
             "longformer: the first token",
-            'marks = FirstToken() if task == "sequence" else',
-            'marks = None if task == "sequence" else',
+            "return model.replace(marks=FirstToken())",
+            "return model",
         ),
         (
             "longformer: windows are written",
@@ -910,6 +917,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("padding starts at zero", "self.weight[self.spec.padding].zero_()", "pass"),
     ],
     "layers/head.py": [
+        ("a choice has one score", 'self.task == "choice" and self.labels != 1', "False"),
         ("a narrow table", "width if spec.width is None else spec.width", "width"),
         ("softcap", "return logits if cap is None else cap * torch.tanh(logits / cap)", "return logits"),
         ("softcap: outer factor", "cap * torch.tanh(logits / cap)", "torch.tanh(logits / cap)"),
@@ -1392,6 +1400,14 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("gelu of the first files", ' | {"gelu": "gelu_tanh"}', ""),
     ],
     "families/bert.py": [
+        ("choices: by the class", 'if TASKS.get(kind) == "choice":', "if False:"),
+        ("choices: dropout", 'flavour.model_type not in ("bert", "albert")', "False"),
+        ("choices: one score", 'if task == "choice":\n        return', "if False:\n        return"),
+        (
+            "choices: a pooler",
+            'task in ("sequence", "next_sentence", "choice"), task',
+            'task in ("sequence", "next_sentence"), task',
+        ),
         ("eps", 'LayerNormSpec(eps=fields.number("layer_norm_eps", 1e-12))', "LayerNormSpec(eps=1e-12)"),
         ("both ways", "pattern=Everything(),", ""),
         ("bias", 'bias="all",\n        dropout', "dropout"),

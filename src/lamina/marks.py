@@ -46,6 +46,18 @@ class BeforeToken(Marks):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AfterToken(Marks):
+    """All that stands after the first token of this id in its document and the one behind that: the choice, where
+    Longformer chooses (two separators stand before it); nothing in a document that has none."""
+
+    id: int
+
+    def mark(self, ids: Tensor, tokens: Tokens) -> Tensor:
+        behind = earlier((ids == self.id) & tokens.real, tokens.document) > 0
+        return behind & (earlier(behind & tokens.real, tokens.document) > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EndBlocks(Marks):
     """The first and the last block of `size` tokens of each document, and all of one of at most `short`: BigBird."""
 

@@ -23,7 +23,7 @@ from lamina.layers import (
     RotarySpec,
     StackSpec,
 )
-from lamina.marks import BeforeToken, EndBlocks, FirstToken
+from lamina.marks import AfterToken, BeforeToken, EndBlocks, FirstToken
 from lamina.reading import read
 from lamina.specs import Spec, unknown
 from lamina.tokens import Tokens
@@ -53,7 +53,7 @@ class ModelSpec(Spec):
     stem: ConvolutionStemSpec | None = None  # what the encoder reads with, in place of ids: Whisper
     context: int | None = None  # tokens that the model was trained to read
     special: SpecialTokens = field(default_factory=SpecialTokens)
-    marks: FirstToken | BeforeToken | EndBlocks | None = None  # where the caller gives none: Longformer
+    marks: FirstToken | BeforeToken | AfterToken | EndBlocks | None = None  # where the caller gives none: Longformer
 
     @property
     def two_stacks(self) -> bool:

@@ -2,7 +2,7 @@
 ALBERT (albert.py) is made of the same.
 
 The head is what the file holds: an encoder with or without pooler, masked LM, pre-training (masked LM and next
-sentence), next sentence alone, sequence or token classification, or question answering.
+sentence), next sentence alone, sequence or token classification, question answering, or multiple choice.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lamina.model import ModelSpec
 from lamina.patterns import Everything
 from lamina.weights.rules import Rule, Shape, pairs
 
-Task = Literal["sequence", "next_sentence", "token", "span"]
+Task = Literal["sequence", "next_sentence", "token", "span", "choice"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ TASKS: dict[str, Task] = {
     "ForSequenceClassification": "sequence",
     "ForTokenClassification": "token",
     "ForQuestionAnswering": "span",
+    "ForMultipleChoice": "choice",  # a row for each of them
 }
 
 
@@ -110,6 +111,8 @@ def spec(fields: Fields, flavour: Flavour) -> ModelSpec:
     layer = in_turn(attention, feedforward, after=norm, dropout=rate)
     language, pooled, task = _parts(fields, flavour)
     labels_rate = fields.number("classifier_dropout", rate)
+    if task == "choice" and flavour.model_type not in ("bert", "albert"):  # the others have no rate of its own there
+        labels_rate = rate
     transform = TransformSpec(act="gelu" if roberta else act, norm=norm)
     head = LanguageHeadSpec(tied=fields.flag("tie_word_embeddings", True), bias=True, transform=transform)
     return ModelSpec(
@@ -140,7 +143,7 @@ def _parts(fields: Fields, flavour: Flavour) -> tuple[bool, bool, Task | None]:
             raise ValueError(f"{fields.where}: architectures is {said}; known here: {flavour.name} with {known}")
         task = "next_sentence" if kind == "ForPreTraining" else TASKS.get(kind)
         language = kind in ("ForMaskedLM", "ForPreTraining")
-        return language, kind == "Model" or task in ("sequence", "next_sentence"), task
+        return language, kind == "Model" or task in ("sequence", "next_sentence", "choice"), task
     language = any(name.startswith(flavour.language) for name in fields.names)
     if any(name.startswith(f"{flavour.pair}.") for name in fields.names):
         return language, True, "next_sentence"
@@ -151,15 +154,19 @@ def _parts(fields: Fields, flavour: Flavour) -> tuple[bool, bool, Task | None]:
     if "classifier.out_proj.weight" in fields.names:
         return False, True, "sequence"
     if "classifier.weight" in fields.names:
+        if TASKS.get(kind) == "choice":
+            return False, True, "choice"
         by_token = kind == "ForTokenClassification" or flavour.roberta
         return (False, False, "token") if by_token else (False, True, "sequence")
     return False, f"{flavour.base}{flavour.pooler}.weight" in fields.names, None
 
 
 def labels(fields: Fields, task: Task, rate: float) -> LabelHeadSpec:
-    """As many labels as the configuration names."""
+    """As many labels as the configuration names; of the score of a choice one."""
     if task in ("next_sentence", "span"):
         return LabelHeadSpec(labels=2, task=task)
+    if task == "choice":
+        return LabelHeadSpec(labels=1, task=task, dropout=rate)
     named = fields.config.get("id2label")
     count = fields.count("num_labels", len(named) if isinstance(named, dict) and named else 2)
     return LabelHeadSpec(labels=count, task=task, dropout=rate)
@@ -186,7 +193,7 @@ def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
         "tie_word_embeddings": spec.head is None or spec.head.tied,
         **special_config(spec.special),
     }
-    if spec.labels is not None and spec.labels.task in ("sequence", "token"):
+    if spec.labels is not None and spec.labels.task in ("sequence", "token", "choice"):
         said |= {"num_labels": spec.labels.labels, "classifier_dropout": spec.labels.dropout}
     return said
 

@@ -2,7 +2,7 @@
 
 Hugging Face's attention_window counts both sides: 512 there are 256 keys on each side here, and the token itself.
 Which tokens are global the caller says (`marked`); where nobody says it, it is the first one for the classifier of
-sequences and the question for the answering of questions, as in transformers.
+sequences, the question for the answering of questions and the choice for multiple choice, as in transformers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from lamina.families import bert
 from lamina.families.family import Fields, need, the
 from lamina.layers import AttentionSpec, LayerSpec, LongformerSpec, StackSpec, StepSpec
-from lamina.marks import BeforeToken, FirstToken
+from lamina.marks import AfterToken, BeforeToken, FirstToken
 from lamina.model import ModelSpec
 from lamina.specs import edit
 from lamina.weights.rules import pairs
@@ -57,17 +57,18 @@ def spec(fields: Fields) -> ModelSpec:
     fields.must("onnx_export", False)
     model = sparse(fields, bert.spec(fields, FLAVOUR))
     task = None if model.labels is None else model.labels.task
+    if task == "sequence":
+        return model.replace(marks=FirstToken())
     separator = fields.token("sep_token_id", SEPARATOR)
-    question = None if separator is None else BeforeToken(id=separator)
-    marks = FirstToken() if task == "sequence" else question if task == "span" else None
-    return model.replace(marks=marks)
+    rule = {"span": BeforeToken, "choice": AfterToken}.get(task or "")
+    return model if rule is None or separator is None else model.replace(marks=rule(id=separator))
 
 
 def config(spec: ModelSpec) -> dict[str, Any]:
     """spec -> config.json."""
     like, both = dense(spec)
     said = bert.config(like, FLAVOUR) | {"attention_window": both}
-    said["sep_token_id"] = spec.marks.id if isinstance(spec.marks, BeforeToken) else SEPARATOR
+    said["sep_token_id"] = spec.marks.id if isinstance(spec.marks, BeforeToken | AfterToken) else SEPARATOR
     return said
 
 

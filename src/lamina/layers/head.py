@@ -64,12 +64,15 @@ class LabelHeadSpec(Spec):
     """A linear layer over labels: of the pooled sequence, or of each token."""
 
     labels: int
-    task: Literal["sequence", "next_sentence", "token", "span"] = "sequence"  # span: where an answer starts and ends
+    # span: where an answer starts and ends; choice: the score of a row, which is one of several answers
+    task: Literal["sequence", "next_sentence", "token", "span", "choice"] = "sequence"
     dropout: float = 0.0  # before it
 
     def check(self) -> None:
         if self.labels < 1 or not 0 <= self.dropout <= 1:
             raise LaminaError(f"labels={self.labels} must be at least 1, dropout={self.dropout} within 0 and 1")
+        if self.task == "choice" and self.labels != 1:
+            raise LaminaError(f"labels={self.labels} must be 1: each choice is a row, and has one score")
 
     @property
     def each_token(self) -> bool:
