@@ -12,7 +12,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "marks.py": ("tests/test_families_longformer.py", "tests/test_families_bigbird.py"),
     "layers/bigbird.py": ("tests/test_families_bigbird.py",),
     "families/bigbird.py": ("tests/test_families_bigbird.py",),
-    "families/longformer.py": ("tests/test_families_longformer.py",),
+    "families/longformer.py": ("tests/test_families_longformer.py", "tests/test_families_led.py"),
     "patterns/pattern.py": ("tests/test_blocks.py",),
     "patterns/near.py": ("tests/test_blocks.py",),
     "patterns/strided.py": ("tests/test_blocks.py",),
