@@ -180,7 +180,11 @@ def test_choices_are_rows(name: str, rate: float, made: Callable[[str], Case]):
     assert ours is not None and ours.shape == (6, 1) and close(ours.view(2, 3), theirs)
 
 
-def test_a_choice_has_one_score():
+def test_a_choice_has_one_score_of_what_is_pooled():
+    for kind in ("Bert", "Roberta", "Longformer"):  # without a file the class decides
+        said = {"num_hidden_layers": 2, "architectures": [f"{kind}ForMultipleChoice"], "id2label": {"0": "a", "1": "b"}}
+        spec = family(kind.lower()).spec(Fields(said))
+        assert spec.pooler == PoolerSpec() and spec.labels == LabelHeadSpec(labels=1, task="choice", dropout=0.1)
     with pytest.raises(LaminaError, match="labels=2 must be 1: each choice is a row"):
         LabelHeadSpec(labels=2, task="choice")
 
