@@ -128,6 +128,9 @@ def rope(x: Tensor, positions: list[int], frequency: list[float], interleaved: b
     return out
 
 
+ON_THE_CPU = ("blocks", "sdpa", "dense")
+"""The backends that serve the CPU with gradients too; `flex` and `varlen` have tests of their own."""
+
 LAYOUTS = ("plain", "chunk", "step", "left padding", "right padding", "documents", "shuffled", "fixed", "marked")
 
 

@@ -78,21 +78,28 @@ def tokens(where: str) -> tuple[Tokens, Tokens]:
     return layout(where, length=LENGTH, chunk=13)
 
 
-def make(pattern: Pattern, where: str, heads: int, key_heads: int, modifiers: tuple[str, ...] = ()) -> Request:
+def make(
+    pattern: Pattern,
+    where: str | tuple[Tokens, Tokens],
+    heads: int,
+    key_heads: int,
+    modifiers: tuple[str, ...] = (),
+    sizes: tuple[int, int] = (6, 5),
+) -> Request:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
 
-    queries, keys = tokens(where)
+    queries, keys = tokens(where) if isinstance(where, str) else where
     length, columns = queries.position.shape[1], keys.position.shape[1]
     bias = None
     if "bias" in modifiers or "bias of one row" in modifiers:
         bias = random(2, heads, length, columns) if "bias" in modifiers else random(1, 1, length, columns)
     return Request(
-        query=random(2, heads, length, 6),
-        key=random(2, key_heads, columns, 6),
-        value=random(2, key_heads, columns, 5),
+        query=random(2, heads, length, sizes[0]),
+        key=random(2, key_heads, columns, sizes[0]),
+        value=random(2, key_heads, columns, sizes[1]),
         queries=queries,
         keys=keys,
         pattern=pattern,

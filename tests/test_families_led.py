@@ -12,7 +12,6 @@ import torch
 import transformers
 
 import lamina
-from lamina.attend import BACKENDS
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.exporting import exportable
 from lamina.families import Fields, family
@@ -21,6 +20,7 @@ from lamina.layers.longformer import Longformer
 from lamina.specs import edit
 from tests import small, tiny
 from tests.families import Case, close, same_files, tokens
+from tests.oracle import ON_THE_CPU
 from tests.test_families import Cases, cases, quiet, result, their_names  # noqa: F401  (two are fixtures)
 from tests.test_families_longformer import marks
 
@@ -52,7 +52,7 @@ def test_global_tokens_are_those_of_transformers(case: Case, absorbs: bool, monk
         decoder_input_ids=text,
         output_hidden_states=True,
     )
-    for backend in (None, *BACKENDS):
+    for backend in (None, *ON_THE_CPU):
         record = lamina.Record("encoder.layers.*.output")
         ours = case.ours(source, mask, decoder_input_ids=text, marked=MARKS, backend=backend, record=record)
         for i, hidden in enumerate(theirs.encoder_hidden_states[1:]):

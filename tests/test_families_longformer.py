@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import lamina
-from lamina.attend import BACKENDS
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import LongformerSpec
 from lamina.layers.longformer import Longformer
@@ -16,6 +15,7 @@ from lamina.marks import AfterToken, BeforeToken, EndBlocks, FirstToken, after_q
 from lamina.tokens import HOLE, Tokens, plain
 from tests import small
 from tests.families import LENGTH, Case, close, row, tokens
+from tests.oracle import ON_THE_CPU
 from tests.test_families import Cases, cases, quiet, result  # noqa: F401  (two are fixtures)
 
 
@@ -46,7 +46,7 @@ def test_global_tokens_are_those_of_transformers(case: Case, mask: str, absorbs:
         given[1, :2] = 0
     ids = torch.where(given.bool(), case.ids, case.theirs.config.pad_token_id)  # they count positions by the ids
     theirs = case.theirs(ids, attention_mask=given, global_attention_mask=SOME.long(), output_hidden_states=True)
-    for backend in (None, *BACKENDS):
+    for backend in (None, *ON_THE_CPU):
         ours = case.ours(ids, None if mask == "none" else given, marked=SOME, backend=backend)
         for mine, other in ((ours.hidden, theirs.hidden_states[-1]), (result(ours), result(theirs))):
             assert close(mine[given.bool()], other[given.bool()])

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import AttentionSpec
@@ -34,7 +35,7 @@ from lamina.patterns import (
 )
 from lamina.patterns.pattern import extent
 from lamina.tokens import HOLE, Tokens, join, plain
-from tests.oracle import mask, sees
+from tests.oracle import layout, mask, sees
 
 PATTERNS = {
     "everything": Everything(),
@@ -330,3 +331,47 @@ def test_published_patterns_by_hand(pattern: Pattern, query: int, keys: list[int
     tokens = plain(1, 40)
     seen = allowed(pattern, tokens.query(), tokens.key())[0, query]
     assert seen.nonzero()[:, 0].tolist() == keys
+
+
+def test_what_a_compiled_kernel_calls_is_the_mask(pattern: Pattern):
+    """`drawn` looks at no value: here it is called for one pair at a time, under vmap, which allows no look."""
+    predicate, at = pattern.drawn(12, torch.device("cpu")), torch.arange(12)
+
+    def pair(row: int, query: Tokens, i: torch.Tensor, key: Tokens, j: torch.Tensor) -> torch.Tensor:
+        one, other = (
+            Tokens(x.position[row, at], x.document[row, at], None if x.marked is None else x.marked[row, at])
+            for x, at in ((query, i), (key, j))
+        )
+        return allowed(predicate, one, other)
+
+    for where in ("plain", "marked", "left padding"):
+        queries, keys = layout(where, length=12)
+        every = torch.vmap(torch.vmap(pair, in_dims=(None,) * 4 + (0,)), in_dims=(None, None, 0, None, None))
+        for row in range(2):
+            with TransformGetItemToIndex():  # with which torch calls a mask_mod
+                assert torch.equal(every(row, queries, at, keys, at), mask(pattern, queries, keys)[row]), where
+
+
+def test_a_band_is_the_mask(pattern: Pattern):
+    """Where a pattern says that it is a band around the query, it is one, with those ends."""
+    band = pattern.band()
+    if band is None:
+        return
+    behind, ahead = band
+    for query, key in itertools.product(range(14), range(14)):
+        near = (behind is None or key >= query - behind) and (ahead is None or key <= query + ahead)
+        assert near == sees(pattern, query, key)
+
+
+def test_which_patterns_are_bands():
+    bands = {name: pattern.band() for name, pattern in PATTERNS.items() if pattern.band() is not None}
+    assert bands == {
+        "everything": (None, None),
+        "causal": (None, 0),
+        "mistral": (2, 0),
+        "back 1": (0, 0),
+        "longformer": (3, 3),
+        "uneven": (1, 4),
+        "one-sided": (2, None),
+        "two windows": (1, 1),
+    }

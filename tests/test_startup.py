@@ -41,3 +41,9 @@ except SystemExit as end:
     assert not end.code, end.code
 """
     assert imported_by(program) == set()
+
+
+def test_attention_does_not_bring_the_compiler():
+    """FlexAttention is compiled at its first use on CUDA, and not before."""
+    program = "import sys, lamina.attend; assert 'torch._dynamo' not in sys.modules"
+    assert "torch" in imported_by(program)

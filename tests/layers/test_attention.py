@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamina.attend import BACKENDS, Request
+from lamina.attend import Request
 from lamina.layers import Call, LayerNormSpec, Record, RMSNormSpec, RotarySpec
 from lamina.patterns import Causal, Everything, Window
 from lamina.tokens import plain
 from tests import small
-from tests.oracle import attention, rope
+from tests.oracle import ON_THE_CPU, attention, rope
 
 CASES = {
     "plain": {},
@@ -132,7 +132,7 @@ def test_without_positions_order_means_nothing():
     torch.testing.assert_close(module(x[:, order], Call(tokens=plain(1, 6))), found[:, order], rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("backend", [None, *ON_THE_CPU])
 def test_dropout_is_on_in_training_and_off_in_evaluation(backend: str | None):
     module = small.attention(dropout=0.5).build(12).double()
     small.shake(module)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamina.attend import BACKENDS
 from lamina.cache import Cache
 from lamina.errors import LaminaError
 from lamina.layers import Call, CrossAttention, CrossAttentionSpec, Record, RMSNormSpec, StepSpec
 from lamina.tokens import HOLE, Tokens, plain
 from tests import small
+from tests.oracle import ON_THE_CPU
 
 WIDTH, SOURCE = 12, 7
 CASES = {
@@ -64,7 +64,7 @@ def naive(module: CrossAttention, x: Tensor, memory: Tensor, real: list[int]) ->
     return torch.stack(outs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_THE_CPU)
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_formula_and_never_sees_padding_of_the_source(case: str, backend: str):
     module = made(**CASES[case])
@@ -95,7 +95,7 @@ def test_the_order_of_the_source_does_not_matter():
     torch.testing.assert_close(*whole)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_THE_CPU)
 def test_a_source_of_nothing_but_padding_gives_zeros(backend: str):
     position = torch.full((1, SOURCE), HOLE)
     call = Call(

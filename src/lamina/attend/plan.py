@@ -103,14 +103,14 @@ class Plan:
 def plan(pattern: Pattern, queries: Tokens, keys: Tokens) -> Plan:
     """The plan of a pattern for tokens (B, T) and (B, S)."""
     parts, pairs = [], 0
-    for rows in _alike(queries, keys):
-        part = _part(pattern, _row(queries, rows[0]), _row(keys, rows[0]), rows)
+    for rows in alike(queries, keys):
+        part = _part(pattern, row_of(queries, rows[0]), row_of(keys, rows[0]), rows)
         pairs += len(rows) * sum((step.stop - step.start) * step.keys for step in part.steps)
         parts.append(part)
     return Plan(parts, pairs)
 
 
-def _alike(queries: Tokens, keys: Tokens) -> list[list[int]]:
+def alike(queries: Tokens, keys: Tokens) -> list[list[int]]:
     """Rows of the batch whose tokens are the same."""
     batch = queries.position.shape[0]
     both = (queries, keys) if keys is not queries else (queries,)
@@ -128,7 +128,7 @@ def _alike(queries: Tokens, keys: Tokens) -> list[list[int]]:
     return found
 
 
-def _row(tokens: Tokens, row: int) -> Tokens:
+def row_of(tokens: Tokens, row: int) -> Tokens:
     marked = None if tokens.marked is None else tokens.marked[row : row + 1]
     return Tokens(tokens.position[row : row + 1], tokens.document[row : row + 1], marked, tokens.span)
 
@@ -139,7 +139,7 @@ def _slice(tokens: Tokens, start: int, stop: int) -> Tokens:
 
 
 @dataclass
-class _Blocks:
+class Blocks:
     """One row of tokens in order, and its blocks."""
 
     tokens: Tokens
@@ -155,7 +155,7 @@ class _Blocks:
         return out.scatter_reduce(0, self.block, value, "amax" if largest else "amin")
 
 
-def _blocks(pattern: Pattern, tokens: Tokens, size: int) -> _Blocks:
+def _blocks(pattern: Pattern, tokens: Tokens, size: int) -> Blocks:
     group = pattern.groups(tokens)
     order = None
     cut = torch.zeros(tokens.position.shape[1], dtype=torch.bool)
@@ -174,15 +174,23 @@ def _blocks(pattern: Pattern, tokens: Tokens, size: int) -> _Blocks:
         elsewhere = document[1:] != document[:-1]
         if int(elsewhere.sum()) * size <= 4 * len(document):  # many short documents are better read together
             cut[1:] |= elsewhere
-    ends = [0, *cut.nonzero()[:, 0].tolist(), len(cut)]
+    return _cut(tokens, order, [0, *cut.nonzero()[:, 0].tolist(), len(cut)], size)
+
+
+def tiles(tokens: Tokens, size: int) -> Blocks:
+    """One row of tokens as it lies, in blocks of that size, whatever is in them."""
+    return _cut(tokens, None, [0, tokens.position.shape[1]], size)
+
+
+def _cut(tokens: Tokens, order: Tensor | None, ends: list[int], size: int) -> Blocks:
     starts = [start for a, b in itertools.pairwise(ends) for start in range(a, b, size)]
-    stops = [*starts[1:], len(cut)]
+    stops = [*starts[1:], ends[-1]]
     lengths = torch.tensor([b - a for a, b in zip(starts, stops, strict=True)])
     block = torch.repeat_interleave(torch.arange(len(starts)), lengths)
-    return _Blocks(tokens, order, starts, stops, block)
+    return Blocks(tokens, order, starts, stops, block)
 
 
-def _extent(blocks: _Blocks, keys: bool) -> tuple[Extent, dict[str, Tensor]]:
+def _extent(blocks: Blocks, keys: bool) -> tuple[Extent, dict[str, Tensor]]:
     """What is known of each block, and of its documents and holes."""
     position, document = blocks.tokens.position[0], blocks.tokens.document[0]
     real = position >= 0
@@ -218,21 +226,11 @@ def _part(pattern: Pattern, queries: Tokens, keys: Tokens, rows: list[int]) -> P
 
 
 def _needed(
-    pattern: Pattern, query_blocks: _Blocks, key_blocks: _Blocks
+    pattern: Pattern, query_blocks: Blocks, key_blocks: Blocks
 ) -> Iterator[tuple[int, list[tuple[int, int, bool]]]]:
     """(number of a block of queries, its runs of keys) for each."""
-    query, whose = _extent(query_blocks, False)
-    key, theirs = _extent(key_blocks, True)
     columns = len(key_blocks.starts)
-    chunk = max(1, AT_ONCE // max(columns, 1))
-    for begin in range(0, len(query_blocks.starts), chunk):
-        here = slice(begin, begin + chunk)
-        some, every = pattern.over(_chosen(query, here), key)
-        first, last = whose["first"][here, None], whose["last"][here, None]
-        some = (first <= theirs["last"]) & (theirs["first"] <= last) & some
-        same = (first == last) & (theirs["first"] == theirs["last"]) & (first == theirs["first"])
-        every = some & same & every
-        state = some.to(torch.int8) + every.to(torch.int8)  # (blocks of queries, blocks of keys): 0 none, 2 all
+    for begin, state in states(pattern, query_blocks, key_blocks):
         edge = torch.ones_like(state, dtype=torch.bool)
         edge[:, 1:] = state[:, 1:] != state[:, :-1]
         edges: list[list[tuple[int, int]]] = [[] for _ in range(state.shape[0])]
@@ -245,6 +243,22 @@ def _needed(
                 if what:
                     runs.append((key_blocks.starts[column], key_blocks.stops[after - 1], what == 2))
             yield begin + row, runs
+
+
+def states(pattern: Pattern, query_blocks: Blocks, key_blocks: Blocks) -> Iterator[tuple[int, Tensor]]:
+    """Some blocks of queries at a time: the first one, and (blocks of queries, blocks of keys), what is allowed between
+    them: 0 no pair, 1 perhaps some, 2 every one."""
+    query, whose = _extent(query_blocks, False)
+    key, theirs = _extent(key_blocks, True)
+    chunk = max(1, AT_ONCE // max(len(key_blocks.starts), 1))
+    for begin in range(0, len(query_blocks.starts), chunk):
+        here = slice(begin, begin + chunk)
+        some, every = pattern.over(_chosen(query, here), key)
+        first, last = whose["first"][here, None], whose["last"][here, None]
+        some = (first <= theirs["last"]) & (theirs["first"] <= last) & some
+        same = (first == last) & (theirs["first"] == theirs["last"]) & (first == theirs["first"])
+        every = some & same & every
+        yield begin, some.to(torch.int8) + every.to(torch.int8)
 
 
 def _chosen(extent: Extent, here: slice) -> Extent:

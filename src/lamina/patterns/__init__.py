@@ -6,10 +6,12 @@ from lamina.patterns.blocks import BlockTable, BlockWindow, RandomBlocks, bigbir
 from lamina.patterns.near import Causal, Everything, Global, Prefix, Sinks, Window
 from lamina.patterns.pattern import (
     FOREVER,
+    Band,
     Both,
     Either,
     Extent,
     Pattern,
+    Predicate,
     Reach,
     Retained,
     Span,
@@ -20,6 +22,7 @@ from lamina.patterns.strided import Strided, Summary, fixed, strided
 
 __all__ = [
     "FOREVER",
+    "Band",
     "BlockTable",
     "BlockWindow",
     "Both",
@@ -29,6 +32,7 @@ __all__ = [
     "Extent",
     "Global",
     "Pattern",
+    "Predicate",
     "Prefix",
     "RandomBlocks",
     "Reach",

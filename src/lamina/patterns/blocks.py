@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lamina.errors import LaminaError
 from lamina.patterns.near import Causal, Sinks
-from lamina.patterns.pattern import Extent, Pattern, Retained
+from lamina.patterns.pattern import Extent, Pattern, Predicate, Retained
 from lamina.tokens import Tokens
 
 
@@ -69,9 +69,21 @@ class _Table(Pattern):
 
     def __call__(self, query: Tokens, key: Tokens) -> Tensor:
         i, j = query.position // self.size, key.position // self.size
-        seen = _table(self, self._count(i, j)).to(i.device)
-        inside = (i >= 0) & (j >= 0) & (i < len(seen)) & (j < len(seen))
-        return seen[i.clamp(0, len(seen) - 1), j.clamp(0, len(seen) - 1)] & inside
+        return self._drawn(self._count(i, j), i.device)(query, key)
+
+    def drawn(self, positions: int, device: torch.device) -> Predicate:
+        last = torch.tensor((positions - 1) // self.size)
+        return self._drawn(self._count(last, last), device)
+
+    def _drawn(self, count: int, device: torch.device) -> Predicate:
+        seen, size = _table(self, count).to(device), self.size
+
+        def predicate(query: Tokens, key: Tokens) -> Tensor:
+            i, j = query.position // size, key.position // size
+            inside = (i >= 0) & (j >= 0) & (i < len(seen)) & (j < len(seen))
+            return seen[i.clamp(0, len(seen) - 1), j.clamp(0, len(seen) - 1)] & inside
+
+        return predicate
 
     def over(self, query: Extent, key: Extent) -> tuple[Any, Any]:
         i, j = ((one.first // self.size, one.last // self.size) for one in (query, key))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lamina.errors import LaminaError
-from lamina.patterns.pattern import FOREVER, Extent, Pattern, Reach, Retained, Span
+from lamina.patterns.pattern import FOREVER, Band, Extent, Pattern, Reach, Retained, Span
 from lamina.tokens import Tokens
 
 
@@ -19,6 +19,9 @@ class Everything(Pattern):
 
     def __call__(self, query: Tokens, key: Tokens) -> Tensor:
         return torch.ones((), dtype=torch.bool, device=key.position.device)
+
+    def band(self) -> Band:
+        return None, None
 
     def over(self, query: Extent, key: Extent) -> tuple[Any, Any]:
         return True, True
@@ -33,6 +36,9 @@ class Causal(Pattern):
 
     def __call__(self, query: Tokens, key: Tokens) -> Tensor:
         return key.position <= query.position
+
+    def band(self) -> Band:
+        return None, 0
 
     def over(self, query: Extent, key: Extent) -> tuple[Any, Any]:
         return key.first <= query.last, key.last <= query.first
@@ -65,6 +71,9 @@ class Window(Pattern):
         if self.ahead is not None:
             near = near & (distance >= -self.ahead * self.dilation)
         return near if self.dilation == 1 else near & (distance % self.dilation == 0)
+
+    def band(self) -> Band | None:
+        return (self.back - 1, self.ahead) if self.dilation == 1 else None
 
     def over(self, query: Extent, key: Extent) -> tuple[Any, Any]:
         nearest, farthest = query.first - key.last, query.last - key.first

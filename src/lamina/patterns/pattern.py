@@ -20,6 +20,8 @@ from lamina.tokens import Tokens
 
 Span = tuple[int, int]
 Reach = Literal["all", "causal"] | None
+Band = tuple[int | None, int | None]
+Predicate = Callable[[Tokens, Tokens], Tensor]
 FOREVER = 2**62
 """In `lasts`: keys that every later query may see."""
 
@@ -65,6 +67,18 @@ class Pattern(Spec):
 
     def __call__(self, query: Tokens, key: Tokens) -> Tensor:
         raise NotImplementedError
+
+    def drawn(self, positions: int, device: torch.device) -> Predicate:
+        """The same predicate for positions below that number, which asks no tensor for its values: a kernel that is
+        compiled for single pairs cannot wait for them."""
+        return self
+
+    def band(self) -> Band | None:
+        """(behind, ahead), None for no limit: allowed are exactly the keys at query - behind, ..., query + ahead.
+
+        None: the pattern is no such band, or does not know that it is.
+        """
+        return None
 
     def over(self, query: Extent, key: Extent) -> tuple[Any, Any]:
         """Of two blocks: whether some pair may be allowed, and whether every pair is. (True, False) is always right."""
@@ -113,6 +127,17 @@ class Both(Pattern):
     def __call__(self, query: Tokens, key: Tokens) -> Tensor:
         return self.first(query, key) & self.second(query, key)
 
+    def drawn(self, positions: int, device: torch.device) -> Predicate:
+        first, second = (one.drawn(positions, device) for one in (self.first, self.second))
+        return lambda query, key: first(query, key) & second(query, key)
+
+    def band(self) -> Band | None:
+        a, b = self.first.band(), self.second.band()
+        if a is None or b is None:
+            return None
+        behind, ahead = (min((x for x in pair if x is not None), default=None) for pair in zip(a, b, strict=True))
+        return behind, ahead
+
     def over(self, query: Extent, key: Extent) -> tuple[Any, Any]:
         a, b = self.first.over(query, key), self.second.over(query, key)
         return a[0] & b[0], a[1] & b[1]
@@ -149,6 +174,10 @@ class Either(Pattern):
     def __call__(self, query: Tokens, key: Tokens) -> Tensor:
         return self.first(query, key) | self.second(query, key)
 
+    def drawn(self, positions: int, device: torch.device) -> Predicate:
+        first, second = (one.drawn(positions, device) for one in (self.first, self.second))
+        return lambda query, key: first(query, key) | second(query, key)
+
     def over(self, query: Extent, key: Extent) -> tuple[Any, Any]:
         a, b = self.first.over(query, key), self.second.over(query, key)
         return a[0] | b[0], a[1] | b[1]
@@ -179,6 +208,6 @@ def _joined(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a * (b.amax() + 1) + b
 
 
-def allowed(pattern: Pattern, query: Tokens, key: Tokens) -> Tensor:
+def allowed(pattern: Predicate, query: Tokens, key: Tokens) -> Tensor:
     """The mask: the pattern, within one document, and never a hole. Shapes broadcast; True where attention may look."""
     return pattern(query, key) & (query.document == key.document) & (key.position >= 0)
