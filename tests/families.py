@@ -132,6 +132,11 @@ BART = {
     "eos_token_id": 96,
     "decoder_start_token_id": 3,
 }
+LED = {name: value for name, value in BART.items() if name != "max_position_embeddings"} | {
+    "max_encoder_position_embeddings": 64,  # what transformers pads to has positions too
+    "max_decoder_position_embeddings": 40,
+    "attention_window": [4, 8, 4],
+}
 PEGASUS = BART | {"block_size": 1, "num_random_blocks": 1}
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 WHISPER = {
@@ -189,10 +194,10 @@ class Row:
         return self.name
 
     def shows(self, stack: str) -> bool:
-        """Whether transformers shows what attention sees: Longformer's weights are a band, and those of BigBird's
-        encoder lack keys."""
-        hidden = ("Longformer", "BigBird") if stack == "encoder" else ("Longformer",)
-        return self.kernel == "eager" and not self.model.startswith(hidden)
+        """Whether transformers shows what attention of a stack sees: in encoders, Longformer's weights and LED's are a
+        band, and BigBird's lack keys."""
+        hidden = stack == "encoder" and self.model.startswith(("Longformer", "LED", "BigBird"))
+        return self.kernel == "eager" and not hidden
 
 
 def _rows(model: str, config: str, rows: dict[str, dict[str, Any]], **more: Any) -> list[Row]:
@@ -362,6 +367,7 @@ ROWS = [
     *_rows("BertForSequenceClassification", "BertConfig", {"bert-sequence": ENCODER | LABELS}),
     *_rows("BertForTokenClassification", "BertConfig", {"bert-token": ENCODER | {"num_labels": 5}}),
     *_rows("BertForQuestionAnswering", "BertConfig", {"bert-span": ENCODER}),
+    *_rows("BertForMultipleChoice", "BertConfig", {"bert-choice": ENCODER | {"classifier_dropout": 0.25}}),
     *_rows("RobertaModel", "RobertaConfig", {"roberta": ROBERTA | {"layer_norm_eps": 1e-3}}),
     *_rows("RobertaForMaskedLM", "RobertaConfig", {
         "roberta-mlm": ROBERTA | {"hidden_act": "relu", "pad_token_id": 3},
@@ -370,6 +376,7 @@ ROWS = [
     *_rows("RobertaForSequenceClassification", "RobertaConfig", {"roberta-sequence": ROBERTA | LABELS}),
     *_rows("RobertaForTokenClassification", "RobertaConfig", {"roberta-token": ROBERTA | {"num_labels": 1}}),
     *_rows("RobertaForQuestionAnswering", "RobertaConfig", {"roberta-span": ROBERTA}),
+    *_rows("RobertaForMultipleChoice", "RobertaConfig", {"roberta-choice": ROBERTA | {"classifier_dropout": 0.25}}),
     *_rows("LongformerModel", "LongformerConfig", {
         "longformer": LONGFORMER | {"attention_window": [4, 8, 4]},
         "longformer-wide": LONGFORMER | {"attention_window": 64, "pad_token_id": 3},
@@ -386,6 +393,9 @@ ROWS = [
     }),
     *_rows("LongformerForQuestionAnswering", "LongformerConfig", {
         "longformer-span": LONGFORMER | {"sep_token_id": 95},
+    }),
+    *_rows("LongformerForMultipleChoice", "LongformerConfig", {
+        "longformer-choice": LONGFORMER | {"hidden_dropout_prob": 0.2},
     }),
     *_rows("BigBirdModel", "BigBirdConfig", {
         "bigbird": BIGBIRD,
@@ -419,6 +429,7 @@ ROWS = [
     }),
     *_rows("AlbertForTokenClassification", "AlbertConfig", {"albert-token": ALBERT | {"num_labels": 5}}),
     *_rows("AlbertForQuestionAnswering", "AlbertConfig", {"albert-span": ALBERT}),
+    *_rows("AlbertForMultipleChoice", "AlbertConfig", {"albert-choice": ALBERT | {"classifier_dropout_prob": 0.25}}),
     *_rows("T5ForConditionalGeneration", "T5Config", {
         "t5": T5,
         "t5-v1.1": T5 | GATED,  # as published: the head is its own
@@ -435,6 +446,13 @@ ROWS = [
     *_rows("BartModel", "BartConfig", {"bart-bare": BART}),
     *_rows("BartForQuestionAnswering", "BartConfig", {"bart-span-bare": BART}),
     *_rows("BartForCausalLM", "BartConfig", {"bart-decoder": BART | {"encoder_layers": 2}}),
+    *_rows("LEDForConditionalGeneration", "LEDConfig", {
+        "led": LED,
+        "led-biased": LED | {"attention_window": 4, "activation_function": "relu", "attention_dropout": 0.2},
+        "led-wide": LED | {"attention_window": 32, "pad_token_id": 3},
+    }),
+    *_rows("LEDModel", "LEDConfig", {"led-bare": LED}),
+    *_rows("LEDForQuestionAnswering", "LEDConfig", {"led-span-bare": LED}),
     *_rows("BigBirdPegasusForConditionalGeneration", "BigBirdPegasusConfig", {
         "pegasus-bigbird": PEGASUS,
         "pegasus-bigbird-biased": PEGASUS | {"use_bias": True, "scale_embedding": False, "num_random_blocks": 2,
@@ -466,11 +484,11 @@ ROWS = [
 
 ENCODERS = ("albert", "bert", "bigbird", "longformer", "roberta", "switch-encoder", "t5-encoder")
 """How the names of rows that only read begin."""
-PAIRS = ("t5", "mt5", "bart", "pegasus-bigbird", "switch")
+PAIRS = ("t5", "mt5", "bart", "led", "pegasus-bigbird", "switch")
 """How the names of rows begin that read one text and write another; those that only read aside."""
 HEARING = ("whisper",)
 """How the names of rows begin whose encoder reads a spectrogram: each row one text, padded on the right only."""
-COUNTING = ("T5", "MT5", "Bart", "BigBirdPegasus", "Switch")
+COUNTING = ("T5", "MT5", "Bart", "LED", "BigBirdPegasus", "Switch")
 """How the names of those classes of transformers begin that count positions themselves and take none."""
 
 
@@ -542,10 +560,10 @@ class Case:
         """The model of transformers, or a copy of it, on the same."""
         model = self.theirs if model is None else model
         again(model)
-        if self.row.model.endswith("MultipleChoice"):  # of one choice
+        if self.row.model in ("LongformerForQuestionAnswering", "LongformerForMultipleChoice"):
+            more.setdefault("global_attention_mask", torch.zeros_like(ids))  # or they ask for three separators a text
+        if self.row.model.endswith("MultipleChoice"):  # a choice of one
             return model(ids[:, None], **{n: v[:, None] if torch.is_tensor(v) else v for n, v in more.items()})
-        if self.row.model == "LongformerForQuestionAnswering":  # which fails in a text without three separators
-            more.setdefault("global_attention_mask", torch.zeros_like(ids))
         if not self.two_stacks:
             return model(ids, **more)
         return model(**{self.reads: self.sources[: len(ids)]}, decoder_input_ids=ids, **more)

@@ -13,7 +13,7 @@ from lamina.attend import Request, dense, sdpa
 from tests import tiny
 
 CONFIGS = {"llama": tiny.LLAMA, "mistral": tiny.MISTRAL, "gpt2": tiny.GPT2, "bert": tiny.BERT}
-CONFIGS |= {"t5": tiny.T5, "bart": tiny.BART}
+CONFIGS |= {"t5": tiny.T5, "bart": tiny.BART, "led": tiny.LED}
 
 
 def failing(model: lamina.Model) -> set[str]:
@@ -33,10 +33,10 @@ def test_sound_models_pass(name):
     tried = {row.property for row in report.rows if row.verdict == "holds"}
     assert ("later tokens change no earlier bit" in tried) == (name != "bert")
     assert ("cached decoding = the whole text, cache 'ring'" in tried) == (name == "mistral")
-    assert ("sources padded on the left = alone" in tried) == (name in ("t5", "bart"))
+    assert ("sources padded on the left = alone" in tried) == (name in ("t5", "bart", "led"))
     assert "packed = alone" in tried
     (empty,) = [row for row in report.rows if row.property == "a row of padding attends to nothing"]
-    assert empty.compared == f"the weights of {1 if name == 'bart' else 2} layers"
+    assert empty.compared == f"the weights of {1 if name in ('bart', 'led') else 2} layers"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lamina
-from lamina.errors import CheckpointError, UnsupportedError
+from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.families import Fields, family
 from lamina.layers import LabelHeadSpec, PoolerSpec
-from tests.families import Case, close, rewrite, row, same_files
+from tests.families import Case, close, rewrite, row, same_files, tokens
 
 Tensors = dict[str, torch.Tensor]
 
@@ -158,6 +158,31 @@ def test_label_names_survive_a_change_of_dtype(made: Callable[[str], Case], tmp_
     assert lamina.load(tmp_path / "out").spec == case.ours.spec
 
 
+@pytest.mark.parametrize("name, rate", [("bert", 0.25), ("albert", 0.25), ("roberta", 0.1)])
+@torch.no_grad()
+def test_choices_are_rows(name: str, rate: float, made: Callable[[str], Case]):
+    """Three choices for each of two questions: six rows with a score each. RoBERTa knows no rate for it."""
+    case = made(f"{name}-choice")
+    assert case.ours.spec.labels == LabelHeadSpec(labels=1, task="choice", dropout=rate)
+    ids, mask = tokens(6, 11, seed=3), torch.ones(6, 11, dtype=torch.int64)
+    mask[[1, 4], 7:], mask[2, 9:] = 0, 0
+    ids = torch.where(mask.bool(), ids, case.theirs.config.pad_token_id)
+    segments = case.segments(ids)
+    told = {key: one.view(2, 3, 11) for key, one in (segments | {"attention_mask": mask}).items()}
+    theirs = case.theirs(ids.view(2, 3, 11), **told).logits
+    ours = case.ours(ids, mask, **segments).logits
+    assert ours is not None and ours.shape == (6, 1) and close(ours.view(2, 3), theirs)
+
+
+def test_a_choice_has_one_score_of_what_is_pooled():
+    for kind in ("Bert", "Roberta", "Longformer"):  # without a file the class decides
+        said = {"num_hidden_layers": 2, "architectures": [f"{kind}ForMultipleChoice"], "id2label": {"0": "a", "1": "b"}}
+        spec = family(kind.lower()).spec(Fields(said))
+        assert spec.pooler == PoolerSpec() and spec.labels == LabelHeadSpec(labels=1, task="choice", dropout=0.1)
+    with pytest.raises(LaminaError, match="labels=2 must be 1: each choice is a row"):
+        LabelHeadSpec(labels=2, task="choice")
+
+
 @pytest.mark.parametrize(
     "said, labels",
     [({}, 2), ({"num_labels": 7}, 7), ({"id2label": {"0": "a", "1": "b", "2": "c"}}, 3), ({"id2label": {}}, 2)],
@@ -171,7 +196,7 @@ def test_the_number_of_labels(said: dict[str, Any], labels: int):
 @pytest.mark.parametrize(
     "said, message",
     [
-        ({"architectures": ["BertForMultipleChoice"]}, "BertForMultipleChoice.*known here: Bert with Model"),
+        ({"architectures": ["BertLMHeadModel"]}, "BertLMHeadModel.*known here: Bert with Model"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'; only 'absolute'"),
         ({"is_decoder": True}, "is_decoder is True; only False"),
         ({"num_attention_heads": 7}, "hidden_size=768 is not a multiple of num_attention_heads=7"),
@@ -247,7 +272,7 @@ def test_heads_that_the_layout_has_no_word_for_are_refused(made: Callable[[str],
         ({"inner_group_num": 2}, "inner_group_num is 2; only 1 is supported"),
         ({"num_hidden_layers": 12, "num_hidden_groups": 5}, "=12 is not a multiple of num_hidden_groups=5"),
         ({"embedding_size": 0}, "embedding_size is 0"),
-        ({"architectures": ["AlbertForMultipleChoice"]}, "known here: Albert with Model"),
+        ({"architectures": ["AlbertForCausalLM"]}, "known here: Albert with Model"),
     ],
 )
 def test_an_albert_that_cannot_be_read_is_refused_by_name(said: dict[str, Any], message: str):

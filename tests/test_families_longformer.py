@@ -11,7 +11,7 @@ import lamina
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import LongformerSpec
 from lamina.layers.longformer import Longformer
-from lamina.marks import BeforeToken, EndBlocks, FirstToken, after_token
+from lamina.marks import AfterToken, BeforeToken, EndBlocks, FirstToken, after_question
 from lamina.tokens import HOLE, Tokens, plain
 from tests import small
 from tests.families import LENGTH, Case, close, row, tokens
@@ -90,6 +90,22 @@ def test_a_question_is_global_where_nobody_says_otherwise(cases: Cases):  # noqa
 
 
 @torch.no_grad()
+def test_a_choice_is_global_where_nobody_says_otherwise(cases: Cases):  # noqa: F811
+    """Four choices for each of two questions are eight rows, each with three separators."""
+    case = cases("longformer-choice")
+    assert case.ours.spec.marks == AfterToken(id=2)
+    ids, mask = tokens(8, 21, seed=6), torch.ones(8, 21, dtype=torch.int64)
+    for i, (question, end) in enumerate(zip((3, 3, 3, 3, 6, 6, 6, 6), (12, 20, 9, 17, 20, 18, 10, 14), strict=True)):
+        ids[i, [question, question + 1, end]] = 2
+        ids[i, end + 1 :], mask[i, end + 1 :] = 1, 0
+    theirs = case.theirs(ids.view(2, 4, 21), attention_mask=mask.view(2, 4, 21), output_hidden_states=True)
+    ours = case.ours(ids, mask)
+    assert ours.logits is not None and close(ours.logits.view(2, 4), theirs.logits)
+    assert close(ours.hidden[mask.bool()], theirs.hidden_states[-1][mask.bool()])
+    assert not close(case.ours(ids, mask, marked=torch.zeros_like(ids)).logits, ours.logits, 1e-2)
+
+
+@torch.no_grad()
 def test_the_first_token_of_each_document_is_global_in_a_classifier(cases: Cases):  # noqa: F811
     case = cases("longformer-sequence")
     assert case.ours.spec.marks == FirstToken()
@@ -114,11 +130,17 @@ def test_marks_by_rule():
     assert columns(BeforeToken(id=8)) == []
 
     def follows(id: int) -> list[int]:
-        return after_token(id, ids, some)[0].nonzero()[:, 0].tolist()
+        return after_question(id, ids, some)[0].nonzero()[:, 0].tolist()
 
     assert follows(9) == [3, 5, 6, 7, 8]  # in the other document a 9 comes first
     assert follows(7) == [1, 2, 3, 6, 7, 8]
     assert follows(8) == [1, 2, 3, 5, 6, 7, 8]  # a document without one: all but its first token
+    assert columns(AfterToken(id=9)) == [6, 7, 8]  # of the second document all is after its first token and the next
+    assert columns(AfterToken(id=7)) == [2, 3, 6, 8]
+    assert columns(AfterToken(id=8)) == []
+    for hole, expected in ((0, [3, 6, 8, 9]), (1, [3, 6, 8, 9])):  # padding is neither a separator nor behind one
+        given = Tokens(torch.where(torch.arange(10) == hole, HOLE, torch.arange(10)), documents)
+        assert columns(AfterToken(id=7), given) == expected
     assert columns(EndBlocks(size=2)) == [0, 1, 4, 5, 6, 7, 8]  # documents of 5 and of 4 tokens
     assert columns(EndBlocks(size=1, short=4)) == [0, 4, 5, 6, 7, 8]
     assert columns(EndBlocks(size=3), plain(1, 10)) == [0, 1, 2, 9]

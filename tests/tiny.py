@@ -59,6 +59,12 @@ BART = {
     "pad_token_id": 258,
     "decoder_start_token_id": 257,
 }
+LED = {name: value for name, value in BART.items() if name != "max_position_embeddings"} | {
+    "model_type": "led",
+    "attention_window": 6,
+    "max_encoder_position_embeddings": 90,
+    "max_decoder_position_embeddings": 12,
+}
 GPT2 = {
     "model_type": "gpt2",
     "vocab_size": 263,

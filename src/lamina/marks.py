@@ -17,7 +17,7 @@ def later(which: Tensor, documents: Tensor) -> Tensor:
     return earlier(which.flip(1), documents.flip(1)).flip(1)
 
 
-def after_token(id: int, ids: Tensor, tokens: Tokens) -> Tensor:
+def after_question(id: int, ids: Tensor, tokens: Tokens) -> Tensor:
     """(B, T) bool: what follows the first token of this id in its document; all but the first token of one without."""
     ends = (ids == id) & tokens.real
     before = earlier(ends, tokens.document)
@@ -56,6 +56,18 @@ class BeforeToken(Marks):
         ends = (ids == self.id) & tokens.real
         follows = later(ends, tokens.document)
         return (earlier(ends, tokens.document) == 0) & ~ends & (follows > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AfterToken(Marks):
+    """All that stands after the first token of this id in its document and the one behind that: the choice, where
+    Longformer chooses (two separators stand before it); nothing in a document that has none."""
+
+    id: int
+
+    def mark(self, ids: Tensor, tokens: Tokens) -> Tensor:
+        behind = earlier((ids == self.id) & tokens.real, tokens.document) > 0
+        return behind & (earlier(behind & tokens.real, tokens.document) > 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,13 @@ from lamina.layers import (
     EmbeddingSpec,
     LabelHeadSpec,
     LanguageHeadSpec,
+    LearnedPositionSpec,
     PoolerSpec,
     Record,
     RotarySpec,
     StackSpec,
 )
-from lamina.marks import BeforeToken, EndBlocks, FirstToken, after_token
+from lamina.marks import AfterToken, BeforeToken, EndBlocks, FirstToken, after_question
 from lamina.reading import read
 from lamina.specs import Spec, unknown
 from lamina.tokens import Tokens
@@ -52,12 +53,18 @@ class ModelSpec(Spec):
     stem: ConvolutionStemSpec | None = None  # what the encoder reads with, in place of ids: Whisper
     context: int | None = None  # tokens that the model was trained to read
     special: SpecialTokens = field(default_factory=SpecialTokens)
-    marks: FirstToken | BeforeToken | EndBlocks | None = None  # where the caller gives none: Longformer
+    marks: FirstToken | BeforeToken | AfterToken | EndBlocks | None = None  # where the caller gives none: Longformer
 
     @property
     def two_stacks(self) -> bool:
         """Whether it is an encoder-decoder: what it writes does not continue what it reads."""
         return self.encoder is not None and self.decoder is not None
+
+    @property
+    def source_context(self) -> int | None:
+        """Tokens that the first stack reads: LED's encoder has 16,384 positions, and its decoder 1,024 (`context`)."""
+        position = self.encoder.position if self.encoder is not None and self.two_stacks else None
+        return position.size if isinstance(position, LearnedPositionSpec) else self.context
 
     def check(self) -> None:
         if self.width < 1 or (self.encoder is None and self.decoder is None):
@@ -404,7 +411,7 @@ class Model(nn.Module):
     def _context(self, given: Given, tokens: Tokens) -> Tensor | None:
         """(B, T) bool: what follows the question, where the model reads a question and what may answer it."""
         after = None if self.labels is None else self.labels.spec.after
-        return None if after is None else after_token(after, given.checked_ids(), tokens)
+        return None if after is None else after_question(after, given.checked_ids(), tokens)
 
     def _heads(self, hidden: Tensor, call: Call, keep_logits: int | None, answers: Tensor | None) -> Output:
         out, tokens = Output(None, hidden, losses=call.record.losses), call.tokens

@@ -297,6 +297,8 @@ def _transform(spec: TransformSpec) -> str:
 
 
 def _labels(spec: LabelHeadSpec) -> str:
+    if spec.task == "choice":
+        return "a score for each row, which is one of several choices"
     return f"{spec.labels} labels, one result a {'token' if spec.each_token else 'sequence'}"
 
 

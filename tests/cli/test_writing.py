@@ -113,6 +113,15 @@ def test_a_prompt_that_is_too_long(run, llama):
     wrong(run(*arguments[:5], "--max-new-tokens", 256), "leaves no room")
 
 
+def test_a_source_is_cut_to_what_the_encoder_reads(run, tmp_path):
+    """An LED reads more than it can write: 90 tokens here, and 12."""
+    led = tiny.checkpoint(tmp_path / "led", tiny.LED)
+    arguments = ("generate", led, "x" * 100, "--max-new-tokens", 6)
+    wrong(run(*arguments), "it has learned 90 positions")
+    status, out, _ = run(*arguments, "--truncate", "left", "--json")
+    assert status == 0 and json.loads(out)["truncated"] == 10 and json.loads(out)["prompt_tokens"] == 90
+
+
 def test_a_full_context_says_so(run, llama):
     status, out, err = run("generate", llama, "x" * 250, "--max-new-tokens", 20, "--min-new-tokens", 20, "--json")
     assert status == 0 and json.loads(out)["finish_reason"] == "length" and json.loads(out)["new_tokens"] == 6

@@ -192,7 +192,7 @@ def _opened(out: Output, model: Model, tokenizer: Tokenizer, ids: list[int]) -> 
 
 def _cut(out: Output, model: Model, ids: list[int], most: int, given: dict[str, Any]) -> tuple[list[int], int]:
     """The prompt as it fits, and how many tokens were cut. Nothing is cut unless asked for."""
-    context = model.spec.context
+    context = model.spec.source_context
     if context is None or given["truncate"] is None:
         return ids, 0
     keep = context if model.spec.two_stacks else max(context - most, 1)  # a source is all that an encoder reads

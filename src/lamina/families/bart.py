@@ -1,5 +1,5 @@
 """BART (arXiv:1910.13461): post-norm encoder and decoder, learned positions after two rows, one table for all.
-BigBird-Pegasus (bigbird_pegasus.py) is made of the same.
+LED (led.py) and BigBird-Pegasus (bigbird_pegasus.py) are made of the same.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ from lamina.model import ModelSpec
 from lamina.patterns import Causal, Everything
 from lamina.weights.rules import OneRow, Rule, Shape, pairs
 
-OFFSET = 2  # rows of the position table before position 0: fairseq counts from the id of padding, which is 1
 BIAS = "final_logits_bias"
-KINDS = ("ForConditionalGeneration", "ForCausalLM", "ForSequenceClassification", "ForQuestionAnswering", "Model")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flavour:
-    """Where BigBird-Pegasus differs from BART."""
+    """Where LED and BigBird-Pegasus differ from BART."""
 
     model_type: str
     name: str  # of the classes
+    base: str  # prefix of what is not a head
+    kinds: tuple[str, ...]  # what is on the decoder, as the classes are called
     special: tuple[int, int, int]
     place: Literal["after", "pre"]  # of the norms of a step; the norm of a stack stands at the other end of it
-    offset: int  # rows of the position table before position 0
+    positions: tuple[str, str]  # the fields that say how many there are on each side
+    offset: int  # rows of the position table before position 0: fairseq counts from the id of padding, which is 1
     defaults: Mapping[str, Any]
     only: Mapping[str, Any]  # what its fields have to be, where they are there
 
@@ -52,13 +53,14 @@ def spec(fields: Fields, flavour: Flavour, bias: str = "all") -> ModelSpec:
     for name, value in flavour.only.items():
         fields.must(name, value)
     fields = fields.over(flavour.defaults)
-    positions, norm = fields.count("max_position_embeddings"), LayerNormSpec()
+    rows = {side: fields.count(name) for side, name in zip(SIDES, flavour.positions, strict=True)}
+    norm = LayerNormSpec()
     special = fields.special(*flavour.special).replace(decoder_start=fields.token("decoder_start_token_id", 2))
 
     def stack(side: str) -> StackSpec:
         return StackSpec(
             layers=layers(fields, side, flavour.place, bias),
-            position=LearnedPositionSpec(size=positions, offset=flavour.offset),
+            position=LearnedPositionSpec(size=rows[side], offset=flavour.offset),
             input_norm=norm if flavour.place == "after" else None,
             dropout=fields.number("dropout"),
             norm=norm if flavour.place == "pre" else None,
@@ -83,7 +85,7 @@ def spec(fields: Fields, flavour: Flavour, bias: str = "all") -> ModelSpec:
         head=head if generates else None,
         pooler=PoolerSpec(token="last", dropout=rate) if classifies else None,
         labels=label.get(kind),
-        context=positions,
+        context=rows["decoder"],
         special=special,
     )
 
@@ -138,38 +140,54 @@ OLD: dict[str, Any] = {
     "add_final_layer_norm": False,
     "normalize_embedding": True,
     "static_position_embeddings": False,
-    "extra_pos_embeddings": OFFSET,
+    "extra_pos_embeddings": 2,
     "encoder_layerdrop": 0.0,
     "decoder_layerdrop": 0.0,
 }
 """Fields that say what BART is in files of 2020, or that it leaves out whole layers in training, which is not built."""
 
 
-BART_FLAVOUR = Flavour("bart", "Bart", (0, 2, 1), "after", OFFSET, DEFAULTS, OLD)
+BART_FLAVOUR = Flavour(
+    model_type="bart",
+    name="Bart",
+    base="model.",
+    kinds=("ForConditionalGeneration", "ForCausalLM", "ForSequenceClassification", "ForQuestionAnswering", "Model"),
+    special=(0, 2, 1),
+    place="after",
+    positions=("max_position_embeddings", "max_position_embeddings"),
+    offset=2,
+    defaults=DEFAULTS,
+    only=OLD,
+)
 
 
 def _parts(fields: Fields, flavour: Flavour) -> tuple[bool, str]:
     """Whether there is an encoder, and what is on the decoder: as the tensors say, else the architecture."""
-    said = fields.config.get("architectures") or [f"{flavour.name}{KINDS[0]}"]
-    kind = str(said[0]).removeprefix(flavour.name)
-    if kind not in KINDS:
-        raise ValueError(f"{fields.where}: architectures is {said}; known here: {flavour.name} with {', '.join(KINDS)}")
+    name, kinds = flavour.name, flavour.kinds
+    said = fields.config.get("architectures") or [f"{name}ForConditionalGeneration"]
+    kind = str(said[0]).removeprefix(name)
+    if kind not in kinds:
+        raise ValueError(f"{fields.where}: architectures is {said}; known here: {name} with {', '.join(kinds)}")
     if fields.names is None:
         return kind != "ForCausalLM", kind
-    encodes = any(name.startswith("model.encoder.layers.") for name in fields.names)
-    for name, one in (("qa_outputs.weight", KINDS[3]), ("classification_head.dense.weight", KINDS[2])):
-        if name in fields.names:
-            return encodes, one
+    alone = "ForCausalLM" in kinds and not any(n.startswith(f"{flavour.base}encoder.layers.") for n in fields.names)
+    for tensor, one in LABELS.items():
+        if f"{tensor}.weight" in fields.names and one in kinds:
+            return not alone, one
     if BIAS in fields.names or "lm_head.weight" in fields.names:
         kind = "ForConditionalGeneration"
-    return encodes, kind
+    return not alone, kind
+
+
+LABELS = {"qa_outputs": "ForQuestionAnswering", "classification_head.dense": "ForSequenceClassification"}
+"""The tensor that only a model with such labels has."""
 
 
 def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
     """spec -> config.json."""
     tasks = {None: "Model", "sequence": "ForSequenceClassification", "span": "ForQuestionAnswering"}
     task = None if spec.labels is None else spec.labels.task
-    need(task in tasks, "labels", f"are of a {task}")
+    need(tasks.get(task) in flavour.kinds, "labels", f"are of a {task}")
     kind = tasks[task]
     if spec.head is not None:
         kind = "ForCausalLM" if spec.encoder is None else "ForConditionalGeneration"
@@ -189,10 +207,10 @@ def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
     if spec.labels is not None and spec.labels.task == "sequence":
         count = spec.labels.labels
         said |= {"classifier_dropout": spec.labels.dropout, "num_labels": count}
-    for side in SIDES:
+    for side, positions in zip(SIDES, flavour.positions, strict=True):
         stack, told = side_config(spec, side if spec.encoder is not None else "decoder", side)
         said |= told
-        said["max_position_embeddings"] = the(LearnedPositionSpec, stack.position, f"{side}.position").size
+        said[positions] = the(LearnedPositionSpec, stack.position, f"{side}.position").size
     return said
 
 
@@ -212,29 +230,28 @@ def side_config(spec: ModelSpec, side: str, called: str) -> tuple[StackSpec, dic
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
 
 
-def rules(side: str, place: str, projections: Mapping[str, str] = PROJECTIONS) -> tuple[Rule, ...]:
+def projections(step: str, called: str, names: Mapping[str, str] = PROJECTIONS) -> dict[str, str]:
+    """The names of the projections of an attention, below those of its layer."""
+    return {f"{step}.op.{ours}": f"{called}.{theirs}" for ours, theirs in names.items()}
+
+
+ATTENTION = projections("attention", "self_attn")
+
+
+def rules(side: str, place: str, base: str = "model.", attention: Mapping[str, str] = ATTENTION) -> tuple[Rule, ...]:
     """The names of the layers of one side, whose norms stand as `layers` has them, and of its positions."""
-    ours, theirs = f"{side}.layers.{{i}}.", f"model.{side}.layers.{{i}}."
-    steps = (("attention", "self_attn"), ("cross", "encoder_attn"))[: 1 if side == "encoder" else 2]
-    names = {f"{step}.op.{p}": f"{called}.{t}" for step, called in steps for p, t in projections.items()}
-    names |= {f"{step}.{place}": f"{called}_layer_norm" for step, called in steps}
+    ours, theirs = f"{side}.layers.{{i}}.", f"{base}{side}.layers.{{i}}."
+    names = {**attention, f"attention.{place}": "self_attn_layer_norm"}
+    if side == "decoder":
+        names |= projections("cross", "encoder_attn") | {f"cross.{place}": "encoder_attn_layer_norm"}
     names |= {"feedforward.op.up": "fc1", "feedforward.op.down": "fc2", f"feedforward.{place}": "final_layer_norm"}
-    position = Rule(f"{side}.position.weight", f"model.{side}.embed_positions.weight")
+    position = Rule(f"{side}.position.weight", f"{base}{side}.embed_positions.weight")
     return (position, *pairs(ours, theirs, names))
 
 
-def ends(norm: str) -> tuple[Rule, ...]:
-    """The names of what stands at the ends of the stacks: their norm (`norm` says which of ours), and the head."""
-    norms = {f"{side}.{norm}": f"model.{side}.layernorm_embedding" for side in SIDES}
-    return (*pairs("", "", norms), Rule("head.weight", "lm_head.weight"), Rule("head.bias", BIAS, OneRow()))
-
-
-WEIGHTS = (*(rule for side in SIDES for rule in rules(side, "after")), *ends("input_norm"))
-
-
-def heads(spec: ModelSpec) -> tuple[Rule, ...]:
+def heads(spec: ModelSpec, flavour: Flavour) -> tuple[Rule, ...]:
     """The name of the embedding, which a decoder alone holds under its own, and those of the labels."""
-    table = f"model.{'decoder.embed_tokens' if spec.encoder is None else 'shared'}.weight"
+    table = f"{flavour.base}{'decoder.embed_tokens' if spec.encoder is None else 'shared'}.weight"
     spans = spec.labels is not None and spec.labels.task == "span"
     names = {"labels.dense": "qa_outputs" if spans else "classification_head.out_proj"}
     names |= {"pooler.dense": "classification_head.dense"}
@@ -252,26 +269,36 @@ bart_spec, bart_config = spec, config
 
 def family_of(
     flavour: Flavour,
-    weights: tuple[Rule, ...],
     sizes: Mapping[str, dict[str, Any]],
     *,
     spec: Callable[[Fields], ModelSpec] | None = None,
     config: Callable[[ModelSpec], dict[str, Any]] | None = None,
+    attention: Mapping[str, str] = ATTENTION,
 ) -> Family:
-    """The family of a flavour. `spec` and `config`: where they say more than BART's."""
+    """The family of a flavour. `spec` and `config`: where they say more than BART's; `attention`: the names of the
+    encoder's projections."""
+    place, base, shared = flavour.place, flavour.base, f"{flavour.base}shared.weight"
+    norm = "input_norm" if place == "after" else "norm"
+    norms = {f"{side}.{norm}": f"{side}.layernorm_embedding" for side in SIDES}
     return Family(
         model_type=flavour.model_type,
         spec=partial(bart_spec, flavour=flavour) if spec is None else spec,
         config=partial(bart_config, flavour=flavour) if config is None else config,
-        weights=weights,
-        heads=heads,
-        base="model.",
-        aliases={"lm_head.weight": "model.shared.weight"},
-        copies={f"model.{side}.embed_tokens.weight": "model.shared.weight" for side in SIDES},
-        ignored=(BIAS, "model.encoder.version", "model.decoder.version"),
+        weights=(
+            *rules("encoder", place, base, attention),
+            *rules("decoder", place, base),
+            *pairs("", base, norms),
+            Rule("head.weight", "lm_head.weight"),
+            Rule("head.bias", BIAS, OneRow()),
+        ),
+        heads=partial(heads, flavour=flavour),
+        base=base,
+        aliases={"lm_head.weight": shared},
+        copies={f"{base}{side}.embed_tokens.weight": shared for side in SIDES},
+        ignored=(BIAS, *(f"{base}{side}.version" for side in SIDES)),
         zeros=unused,
         sizes=sizes,
     )
 
 
-BART = family_of(BART_FLAVOUR, WEIGHTS, {"bart/base": sizes(6, 768, 12), "bart/large": sizes(12, 1024, 16)})
+BART = family_of(BART_FLAVOUR, {"bart/base": sizes(6, 768, 12), "bart/large": sizes(12, 1024, 16)})

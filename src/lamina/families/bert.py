@@ -2,8 +2,8 @@
 ALBERT (albert.py) is made of the same.
 
 The head is what the file holds: an encoder with or without pooler, masked LM, pre-training (masked LM and next
-sentence), next sentence alone, sequence or token classification, or question answering; in some flavours a choice among
-rows, or the same layers as a decoder.
+sentence), next sentence alone, sequence or token classification, question answering, or multiple choice; in BigBird the
+same layers may be a decoder.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ TASKS: dict[str, Task] = {
     "ForSequenceClassification": "sequence",
     "ForTokenClassification": "token",
     "ForQuestionAnswering": "span",
+    "ForMultipleChoice": "choice",
 }
-CHOICE = "ForMultipleChoice"
 CAUSAL = "ForCausalLM"
 
 
@@ -67,7 +67,7 @@ class Flavour:
     pair: str = "cls.seq_relationship"  # which sentence comes next
     prefix: str = ""  # of what is not a head, where it is not the model type
     answers: str = "qa_outputs"
-    more: tuple[str, ...] = ()  # of CHOICE and CAUSAL
+    decodes: bool = False  # whether there is a decoder of the same layers (CAUSAL) too
 
     @property
     def base(self) -> str:
@@ -84,14 +84,9 @@ class Flavour:
         return self.roberta or self.model_type == "big_bird"
 
     @property
-    def tasks(self) -> dict[str, Task]:
-        """The labels that there are, by the ends of the names of classes."""
-        return {**TASKS, CHOICE: "choice"} if CHOICE in self.more else TASKS
-
-    @property
     def kinds(self) -> tuple[str, ...]:
         """The ends of the names of classes."""
-        return ("Model", "ForMaskedLM", "ForPreTraining", *self.tasks, *(one for one in self.more if one == CAUSAL))
+        return ("Model", "ForMaskedLM", "ForPreTraining", *TASKS, *([CAUSAL] if self.decodes else []))
 
 
 BERT_FLAVOUR = Flavour(
@@ -103,7 +98,7 @@ ROBERTA_FLAVOUR = Flavour("roberta", "Roberta", (0, 2, 1), 512, "lm_head.", ("de
 def spec(fields: Fields, flavour: Flavour) -> ModelSpec:
     """config.json, and the names of the tensors where there are any -> spec."""
     fields.must("position_embedding_type", "absolute")
-    causal = CAUSAL in flavour.more and _kind_of(fields, flavour) == CAUSAL
+    causal = flavour.decodes and _kind_of(fields, flavour) == CAUSAL
     fields.must("is_decoder", causal)
     if causal and not fields.flag("is_decoder", False):
         raise CheckpointError(
@@ -136,6 +131,8 @@ def spec(fields: Fields, flavour: Flavour) -> ModelSpec:
     layer = in_turn(attention, feedforward, after=norm, dropout=rate)
     language, pooled, task = _parts(fields, flavour)
     labels_rate = fields.number("classifier_dropout", rate)
+    if task == "choice" and flavour.summarises:  # that rate is then of the classifier of sequences alone
+        labels_rate = rate
     transform = TransformSpec(act="gelu" if roberta else act, norm=norm)
     head = LanguageHeadSpec(tied=fields.flag("tie_word_embeddings", True), bias=True, transform=transform)
     stack = StackSpec(
@@ -172,7 +169,7 @@ def _parts(fields: Fields, flavour: Flavour) -> tuple[bool, bool, Task | None]:
         if kind not in flavour.kinds:
             said, known = fields.config["architectures"], ", ".join(flavour.kinds)
             raise ValueError(f"{fields.where}: architectures is {said}; known here: {flavour.name} with {known}")
-        task = "next_sentence" if kind == "ForPreTraining" else flavour.tasks.get(kind)
+        task = "next_sentence" if kind == "ForPreTraining" else TASKS.get(kind)
         language = kind in ("ForMaskedLM", "ForPreTraining", CAUSAL)
         return language, kind == "Model" or task in ("sequence", "next_sentence", "choice"), task
     language = any(name.startswith(flavour.language) for name in fields.names)
@@ -185,7 +182,7 @@ def _parts(fields: Fields, flavour: Flavour) -> tuple[bool, bool, Task | None]:
     if "classifier.out_proj.weight" in fields.names:
         return False, True, "sequence"
     if "classifier.weight" in fields.names:
-        if kind == CHOICE and CHOICE in flavour.more:
+        if TASKS.get(kind) == "choice":
             return False, True, "choice"
         by_token = kind == "ForTokenClassification" or flavour.summarises
         return (False, False, "token") if by_token else (False, True, "sequence")
@@ -193,7 +190,7 @@ def _parts(fields: Fields, flavour: Flavour) -> tuple[bool, bool, Task | None]:
 
 
 def labels(fields: Fields, task: Task, rate: float) -> LabelHeadSpec:
-    """As many labels as the configuration names."""
+    """As many labels as the configuration names; of the score of a choice one."""
     if task in ("next_sentence", "span"):
         return LabelHeadSpec(labels=2, task=task)
     if task == "choice":
@@ -205,13 +202,13 @@ def labels(fields: Fields, task: Task, rate: float) -> LabelHeadSpec:
 
 def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
     """spec -> config.json."""
-    causal = CAUSAL in flavour.more and spec.decoder is not None and spec.decoder.segment is not None
+    causal = flavour.decodes and spec.decoder is not None and spec.decoder.segment is not None
     side = "decoder" if causal else "encoder"
     stack, attention, feedforward = parts(spec, side)
     position = the(LearnedPositionSpec, stack.position, f"{side}.position")
     said = {
         "model_type": flavour.model_type,
-        "architectures": [flavour.name + (CAUSAL if causal else _kind(spec, flavour))],
+        "architectures": [flavour.name + (CAUSAL if causal else _kind(spec))],
         "vocab_size": spec.embedding.vocabulary,
         "hidden_size": spec.width,
         "num_hidden_layers": len(stack.layers),
@@ -228,19 +225,17 @@ def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
     }
     if causal:
         said["is_decoder"] = True
-    if spec.labels is not None and spec.labels.task in ("sequence", "token"):
+    if spec.labels is not None and spec.labels.task in ("sequence", "token", "choice"):
         said |= {"num_labels": spec.labels.labels, "classifier_dropout": spec.labels.dropout}
     return said
 
 
-def _kind(spec: ModelSpec, flavour: Flavour) -> str:
+def _kind(spec: ModelSpec) -> str:
     task = None if spec.labels is None else spec.labels.task
     if spec.head is not None:
         need(task in (None, "next_sentence"), "labels", f"are of a {task} beside a language head")
         return "ForMaskedLM" if task is None else "ForPreTraining"
-    kinds = {one: name for name, one in flavour.tasks.items()}
-    need(task is None or task in kinds, "labels", f"are of a {task}")
-    return "Model" if task is None else kinds[task]
+    return "Model" if task is None else next(name for name, one in TASKS.items() if one == task)
 
 
 def weights(base: str, *sides: str) -> tuple[Rule, ...]:

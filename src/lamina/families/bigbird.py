@@ -4,8 +4,7 @@ Which form a text gets is decided anew for each document: dense for one of at mo
 short batch turns the model dense for good.
 
 A decoder (`BigBirdForCausalLM`) is causal and dense, whatever `attention_type` says: that is what transformers computes
-in short texts, while its sparse form lets each token of a long one see later tokens. A model of choices
-(`BigBirdForMultipleChoice`) gives one score a row: the choices of one question are rows.
+in short texts, while its sparse form lets each token of a long one see later tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ FLAVOUR = bert.Flavour(
     pooler="pooler",
     prefix="bert.",
     answers="qa_classifier.qa_outputs",
-    more=(bert.CHOICE, bert.CAUSAL),
+    decodes=True,
 )
 DEFAULTS = {"vocab_size": 50358, "hidden_act": "gelu_new", "num_hidden_layers": 12}
 SEPARATOR = 66
@@ -78,8 +77,6 @@ def _headed(fields: Fields, made: ModelSpec) -> ModelSpec:
     stack, _, feedforward = parts(made, "encoder")
     if made.pooler is not None and made.labels.task == "sequence":
         return made.replace(pooler=made.pooler.replace(act=feedforward.act))
-    if made.labels.task == "choice":
-        return made.replace(labels=made.labels.replace(dropout=stack.dropout))
     if made.labels.task == "span":
         norm = the(LayerNormSpec, stack.input_norm, "encoder.input_norm")
         after = fields.token("sep_token_id", SEPARATOR)

@@ -6,6 +6,7 @@ and a decoder by itself has a head of its own whatever `tie_word_embeddings` say
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lamina.families import bart, bigbird
@@ -24,8 +25,16 @@ DEFAULTS = (
         "scale_embedding": True,
     }
 )
-ONLY = {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
-FLAVOUR = bart.Flavour("bigbird_pegasus", "BigBirdPegasus", (2, 1, 0), "pre", 0, DEFAULTS, ONLY)
+FLAVOUR = replace(
+    bart.BART_FLAVOUR,
+    model_type="bigbird_pegasus",
+    name="BigBirdPegasus",
+    special=(2, 1, 0),
+    place="pre",
+    offset=0,
+    defaults=DEFAULTS,
+    only={"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
+)
 
 
 def spec(fields: Fields) -> ModelSpec:
@@ -46,7 +55,11 @@ def config(spec: ModelSpec) -> dict[str, Any]:
     return bart.config(made, FLAVOUR) | blocks | {"use_bias": biased}
 
 
-ENCODER = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output"}
-WEIGHTS = (*bart.rules("encoder", "pre", ENCODER), *bart.rules("decoder", "pre"), *bart.ends("norm"))
-SIZES = {"bigbird-pegasus/large": bart.sizes(16, 1024, 16)}
-BIGBIRD_PEGASUS = bart.family_of(FLAVOUR, WEIGHTS, SIZES, spec=spec, config=config)
+NAMES = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output"}
+BIGBIRD_PEGASUS = bart.family_of(
+    FLAVOUR,
+    {"bigbird-pegasus/large": bart.sizes(16, 1024, 16)},
+    spec=spec,
+    config=config,
+    attention=bart.projections("attention", "self_attn", NAMES),
+)

@@ -2,7 +2,7 @@
 
 Hugging Face's attention_window counts both sides: 512 there are 256 keys on each side here, and the token itself.
 Which tokens are global the caller says (`marked`); where nobody says it, it is the first one for the classifier of
-sequences and the question for the answering of questions, as in transformers.
+sequences, the question for the answering of questions and the choice for multiple choice, as in transformers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from lamina.families import bert
 from lamina.families.family import Fields, need, the
 from lamina.layers import AttentionSpec, LayerSpec, LongformerSpec, StackSpec, StepSpec
-from lamina.marks import BeforeToken, FirstToken
+from lamina.marks import AfterToken, BeforeToken, FirstToken
 from lamina.model import ModelSpec
 from lamina.specs import edit
 from lamina.weights.rules import pairs
@@ -33,39 +33,47 @@ def windows(fields: Fields, layers: int) -> list[int]:
     return [one // 2 for one in both]
 
 
-def sparse(window: int, attention: AttentionSpec) -> LongformerSpec:
-    """The attention of one layer, from what it has in common with RoBERTa's."""
-    return LongformerSpec(heads=attention.heads, head_dim=attention.head_dim, window=window, dropout=attention.dropout)
+def sparse(fields: Fields, dense: ModelSpec) -> ModelSpec:
+    """The model whose encoder attends in windows, from the one that sees everything and is else the same."""
+    stack = the(StackSpec, dense.encoder, "encoder")
+    layers = [
+        edit(layer, AttentionSpec, lambda path, part, window=window: _sparse(window, part))
+        for layer, window in zip(stack.layers, windows(fields, len(stack.layers)), strict=True)
+    ]
+    return dense.replace(encoder=stack.replace(layers=tuple(layers)))
+
+
+def dense(spec: ModelSpec) -> tuple[ModelSpec, list[int]]:
+    """The inverse of `sparse`: that model, and what attention_window says."""
+    stack = the(StackSpec, spec.encoder, "encoder")
+    found = [_attention(i, layer) for i, layer in enumerate(stack.layers)]
+    for i, one in enumerate(found):
+        need(one.bias and not one.causal, f"encoder.layers.{i}.steps.0.op", "lacks biases or is causal")
+    return edit(spec, LongformerSpec, lambda path, part: _dense(part)), [2 * one.window for one in found]
 
 
 def spec(fields: Fields) -> ModelSpec:
     """config.json, and the names of the tensors where there are any -> spec."""
     fields.must("onnx_export", False)
-    dense = bert.spec(fields, FLAVOUR)
-    stack = the(StackSpec, dense.encoder, "encoder")
-    layers = [
-        edit(layer, AttentionSpec, lambda path, part, window=window: sparse(window, part))
-        for layer, window in zip(stack.layers, windows(fields, len(stack.layers)), strict=True)
-    ]
-    task = None if dense.labels is None else dense.labels.task
+    model = sparse(fields, bert.spec(fields, FLAVOUR))
+    task = None if model.labels is None else model.labels.task
+    if task == "sequence":
+        return model.replace(marks=FirstToken())
     separator = fields.token("sep_token_id", SEPARATOR)
-    question = None if separator is None else BeforeToken(id=separator)
-    marks = FirstToken() if task == "sequence" else question if task == "span" else None
-    return dense.replace(encoder=stack.replace(layers=tuple(layers)), marks=marks)
+    rule = {"span": BeforeToken, "choice": AfterToken}.get(task or "")
+    return model if rule is None or separator is None else model.replace(marks=rule(id=separator))
 
 
 def config(spec: ModelSpec) -> dict[str, Any]:
     """spec -> config.json."""
-    stack = the(StackSpec, spec.encoder, "encoder")
-    found = [_attention(i, layer) for i, layer in enumerate(stack.layers)]
-    for i, one in enumerate(found):
-        need(one.bias and not one.causal, f"encoder.layers.{i}.steps.0.op", "lacks biases or is causal")
-    dense = edit(spec, LongformerSpec, lambda path, part: _dense(part))
-    said = bert.config(dense, FLAVOUR)
-    both = [2 * one.window for one in found]
-    said["attention_window"] = both
-    said["sep_token_id"] = spec.marks.id if isinstance(spec.marks, BeforeToken) else SEPARATOR
+    like, both = dense(spec)
+    said = bert.config(like, FLAVOUR) | {"attention_window": both}
+    said["sep_token_id"] = spec.marks.id if isinstance(spec.marks, BeforeToken | AfterToken) else SEPARATOR
     return said
+
+
+def _sparse(window: int, attention: AttentionSpec) -> LongformerSpec:
+    return LongformerSpec(heads=attention.heads, head_dim=attention.head_dim, window=window, dropout=attention.dropout)
 
 
 def _attention(number: int, layer: LayerSpec) -> LongformerSpec:

@@ -70,6 +70,7 @@ def search(
     limits: Limits,
     cache: str | None = "auto",
     decoder_input_ids: Tensor | None = None,
+    marked: Tensor | None = None,
 ) -> Beams:
     """The best continuations of each row of `input_ids` (B, T), as `lamina.generate` with `beams` writes them; for a
     model with a stem `input_ids` are its features.
@@ -81,7 +82,7 @@ def search(
     """
     begun = begun_with(model, input_ids, decoder_input_ids)
     feeder, logits, room = Feeder.begin(
-        model, input_ids, attention_mask, limits, cache, decoder_input_ids, engine=False
+        model, input_ids, attention_mask, limits, cache, decoder_input_ids, marked, engine=False
     )
     texts, device = logits.shape[0], logits.device
     # One row a text until it has been read; then its beams, as far as they differ.

@@ -63,7 +63,7 @@ def embed(
     if not texts:
         return torch.empty(0, model.spec.width)
     rows = [tokenizer.encode(text) for text in texts]
-    longest = min(n for n in (pooling.longest, model.spec.context, 2**31) if n is not None)
+    longest = min(n for n in (pooling.longest, model.spec.source_context, 2**31) if n is not None)
     for text, ids in zip(texts, rows, strict=True):
         if not ids:
             raise LaminaError(f"the text {text[:40]!r} has no tokens")

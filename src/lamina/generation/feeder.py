@@ -25,15 +25,15 @@ class Source:
     mask: Tensor | None
 
     @classmethod
-    def of(cls, model: Model, input_ids: Tensor, mask: Tensor | None) -> Source:
+    def of(cls, model: Model, input_ids: Tensor, mask: Tensor | None, marked: Tensor | None) -> Source:
         """Read `input_ids` (texts, S), padded on either side, or features."""
         if model.stem is not None:
             if not input_ids.is_floating_point():
                 model.check_reads(input_ids, None)
-            memory = model.encode(input_features=input_ids, attention_mask=mask)
+            memory = model.encode(input_features=input_ids, attention_mask=mask, marked=marked)
             return cls(memory, None if mask is None else model.stem.seen(mask))
         checked(model, input_ids, mask)
-        return cls(model.encode(input_ids, mask), mask)
+        return cls(model.encode(input_ids, mask, marked=marked), mask)
 
     def arguments(self) -> dict[str, Any]:
         """What a forward has to be told of it."""
@@ -84,12 +84,15 @@ class Feeder:
         limits: Limits,
         cache: str | Cache | Reader | None,
         decoder_input_ids: Tensor | None,
+        marked: Tensor | None = None,
         engine: bool = True,
     ) -> tuple[Feeder, Tensor, int]:
         """A feeder that has read the prompt, the (B, vocabulary) logits after it, and how many new tokens fit."""
         begun, source = begun_with(model, input_ids, decoder_input_ids), None
         if model.spec.two_stacks:
-            source, attention_mask = Source.of(model, input_ids, attention_mask), None
+            source, attention_mask = Source.of(model, input_ids, attention_mask, marked), None
+        elif marked is not None:
+            raise UnsupportedError("marked is for the source of an encoder-decoder; this model continues input_ids")
         ids, mask = checked(model, begun, attention_mask)
         used = cache.length if isinstance(cache, Cache | Reader) else 0
         room = room_for(model, ids, mask, limits, cache, used)

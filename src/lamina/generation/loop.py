@@ -49,13 +49,15 @@ def generate(
     seed: int | None = None,
     cache: str | None = "auto",
     decoder_input_ids: Tensor | None = None,
+    marked: Tensor | None = None,
     input_features: Tensor | None = None,
     **wrong: Any,
 ) -> Tensor:
     """Continue each row of `input_ids` (B, T); returns (B, T + new) ids.
 
     An encoder-decoder reads `input_ids` and writes from its start id on, or continues `decoder_input_ids` (B, T);
-    it returns the decoder's ids, those included. A model with a stem reads `input_features` (B, bins, frames).
+    it returns the decoder's ids, those included. marked: (B, T), tokens of the source (LED's global ones); None: as
+    the spec says. A model with a stem reads `input_features` (B, bins, frames).
 
     Ids that the checkpoint suppresses (suppress_tokens in generation_config.json) are not written.
     A row ends at the checkpoint's end ids (held back for the first `min_new_tokens`) or at one of `stop` (ids, or
@@ -77,7 +79,7 @@ def generate(
     if reads is None:
         raise LaminaError(f"{model.reads} is missing")
     begun = begun_with(model, reads, decoder_input_ids)
-    given: dict[str, Any] = {"limits": limits, "cache": cache, "decoder_input_ids": decoder_input_ids}
+    given: dict[str, Any] = {"limits": limits, "cache": cache, "decoder_input_ids": decoder_input_ids, "marked": marked}
     if beams > 1:
         return beam.search(model, reads, attention_mask, beaming=beaming, **given).ids
     steps = stream(model, reads, attention_mask, sampling=sampling, **given)
@@ -94,10 +96,11 @@ def stream(
     limits: Limits,
     cache: str | Cache | Reader | None = "auto",
     decoder_input_ids: Tensor | None = None,
+    marked: Tensor | None = None,
 ) -> Iterator[Step]:
     """`generate`, one column at a time. A `Cache`, or the `Reader` of a compiled step, that already holds the text
     before `input_ids` is continued. For a model with a stem `input_ids` are its features."""
-    feeder, logits, room = Feeder.begin(model, input_ids, attention_mask, limits, cache, decoder_input_ids)
+    feeder, logits, room = Feeder.begin(model, input_ids, attention_mask, limits, cache, decoder_input_ids, marked)
     generator = sampling.generator(logits.device)
     done = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
     written: list[list[int]] = [[] for _ in done]

@@ -98,6 +98,8 @@ class LabelHeadSpec(Spec):
             raise LaminaError(f"labels={self.labels} must be at least 1, dropout={self.dropout} within 0 and 1")
         if self.after is not None and self.task != "span":
             raise LaminaError(f"after={self.after} is for answers (task 'span'), and these labels are of a {self.task}")
+        if self.task == "choice" and self.labels != 1:
+            raise LaminaError(f"labels={self.labels} must be 1: each choice is a row, and has one score")
 
     @property
     def each_token(self) -> bool:
