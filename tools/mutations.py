@@ -1119,7 +1119,10 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("router: group limits", "if spec.limit is not None:\n            inside", "if False:\n            inside"),
         ("router: best of a group", "value = inside.topk(spec.limit.best, dim=-1)", "value = inside.topk(1, dim=-1)"),
+        ("losses: P sums to one", 'scores if spec.score == "softmax" else scores /', "scores if True else scores /"),
         ("router: bias", "self.bias.to(x.dtype)", "0 * self.bias.to(x.dtype)"),
+    ],
+    "layers/capacity.py": [
         ("capacity: off in evaluation", "spec.training if training else spec.evaluation", "spec.training"),
         ("capacity: first choices first", "F.one_hot(expert.transpose(1, 2).flatten(1)", "F.one_hot(expert.flatten(1)"),
         ("capacity: off by one", "place > most", "place >= most"),
@@ -1133,6 +1136,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("capacity: of a row", 'rows = batch if spec.group == "row" else 1', "rows = 1"),
         ("capacity: a second choice by chance", "if spec.second is not None and training", "if False and training"),
         ("capacity: the first is not by chance", "lost[..., 0] = False", "pass"),
+    ],
+    "layers/router_loss.py": [
         ("losses: E", "each = routing.experts * (", "each = ("),
         ("losses: first choices", 'expert[..., :1] if spec.choices == "first" else expert', "expert"),
         ("losses: mean of the choices", 'chosen if spec.choices == "mean" else 1', "1"),
@@ -1140,9 +1145,10 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("losses: padding in z", "square() * real).sum((1, 2))", "square()).sum((1, 2))"),
         ("losses: each row", "rows = routing.span[0] if spec.each_row else 1", "rows = 1"),
         ("losses: pooled", "if (name, spec) in memo else sums", "if False else sums"),
-        ("losses: P sums to one", 'scores if spec.score == "softmax" else scores /', "scores if True else scores /"),
         ("losses: CV squared", "x.mean().square() + 1e-10", "x.mean() + 1e-10"),
         ("losses: the threshold of the chosen", "torch.where(inside, best[:, -1:], best[:, -2:-1])", "best[:, -1:]"),
+    ],
+    "layers/expert_choice.py": [
         ("expert choice: texts by themselves", "[row, tokens.document, tokens.real", "[row, row, tokens.real"),
         (
             "expert choice: rows by themselves",

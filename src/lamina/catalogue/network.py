@@ -182,7 +182,14 @@ EXPERTS = Kind(
         ("F_e", "a feed-forward network, plain or gated, one of E"),
         ("k", "experts a token: 1 in Switch, 2 in GShard, GLaM and Mixtral, 8 in DeepSeek-V3"),
     ),
-    files=("layers/experts.py", "layers/router.py", "layers/dispatch.py"),
+    files=(
+        "layers/experts.py",
+        "layers/router.py",
+        "layers/expert_choice.py",
+        "layers/capacity.py",
+        "layers/router_loss.py",
+        "layers/dispatch.py",
+    ),
     used=has(ExpertsSpec),
     variants=(
         Variant("Switch", "k = 1, the gate as it is", _tokens_choose(lambda r: r.chosen == 1 and not r.normalise)),

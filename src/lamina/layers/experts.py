@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from lamina.errors import LaminaError
 from lamina.layers.call import Call, Record
+from lamina.layers.capacity import CapacitySpec, limited
 from lamina.layers.dispatch import Exchange, Groups, dispatch, one, parts, product
 from lamina.layers.dropout import dropout
+from lamina.layers.expert_choice import ExpertChoiceSpec
 from lamina.layers.feedforward import ACTIVATIONS, FeedForwardSpec
 from lamina.layers.linear import Linear
 from lamina.layers.parameter import parameter
-from lamina.layers.router import CapacitySpec, ExpertChoiceSpec, RouterLossSpec, TopK, TopKSpec, limited, record_losses
+from lamina.layers.router import TopK, TopKSpec
+from lamina.layers.router_loss import RouterLossSpec, record_losses
 from lamina.specs import Spec
 
 

@@ -12,10 +12,10 @@ from lamina.layers.block import LayerSpec
 from lamina.layers.call import Call
 from lamina.layers.dropout import dropout
 from lamina.layers.embedding import SegmentSpec
+from lamina.layers.expert_choice import ExpertChoiceSpec
 from lamina.layers.linear import Linear
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
-from lamina.layers.router import ExpertChoiceSpec
 from lamina.patterns import Pattern
 from lamina.specs import Spec
 
