@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.multiprocessing as multiprocessing
 
 import lamina
 from lamina.errors import LaminaError
+from lamina.families import Fields, family
 from lamina.layers import (
     CapacitySpec,
     EmbeddingSpec,
@@ -44,8 +46,25 @@ def spec(experts: int = 4) -> lamina.ModelSpec:
     )
 
 
+def pairs() -> lamina.ModelSpec:
+    """An encoder-decoder with biases, two experts a token and masked results: NLLB-MoE."""
+    said: dict[str, Any] = {"vocab_size": 30, "d_model": 12, "num_experts": 4, "expert_capacity": 64}
+    for side in ("encoder", "decoder"):
+        said |= {f"{side}_layers": 2, f"{side}_attention_heads": 3, f"{side}_ffn_dim": 10, f"{side}_sparse_step": 2}
+    return family("nllb-moe").spec(Fields(said))
+
+
+SPECS = {"one stack": spec, "pairs": pairs}
+
+
+def made(name: str) -> lamina.Model:
+    """In training where a capacity binds; in evaluation where chance has a part in training."""
+    return SPECS[name]().build(dtype=torch.float64, seed=3).train(name != "pairs")
+
+
 def run(model: lamina.Model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    out = model(ids, mask).logits
+    more = {"decoder_input_ids": ids.flip(1)} if model.spec.two_stacks else {}
+    out = model(ids, mask, **more).logits
     assert out is not None
     (out * torch.linspace(-1, 1, 30)).sum().backward()
     return out.detach()
@@ -59,12 +78,12 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, folder: str, name: str) -> None:
     from lamina.parallel import spread_experts
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
-    model = spec().build(dtype=torch.float64, seed=3)
+    model = made(name)
     with pytest.raises(LaminaError, match="has 5 experts, which 2 ranks cannot share out evenly"):
         spread_experts(spec(5).build())
     spread_experts(model)
@@ -74,14 +93,16 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_are_one():
-    one = spec().build(dtype=torch.float64, seed=3)
+@pytest.mark.parametrize("name", SPECS)
+def test_two_processes_are_one(name: str):
+    one = made(name)
     ids, mask = inputs()
     expected = run(one, ids, mask)
+    real = torch.ones_like(mask).bool() if name == "pairs" else mask.bool()  # the padded text is then the source
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, (folder,), nprocs=RANKS)  # pyright: ignore
+        multiprocessing.spawn(work, (folder, name), nprocs=RANKS)  # pyright: ignore
         found = [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)]
-    torch.testing.assert_close(torch.cat([part["out"] for part in found])[mask.bool()], expected[mask.bool()])
+    torch.testing.assert_close(torch.cat([part["out"] for part in found])[real], expected[real])
     for name, parameter in one.named_parameters():
         both = [part[name] for part in found]
         whole = torch.cat(both) if ".experts." in name else both[0] + both[1]

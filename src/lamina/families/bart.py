@@ -43,6 +43,7 @@ def spec(fields: Fields) -> ModelSpec:
             position=LearnedPositionSpec(size=positions, offset=OFFSET),
             input_norm=norm,
             dropout=fields.number("dropout"),
+            layer_dropout=fields.number(f"{side}_layerdrop"),
         )
 
     encodes, kind = _parts(fields)
@@ -102,7 +103,7 @@ def sizes(layers: int, width: int, heads: int) -> dict[str, Any]:
 
 
 SIDES = ("encoder", "decoder")
-RATES = {"attention_dropout": 0.0, "activation_dropout": 0.0}
+RATES = {"attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
 DEFAULTS = (
     sizes(12, 1024, 16)
     | RATES
@@ -119,10 +120,8 @@ OLD: dict[str, Any] = {
     "normalize_embedding": True,
     "static_position_embeddings": False,
     "extra_pos_embeddings": OFFSET,
-    "encoder_layerdrop": 0.0,
-    "decoder_layerdrop": 0.0,
 }
-"""Fields that say what BART is in files of 2020, or that it leaves out whole layers in training, which is not built."""
+"""Fields that say what BART is in files of 2020."""
 
 
 def _parts(fields: Fields) -> tuple[bool, str]:
@@ -183,17 +182,22 @@ def side_config(spec: ModelSpec, side: str, called: str) -> tuple[StackSpec, dic
         "activation_function": activation_name(feedforward.act),
         "attention_dropout": attention.dropout,
         "activation_dropout": feedforward.dropout,
+        f"{called}_layerdrop": stack.layer_dropout,
     }
 
 
-def rules(side: str, place: str) -> tuple[Rule, ...]:
-    """The names of the layers of one side, whose norms stand as `layers` has them, and of its positions."""
+def rules(
+    side: str, place: str, cross: str = "encoder_attn", dense: str = "", norm: str = "final_layer_norm"
+) -> tuple[Rule, ...]:
+    """The names of the layers of one side, whose norms stand as `layers` has them, and of its positions.
+
+    `cross`, `dense` and `norm`: what cross-attention, the feed-forward and its norm are called (else in NLLB-MoE)."""
     ours, theirs = f"{side}.layers.{{i}}.", f"model.{side}.layers.{{i}}."
-    steps = (("attention", "self_attn"), ("cross", "encoder_attn"))[: 1 if side == "encoder" else 2]
+    steps = (("attention", "self_attn"), ("cross", cross))[: 1 if side == "encoder" else 2]
     projections = (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "out_proj"))
     names = {f"{step}.op.{p}": f"{called}.{t}" for step, called in steps for p, t in projections}
     names |= {f"{step}.{place}": f"{called}_layer_norm" for step, called in steps}
-    names |= {"feedforward.op.up": "fc1", "feedforward.op.down": "fc2", f"feedforward.{place}": "final_layer_norm"}
+    names |= {"feedforward.op.up": f"{dense}fc1", "feedforward.op.down": f"{dense}fc2", f"feedforward.{place}": norm}
     position = Rule(f"{side}.position.weight", f"model.{side}.embed_positions.weight")
     return (position, *pairs(ours, theirs, names))
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lamina.errors import LaminaError
-from lamina.layers.router import Routing
+from lamina.layers.router import TINY, Routing
 from lamina.specs import Spec
 
 
@@ -28,6 +28,8 @@ class CapacitySpec(Spec):
     least: int = 4  # GShard, Switch, Pax
     group: Literal["row", "batch"] = "row"  # the tokens that compete: those of a row, or of all rows
     second: float | None = None  # GShard: in training a second choice is kept with probability min(1, gate / 0.2)
+    certain_first: bool = False  # the most probable first choice takes its places first (arXiv:2106.05974): NLLB may
+    normalise: bool = False  # gates of what is left sum to what all did; `second` is of shares then: NLLB
 
     def check(self) -> None:
         factors = [one for one in (self.training, self.evaluation, self.second) if one is not None]
@@ -49,12 +51,19 @@ def limited(routing: Routing, spec: CapacitySpec, chosen: int, training: bool) -
     rows = batch if spec.group == "row" else 1
     expert = routing.expert.view(rows, -1, chosen)  # (rows, tokens, k)
     if spec.second is not None and training and chosen > 1:
-        gate = routing.gate.detach().view_as(expert)
+        gate = routing.gate
+        if spec.normalise:
+            gate = routing.scores.gather(1, routing.expert.view(-1, chosen).clamp(max=experts - 1))
+        gate = gate.detach().view_as(expert)
         lost = torch.rand_like(gate) >= gate / spec.second
         lost[..., 0] = False
         expert = expert.masked_fill(lost, experts)
-    queue = F.one_hot(expert.transpose(1, 2).flatten(1), experts + 1).cumsum(1)  # first choices before second ones
-    place = queue.gather(2, expert.transpose(1, 2).flatten(1)[..., None]).view(rows, chosen, -1).transpose(1, 2)
+    if spec.certain_first:
+        best = routing.scores.detach().amax(-1).view(rows, -1)
+        order = best.argsort(dim=1, descending=True, stable=True)[..., None].expand_as(expert)
+        place = torch.empty_like(expert).scatter_(1, order, _places(expert.gather(1, order), experts))
+    else:
+        place = _places(expert, experts)
     if spec.places:
         most: Tensor | int = int(factor)
     else:
@@ -62,4 +71,19 @@ def limited(routing: Routing, spec: CapacitySpec, chosen: int, training: bool) -
             routing.real.view(rows, -1).sum(1) if routing.real is not None else torch.tensor(batch * length // rows)
         )
         most = (tokens * factor / experts).round().clamp(min=spec.least).to(place.device).view(-1, 1, 1)
-    return replace(routing, expert=expert.masked_fill(place > most, experts).flatten(), limited=True)
+    expert = expert.masked_fill(place > most, experts)
+    gate = routing.gate
+    if spec.normalise:
+        whole, left = (one.view(-1, chosen) for one in (gate, gate.masked_fill(expert.flatten() == experts, 0.0)))
+        gate = (left * whole.sum(-1, keepdim=True) / (left.sum(-1, keepdim=True) + TINY)).flatten()
+    return replace(routing, expert=expert.flatten(), gate=gate, limited=True)
+
+
+def _places(expert: Tensor, experts: int) -> Tensor:
+    """(rows, tokens, k): which place of its expert each choice takes, from 1 on; all first choices before second ones.
+
+    Tokens that choose 0 1, 0 2 and 2 0: their first choices take places 1, 2 and 1, their second ones 1, 2 and 3.
+    """
+    line = expert.transpose(1, 2).flatten(1)
+    taken = F.one_hot(line, experts + 1).cumsum(1)
+    return taken.gather(2, line[..., None]).view(len(expert), expert.shape[2], -1).transpose(1, 2)

@@ -53,6 +53,7 @@ class TopKSpec(Spec):
     correction: bool = False  # a bias on the choice alone, which `balance` moves after a step: DeepSeek-V3
     bias: bool = False  # of the logits
     jitter: float = 0.0  # in training the router's input times U(1 - jitter, 1 + jitter): 0.01 in Switch
+    drawn: bool = False  # in training choices after the first are drawn with the scores of the rest: NLLB may
     noise: bool = False  # in training N(0, 1) softplus(x W_noise) is added to the logits: Shazeer et al., equation 4
 
     def check(self) -> None:
@@ -182,7 +183,12 @@ class TopK(Router):
             kept = torch.zeros_like(value, dtype=torch.bool)
             kept = kept.scatter(1, value.topk(spec.limit.kept, dim=-1).indices, True)
             scores = inside.masked_fill(~kept[..., None], -torch.inf).flatten(1)
-        return scores.argmax(-1, keepdim=True) if spec.chosen == 1 else scores.topk(spec.chosen, dim=-1).indices
+        if spec.chosen == 1:
+            return scores.argmax(-1, keepdim=True)
+        if spec.drawn and self.training:  # the best of log p + Gumbel noise is a draw; that of infinity is the first
+            drawn = scores.log() - torch.empty_like(scores).exponential_().log()
+            scores = drawn.scatter(1, scores.argmax(-1, keepdim=True), torch.inf)
+        return scores.topk(spec.chosen, dim=-1).indices
 
 
 def widened(x: Tensor) -> Tensor:
