@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers.models.nllb_moe import modeling_nllb_moe
 
 import lamina
@@ -213,3 +214,15 @@ def test_in_words():
     )
     drawn = first(read(second_expert_policy="sampling", batch_prioritized_routing=True))
     assert "later choices drawn" in say(drawn) and "the most certain first" in say(drawn)
+
+
+@pytest.mark.parametrize("name", ["m2m100/418m", "m2m100/1.2b", "nllb/600m-distilled", "nllb/1.3b", "nllb/3.3b",
+                                  "nllb-moe/54b"])  # fmt: skip
+def test_published_sizes_have_the_parameters_that_transformers_makes(name: str):
+    kind = "NllbMoe" if name == "nllb-moe/54b" else "M2M100"
+    chosen = family("nllb-moe" if kind == "NllbMoe" else "m2m_100")
+    config = getattr(transformers, f"{kind}Config")(**chosen.sizes[name])
+    with torch.device("meta"):
+        theirs = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+        theirs.tie_weights()
+    assert sum(one.numel() for one in theirs.parameters()) == lamina.account(name, context=8).parameters
