@@ -12,7 +12,7 @@ import torch
 import lamina
 from lamina.errors import CheckpointError, UnsupportedError
 from lamina.families import Fields, family
-from lamina.layers import CapacitySpec, ExpertsSpec, RouterLossSpec, TopKSpec
+from lamina.layers import BucketBiasSpec, CapacitySpec, ExpertsSpec, RouterLossSpec, TopKSpec
 from lamina.specs import edit
 from lamina.words import say
 from tests.families import Case, close, row
@@ -82,6 +82,9 @@ def test_glam_in_words():
         "2 of 64 experts, softmax normalised, each GELU 32768, capacity 2 in training, dropless in evaluation,"
         " balance loss 0.01"
     )
+    assert experts(spec).losses == RouterLossSpec(balance=0.01, choices="first")
+    bias = spec.decoder.score_bias
+    assert isinstance(bias, BucketBiasSpec) and not bias.bidirectional  # all buckets are for what came before
     tiny = {"layers": 3, "width": 20, "hidden": 28, "heads": 2, "head_dim": 8, "experts": 4, "vocabulary": 40}
     assert lamina.verify(family("glam").spec(Fields(tiny)).build()).passed
 

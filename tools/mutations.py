@@ -24,6 +24,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "families/mixtral.py": ("tests/test_families_experts.py",),
     "families/switch.py": ("tests/test_families_experts.py", "tests/test_peers.py"),
     "families/m2m100.py": ("tests/test_families_m2m100.py",),
+    "families/glam.py": ("tests/test_families_experts.py",),
     "families/nllb_moe.py": ("tests/test_families_nllb.py", "tests/test_families_m2m100.py"),
     "families/diffllama.py": ("tests/test_families_latent.py",),
     "families/llama.py": ("tests/test_families_latent.py",),
@@ -1253,6 +1254,15 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("switch: losses", "if balance or z else None", "if False else None"),
         ("switch: where experts are", "step == 1 or depth % step == 1", "step == 1 or depth % step == 0"),
         ("switch: dtype of the router", 'fields.must("router_dtype", "float32")', "pass"),
+    ],
+    "families/glam.py": [
+        ("glam: every other layer", "layers[1::2] = [LayerSpec", "layers[: len(layers) // 2 * 2 : 2] = [LayerSpec"),
+        ("glam: experts are not gated", "dense.replace(gated=False)", "dense"),
+        ("glam: places for both choices", "training=2.0", "training=1.0"),
+        ("glam: first choices in the loss", ', choices="first"', ""),
+        ("glam: one table", "LanguageHeadSpec(tied=True)", "LanguageHeadSpec(tied=False)"),
+        ("glam: position biases", ", score_bias=BucketBiasSpec(heads=heads, bidirectional=False)", ""),
+        ("glam: positions behind alone", ", bidirectional=False", ""),
     ],
     "families/m2m100.py": [
         ("m2m100: positions after the id of padding", "offset=special.pad + 1", "offset=special.pad"),
