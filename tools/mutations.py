@@ -1262,7 +1262,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("glam: first choices in the loss", ', choices="first"', ""),
         ("glam: one table", "LanguageHeadSpec(tied=True)", "LanguageHeadSpec(tied=False)"),
         ("glam: position biases", ", score_bias=BucketBiasSpec(heads=heads, bidirectional=False)", ""),
-        ("glam: positions behind alone", ", bidirectional=False", ""),
+        ("glam: positions behind alone", "bidirectional=False", "bidirectional=True"),
     ],
     "families/m2m100.py": [
         ("m2m100: positions after the id of padding", "offset=special.pad + 1", "offset=special.pad"),
