@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.nllb_moe import modeling_nllb_moe
 
 import lamina
 
@@ -138,6 +139,9 @@ LED = {name: value for name, value in BART.items() if name != "max_position_embe
     "attention_window": [4, 8, 4],
 }
 PEGASUS = BART | {"block_size": 1, "num_random_blocks": 1}
+M2M100 = BART | {"pad_token_id": 1, "decoder_start_token_id": 3}
+NLLB_MOE = M2M100 | {"num_experts": 5, "encoder_sparse_step": 2, "decoder_sparse_step": 1, "encoder_layerdrop": 0.0,
+                     "decoder_layerdrop": 0.0}  # fmt: skip
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 WHISPER = {
     "vocab_size": VOCABULARY,
@@ -177,6 +181,22 @@ FINE |= {"n_shared_experts": 1}
 YARN = {"max_position_embeddings": 800} | rope(
     "yarn", factor=4.0, beta_fast=4.0, original_max_position_embeddings=200, mscale=1.3, mscale_all_dim=0.7
 )
+
+
+BROKEN_EXPERTS = modeling_nllb_moe.NllbMoeExperts.forward
+
+
+def mended_experts(self: Any, hidden_states: torch.Tensor, first: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """sum_e weights_e F_e(x), times what masking left of it in training: the layer of the paper, for every expert.
+
+    That of transformers 5 takes the mask of first choices, 0 or 1 for each expert, for numbers of experts: all first
+    choices go to expert 1 and all others to expert 0, whatever the router says (tests/test_families_nllb.py).
+    """
+    total = sum(weights[:, e, None] * self[f"expert_{e}"](hidden_states) for e in range(self.num_experts))
+    return total if self.training else (1 - self.moe_token_dropout) * total
+
+
+modeling_nllb_moe.NllbMoeExperts.forward = mended_experts
 
 
 @dataclass(frozen=True)
@@ -232,7 +252,8 @@ ROWS = [
     *_rows("GPTNeoXModel", "GPTNeoXConfig", {"gpt_neox-bare": NEOX}),
     *_rows("OPTForCausalLM", "OPTConfig", {
         "opt": OPT,
-        "opt-padding": OPT | {"pad_token_id": 1, "tie_word_embeddings": False, "activation_function": "gelu"},
+        "opt-padding": OPT | {"pad_token_id": 1, "tie_word_embeddings": False, "activation_function": "gelu",
+                              "layerdrop": 0.2},
         "opt-narrow": OPT | {"word_embed_proj_dim": 20, "do_layer_norm_before": False},
         "opt-wide-untied": OPT | {"word_embed_proj_dim": 44, "tie_word_embeddings": False},
         "opt-plain": OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False},
@@ -440,7 +461,7 @@ ROWS = [
     *_rows("T5EncoderModel", "T5Config", {"t5-encoder": T5}),
     *_rows("BartForConditionalGeneration", "BartConfig", {
         "bart": BART,  # the last token is forced, as in every published file
-        "bart-biased": BART | {"scale_embedding": True, "activation_function": "relu",
+        "bart-biased": BART | {"scale_embedding": True, "decoder_layerdrop": 0.2, "activation_function": "relu",
                                "forced_eos_token_id": None},
     }),
     *_rows("BartModel", "BartConfig", {"bart-bare": BART}),
@@ -464,6 +485,19 @@ ROWS = [
     *_rows("BigBirdPegasusForCausalLM", "BigBirdPegasusConfig", {
         "pegasus-bigbird-decoder": PEGASUS | {"encoder_layers": 2},
     }),
+    *_rows("M2M100ForConditionalGeneration", "M2M100Config", {
+        "m2m100": M2M100,
+        "m2m100-unscaled": M2M100 | {"scale_embedding": False, "activation_function": "gelu", "d_model": 33,
+                                     "decoder_attention_heads": 11, "pad_token_id": 2, "encoder_layerdrop": 0.3},
+    }),
+    *_rows("M2M100Model", "M2M100Config", {"m2m100-bare": M2M100}),
+    *_rows("NllbMoeForConditionalGeneration", "NllbMoeConfig", {
+        "nllb-moe": NLLB_MOE | {"router_bias": True},
+        "nllb-moe-first": NLLB_MOE | {"batch_prioritized_routing": True, "normalize_router_prob_before_dropping": True,
+                                      "moe_token_dropout": 0.0, "encoder_sparse_step": 0, "decoder_sparse_step": 2,
+                                      "activation_function": "gelu", "router_aux_loss_coef": 0.0},
+    }),
+    *_rows("NllbMoeModel", "NllbMoeConfig", {"nllb-moe-bare": NLLB_MOE}),
     *_rows("MT5ForConditionalGeneration", "MT5Config", {"mt5": T5 | GATED}),
     # With 64 places nothing is dropped in transformers: there a capacity holds in evaluation too (R4, test_peers.py).
     *_rows("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", {
@@ -476,7 +510,8 @@ ROWS = [
     *_rows("WhisperForConditionalGeneration", "WhisperConfig", {
         "whisper": WHISPER,
         "whisper-dropout": WHISPER | {"dropout": 0.1, "attention_dropout": 0.2, "activation_dropout": 0.3,
-                                      "activation_function": "relu", "decoder_layers": 3, "num_mel_bins": 5},
+                                      "activation_function": "relu", "decoder_layers": 3, "num_mel_bins": 5,
+                                      "encoder_layerdrop": 0.2},
     }),
     *_rows("WhisperModel", "WhisperConfig", {"whisper-bare": WHISPER}),
 ]  # fmt: skip
@@ -484,11 +519,11 @@ ROWS = [
 
 ENCODERS = ("albert", "bert", "bigbird", "longformer", "roberta", "switch-encoder", "t5-encoder")
 """How the names of rows that only read begin."""
-PAIRS = ("t5", "mt5", "bart", "led", "pegasus-bigbird", "switch")
+PAIRS = ("t5", "mt5", "bart", "led", "pegasus-bigbird", "switch", "m2m100", "nllb-moe")
 """How the names of rows begin that read one text and write another; those that only read aside."""
 HEARING = ("whisper",)
 """How the names of rows begin whose encoder reads a spectrogram: each row one text, padded on the right only."""
-COUNTING = ("T5", "MT5", "Bart", "LED", "BigBirdPegasus", "Switch")
+COUNTING = ("T5", "MT5", "Bart", "LED", "BigBirdPegasus", "Switch", "M2M100", "NllbMoe")
 """How the names of those classes of transformers begin that count positions themselves and take none."""
 
 

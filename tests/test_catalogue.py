@@ -132,6 +132,8 @@ def test_users_are_those_whose_specs_have_it():
     assert asked("experts", "Switch") == {"switch"}
     assert asked("experts", "shared experts") == {"deepseek-v2", "deepseek-v3", "qwen1.5-moe", "qwen2-moe"}
     assert asked("experts", "sigmoid router") == {"deepseek-v3"}
+    assert asked("experts", "output masking") == {"nllb-moe"}
+    assert asked("dropout", "LayerDrop") == {"m2m100"}
     assert asked("experts", "group limits") == {"deepseek-v2", "deepseek-v3"}
     swiglu = by_hand(lambda op: isinstance(op, FeedForwardSpec) and op.gated and op.act == "silu")
     assert asked("gated", "SwiGLU") == swiglu

@@ -211,8 +211,6 @@ def test_a_classifier_comes_back_and_a_new_one_opens_in_transformers(classifier:
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"encoder_layerdrop": 0.1}, "encoder_layerdrop is 0.1"),
-        ({"decoder_layerdrop": 0.1}, "decoder_layerdrop is 0.1"),
         ({"normalize_before": True}, "normalize_before is True"),
         ({"static_position_embeddings": True}, "static_position_embeddings is True"),
         ({"extra_pos_embeddings": 1}, "extra_pos_embeddings is 1"),

@@ -289,8 +289,6 @@ def test_new_files_hold_what_those_of_transformers_hold(cases: Cases, name: str,
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"encoder_layerdrop": 0.1}, "encoder_layerdrop is 0.1"),
-        ({"decoder_layerdrop": 0.1}, "decoder_layerdrop is 0.1"),
         ({"attention_type": "sparse"}, "attention_type is 'sparse'"),
         ({"architectures": ["BigBirdPegasusForTokenClassification"]}, "known here: BigBirdPegasus with ForCond"),
         ({"d_model": 30, "decoder_attention_heads": 7}, "d_model=30 is not a multiple"),

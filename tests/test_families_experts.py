@@ -12,7 +12,7 @@ import torch
 import lamina
 from lamina.errors import CheckpointError, UnsupportedError
 from lamina.families import Fields, family
-from lamina.layers import CapacitySpec, ExpertsSpec, RouterLossSpec, TopKSpec
+from lamina.layers import BucketBiasSpec, CapacitySpec, ExpertsSpec, RouterLossSpec, TopKSpec
 from lamina.specs import edit
 from lamina.words import say
 from tests.families import Case, close, row
@@ -30,6 +30,7 @@ COUNTS = {
     "deepseek-v2/lite": (15_706_484_224, 2_661_150_208),
     "deepseek-v2/236b": (235_741_434_880, 21_375_800_320),
     "deepseek-v3/671b": (671_026_404_352 + 58 * 256, 37_552_282_624 + 58 * 256),
+    "nllb-moe/54b": (54_500_569_088, 3_750_785_024),
     "switch/base-8": (619_339_008, 222_977_280),
     "switch/base-16": (1_072_397_568, 223_051_008),
     "switch/base-32": (1_978_514_688, 223_198_464),
@@ -81,6 +82,9 @@ def test_glam_in_words():
         "2 of 64 experts, softmax normalised, each GELU 32768, capacity 2 in training, dropless in evaluation,"
         " balance loss 0.01"
     )
+    assert experts(spec).losses == RouterLossSpec(balance=0.01, choices="first")
+    bias = spec.decoder.score_bias
+    assert isinstance(bias, BucketBiasSpec) and not bias.bidirectional  # all buckets are for what came before
     tiny = {"layers": 3, "width": 20, "hidden": 28, "heads": 2, "head_dim": 8, "experts": 4, "vocabulary": 40}
     assert lamina.verify(family("glam").spec(Fields(tiny)).build()).passed
 

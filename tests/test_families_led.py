@@ -220,7 +220,6 @@ def test_each_field_reaches_its_part():
     "fields, message",
     [
         ({"scale_embedding": True}, "scale_embedding is True"),
-        ({"encoder_layerdrop": 0.1}, "encoder_layerdrop is 0.1"),
         ({"attention_window": 7}, "attention_window is 7; it must be an even number"),
         ({"attention_window": [4, 4]}, "or one for each of 12 layers"),
         ({"architectures": ["LEDForSequenceClassification"]}, "known here: LED with ForConditionalGeneration, ForQ"),

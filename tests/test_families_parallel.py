@@ -50,7 +50,6 @@ def test_old_files_of_gpt_neox_are_read_and_come_back(tmp_path: Path):
         ("gptj", {"rotary_dim": None}, "rotary_dim is null; it must say how many features of a head turn"),
         ("gptj", {"n_embd": 50, "n_head": 16}, "n_embd=50 is not a multiple of n_head=16"),
         ("gptj", {"add_cross_attention": True}, "add_cross_attention is True"),
-        ("opt", {"layerdrop": 0.1}, "layerdrop is 0.1; only 0 is supported"),
         (
             "opt",
             {"architectures": ["OPTModel"], "word_embed_proj_dim": 512},

@@ -26,8 +26,6 @@ def read(**said: Any) -> ModelSpec:
     [
         ({"scale_embedding": True}, "scale_embedding is True"),
         ({"apply_spec_augment": True}, "apply_spec_augment is True"),
-        ({"encoder_layerdrop": 0.1}, "encoder_layerdrop is 0.1"),
-        ({"decoder_layerdrop": 0.1}, "decoder_layerdrop is 0.1"),
         ({"architectures": ["WhisperForAudioClassification"]}, "known here: Whisper with ForConditionalGeneration"),
         ({"decoder_attention_heads": 7}, "d_model=384 is not a multiple of decoder_attention_heads=7"),
         ({"num_mel_bins": 0}, "num_mel_bins is 0"),

@@ -153,7 +153,9 @@ def test_r4_transformers_still_does_it(tmp_path: Path):
     assert not close(case.theirs(source, mask, decoder_input_ids=case.ids).logits, whole, 1e-2)
 
 
-@pytest.mark.parametrize("name", [one.name for one in ROWS if "Moe" in one.model or "Mixtral" in one.model])
+@pytest.mark.parametrize(
+    "name", [one.name for one in ROWS if "MoeFor" in one.model.replace("NllbMoe", "") or "Mixtral" in one.model]
+)
 @torch.no_grad()
 def test_r4_what_stands_in_padding_takes_no_place(name: str, cases: Cases):  # noqa: F811
     """Where nothing limits an expert transformers is fine; here also where something does, in training."""
@@ -174,7 +176,7 @@ def test_r4_what_stands_in_padding_takes_no_place(name: str, cases: Cases):  # n
 # R10: Mixtral trained with labels at the defaults has no balance loss, although its coefficient is not 0
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe", "switch"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe", "switch", "nllb-moe"])
 def test_r10_balance_losses_are_there_by_default(name: str, cases: Cases):  # noqa: F811
     case = cases(name)
     model = copy.deepcopy(case.ours).train()

@@ -66,6 +66,9 @@ def tests_of(file: str) -> tuple[str, ...]:
     if folder == "layers":
         shared = {
             "router": "experts",
+            "capacity": "experts",
+            "router_loss": "experts",
+            "expert_choice": "experts",
             "dispatch": "experts",
             "stack": "block",
             "call": "attention",

@@ -236,6 +236,7 @@ def _experts(spec: ExpertsSpec) -> str:
     parts = [say(spec.router), f"each {say(spec.expert)}"]
     parts += [f"{'gated ' if spec.shared_gate else ''}shared {say(spec.shared)}"] if spec.shared is not None else []
     parts += [say(part) for part in (spec.capacity, spec.losses) if part is not None]
+    parts += [f"results masked {spec.masked:g}"] if spec.masked else []
     return ", ".join(parts)
 
 
@@ -244,6 +245,7 @@ def _top_k(spec: TopKSpec) -> str:
     parts += [f"times {spec.scale:g}"] if spec.scale != 1.0 else []
     parts += [f"in {spec.limit.kept} of {spec.limit.groups} groups"] if spec.limit is not None else []
     said = {"corrected choice": spec.correction, "router bias": spec.bias, "noisy": spec.noise}
+    said["later choices drawn"] = spec.drawn
     parts += [name for name, there in said.items() if there]
     return ", ".join(parts + ([f"jitter {spec.jitter:g}"] if spec.jitter else []))
 
@@ -251,7 +253,9 @@ def _top_k(spec: TopKSpec) -> str:
 def _capacity(spec: CapacitySpec) -> str:
     unit = " places" if spec.places else ""
     later = "dropless" if spec.evaluation is None else f"{spec.evaluation:g}{unit}"
-    return f"capacity {spec.training:g}{unit} in training, {later} in evaluation"
+    more = ", the most certain first" if spec.certain_first else ""
+    more += ", gates normalised after it" if spec.normalise else ""
+    return f"capacity {spec.training:g}{unit} in training, {later} in evaluation{more}"
 
 
 def _router_losses(spec: RouterLossSpec) -> str:

@@ -96,7 +96,7 @@ def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 ROWS = [[11, 72, 41, 8], [50, 9], [16, 20, 31, 5, 77, 12]]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart-biased", "led"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart-biased", "led", "m2m100", "nllb-moe"])
 @pytest.mark.parametrize("early", [False, True, "never"])
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0, -1.0])
 def test_equals_transformers(name: str, early: Any, penalty: float, cases: Callable[[str], Case]):

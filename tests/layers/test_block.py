@@ -204,3 +204,22 @@ def test_a_bias_on_the_scores_is_shared_by_all_layers():
             h = layer(h, Call(tokens=plain(2, 5), bias=module.score_bias))
         torch.testing.assert_close(module(x, call()), h, rtol=0, atol=1e-13)
         assert not torch.allclose(module.layers[1](module.layers[0](x, call()), call()), h)
+
+
+def test_training_leaves_each_run_of_a_layer_out_by_itself():
+    """LayerDrop (arXiv:1909.11556): of layers that add 1, 2 and 4 a forward keeps any sum of some of them."""
+    layers = tuple(LayerSpec(steps=(StepSpec(name="feedforward", op=FEED),)) for _ in range(3))
+    module = made(StackSpec(layers=layers, layer_dropout=0.3))
+    x = random(2, 5, 16)
+    for index, layer in enumerate(module.layers):  # pyright: ignore
+        layer.forward = lambda x, call, index=index: x + 2**index
+    torch.manual_seed(0)
+    module.train()
+    found = [float((module(x, call()) - x).mean().round()) for _ in range(2000)]
+    for kept in range(8):
+        count = bin(kept).count("1")
+        chance = 0.7**count * 0.3 ** (3 - count)
+        assert found.count(kept) / 2000 == pytest.approx(chance, abs=5 * 0.5 / 2000**0.5)
+    assert float((module.eval()(x, call()) - x).mean().round()) == 7
+    with pytest.raises(LaminaError, match="layer_dropout=1.0 must be from 0 to below 1"):
+        StackSpec(layers=layers, layer_dropout=1.0)

@@ -275,8 +275,11 @@ def test_the_router_counts_in_float32_whatever_the_weights_are():
 # Capacity
 
 
-def places(module: Experts, x: Tensor, mask: Tensor, spec: CapacitySpec, factor: float) -> Tensor:
-    """The layer by a loop: choices queue in the order of tokens, all first choices before the second ones."""
+def places(
+    module: Experts, x: Tensor, mask: Tensor, spec: CapacitySpec, factor: float, draw: float | None = None
+) -> Tensor:
+    """The layer by a loop: choices queue in the order of tokens, or of the probability of their first choice, all first
+    choices before the second ones. `draw`: what every chance is, where second choices are lost by chance."""
     out = torch.zeros_like(x)
     rows = list(range(len(x)))
     for group in [[row] for row in rows] if spec.group == "row" else [rows]:
@@ -284,13 +287,24 @@ def places(module: Experts, x: Tensor, mask: Tensor, spec: CapacitySpec, factor:
         most = factor if spec.places else max(spec.least, round(factor * len(tokens) / EXPERTS))
         taken = [0] * EXPERTS
         chosen = {place: list(gates(module, x[place]).items()) for place in tokens}
+        shares = {place: (module.router.weight.detach() @ x[place]).softmax(0) for place in tokens}
+        left: dict[Any, dict[int, Tensor]] = {place: {} for place in tokens}
+        if spec.certain_first:
+            tokens.sort(key=lambda place: -float(shares[place].max()))
         for turn in range(2):
             for place in tokens:
                 if turn < len(chosen[place]):
                     e, gate = chosen[place][turn]
+                    if turn and draw is not None and spec.second is not None:
+                        chance = shares[place][e] if spec.normalise else gate
+                        if draw >= float(chance) / spec.second:
+                            continue
                     taken[e] += 1
                     if taken[e] <= most:
-                        out[place] += gate * network(module, e, x[place])
+                        left[place][e] = gate
+        for place, kept in left.items():
+            more = sum(gate for _, gate in chosen[place]) / sum(kept.values()) if spec.normalise and kept else 1
+            out[place] = sum((gate * more * network(module, e, x[place]) for e, gate in kept.items()), out[place])
     return out
 
 
@@ -299,8 +313,11 @@ def places(module: Experts, x: Tensor, mask: Tensor, spec: CapacitySpec, factor:
     "spec",
     [CapacitySpec(training=1.0, least=0), CapacitySpec(training=0.6, evaluation=1.3, least=1),
      CapacitySpec(training=2.0, evaluation=3.0, places=True), CapacitySpec(training=0.7, least=0, group="batch"),
-     CapacitySpec(training=0.1, least=2)],
-    ids=["factor", "both", "places", "batch", "least"],
+     CapacitySpec(training=0.1, least=2),
+     CapacitySpec(training=0.7, evaluation=1.1, least=0, certain_first=True),
+     CapacitySpec(training=0.8, evaluation=1.2, least=0, normalise=True),
+     CapacitySpec(training=6, evaluation=7, places=True, group="batch", certain_first=True, normalise=True)],
+    ids=["factor", "both", "places", "batch", "least", "certain", "normalised", "nllb"],
 )  # fmt: skip
 @pytest.mark.parametrize("padded", [False, True])
 def test_what_is_beyond_a_capacity_gets_nothing(spec: CapacitySpec, chosen: int, padded: bool):
@@ -316,6 +333,61 @@ def test_what_is_beyond_a_capacity_gets_nothing(spec: CapacitySpec, chosen: int,
         expected = free if factor is None else places(module, x, mask, spec, factor)
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
         assert factor is None or not torch.allclose(expected, free)  # it binds
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("draw", [0.1, 0.5, 0.8])
+def test_a_second_choice_that_is_lost_leaves_its_gate_to_the_first_where_gates_are_normalised(
+    normalise: bool, draw: float, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, draw))
+    spec = CapacitySpec(training=1.2, least=0, second=0.5, normalise=normalise)
+    module = built(capacity=spec).train()
+    module.requires_grad_(False)
+    x, mask = some(2, 12, WIDTH), torch.ones(2, 12)
+    out = module(x, Call(tokens=plain(2, 12)))
+    torch.testing.assert_close(out, places(module, x, mask, spec, 1.2, draw), rtol=0, atol=1e-12)
+    assert not torch.allclose(out, places(module, x, mask, spec, 1.2))  # some are lost
+
+
+def test_gates_are_normalised_to_what_they_were():
+    """So that a scale of the router stays."""
+    spec = CapacitySpec(training=0.8, least=0, normalise=True)
+    one, other = (built(TopKSpec(experts=EXPERTS, scale=scale), capacity=spec).train() for scale in (1.0, 2.5))
+    x, call = some(1, 12, WIDTH), Call(tokens=plain(1, 12))
+    torch.testing.assert_close(2.5 * one(x, call), other(x, call), rtol=0, atol=1e-12)
+
+
+def test_choices_after_the_first_are_drawn_in_training():
+    module = built(TopKSpec(experts=EXPERTS, chosen=2, drawn=True)).train()
+    p = torch.tensor([0.1, 0.4, 0.2, 0.25, 0.05], dtype=torch.float64)
+    with torch.no_grad():
+        module.router.weight.zero_()
+        module.router.weight[:, 0] = p.log()
+    x = torch.zeros(1, 20_000, WIDTH, dtype=torch.float64)
+    x[..., 0] = 1.0
+    torch.manual_seed(0)
+    call = Call(tokens=plain(1, 20_000))
+    expert = module.router(x, call).expert.view(-1, 2)
+    assert (expert[:, 0] == 1).all()
+    share = torch.bincount(expert[:, 1], minlength=EXPERTS) / 20_000
+    expected = p.index_fill(0, torch.tensor(1), 0.0) / 0.6
+    torch.testing.assert_close(share.double(), expected, rtol=0, atol=5 * 0.5 / 20_000**0.5)
+    assert (module.eval().router(x, call).expert.view(-1, 2) == torch.tensor([1, 3])).all()
+
+
+def test_results_are_masked_by_pair_in_training_and_made_smaller_in_evaluation():
+    """NLLB's expert output masking: each of two results is lost for itself, and none is enlarged for it."""
+    masked, whole = built(masked=0.3), built()
+    x, call = some(1, 1, WIDTH).expand(1, 3000, WIDTH), Call(tokens=plain(1, 3000))
+    with torch.no_grad():
+        torch.testing.assert_close(masked(x, call), 0.7 * whole(x, call), rtol=0, atol=1e-12)
+        torch.manual_seed(0)
+        out = masked.train()(x, call)[0]
+        one, two = (gate * network(whole, e, x[0, 0]) for e, gate in gates(whole, x[0, 0]).items())
+    for result, chance in ((0 * one, 0.09), (one, 0.21), (two, 0.21), (one + two, 0.49)):
+        share = torch.isclose(out, result, rtol=0, atol=1e-12).all(1).double().mean()
+        assert float(share) == pytest.approx(chance, abs=5 * 0.5 / 3000**0.5)
 
 
 def test_a_second_choice_is_kept_by_chance_and_leaves_its_place_to_others():
@@ -643,6 +715,7 @@ def test_active_parameters_and_arithmetic_are_those_of_the_chosen():
         (lambda: TopKSpec(experts=6, chosen=4, limit=GroupLimitSpec(groups=2, kept=1)), "the kept ones chosen=4"),
         (lambda: GroupLimitSpec(groups=2, kept=3), "kept=3 must be 1 to groups=2"),
         (lambda: CapacitySpec(training=0), "training=0.0"),
+        (lambda: ExpertsSpec(router=TopKSpec(experts=2), expert=EXPERT, masked=1.0), "masked=1.0 must be from 0"),
         (lambda: CapacitySpec(training=1.5, places=True), "must be whole numbers"),
         (lambda: ExpertChoiceSpec(experts=2, capacity=3.0), "capacity=3.0 must be above 0"),
         (lambda: ExpertsSpec(router=TopKSpec(experts=2), expert=EXPERT, shared_gate=True), "needs shared="),

@@ -37,6 +37,16 @@ def test_sinusoids(order: str, naive, width: int, base: float):
     torch.testing.assert_close(found[0, :3], expected[0, :3], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("offset", [1, 2, 5])
+def test_sinusoids_that_count_from_elsewhere(offset: int):
+    tokens = Tokens(torch.tensor([[0, 1, 7], [3, 2, 0]]), torch.zeros(2, 3, dtype=torch.int64))
+    found = SinusoidalPositionSpec(order="halves", offset=offset).build(9)(tokens)
+    expected = torch.tensor([[halves(p + offset, 9, 1e4) for p in row] for row in tokens.position.tolist()])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    with pytest.raises(LaminaError, match="offset >= 0"):
+        SinusoidalPositionSpec(offset=-1)
+
+
 def test_sinusoids_against_marian():
     from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 

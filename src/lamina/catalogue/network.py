@@ -182,7 +182,14 @@ EXPERTS = Kind(
         ("F_e", "a feed-forward network, plain or gated, one of E"),
         ("k", "experts a token: 1 in Switch, 2 in GShard, GLaM and Mixtral, 8 in DeepSeek-V3"),
     ),
-    files=("layers/experts.py", "layers/router.py", "layers/dispatch.py"),
+    files=(
+        "layers/experts.py",
+        "layers/router.py",
+        "layers/expert_choice.py",
+        "layers/capacity.py",
+        "layers/router_loss.py",
+        "layers/dispatch.py",
+    ),
     used=has(ExpertsSpec),
     variants=(
         Variant("Switch", "k = 1, the gate as it is", _tokens_choose(lambda r: r.chosen == 1 and not r.normalise)),
@@ -204,6 +211,9 @@ EXPERTS = Kind(
         ),
         Variant(
             "capacity", "what comes when an expert is full gets 0", has(ExpertsSpec, lambda e: e.capacity is not None)
+        ),
+        Variant(
+            "output masking", "results lost in training, smaller after it", has(ExpertsSpec, lambda e: e.masked > 0)
         ),
         Variant("expert choice", "each expert takes its best tokens", has(ExpertChoiceSpec)),
     ),
@@ -231,6 +241,7 @@ EXPERTS = Kind(
         Source("GShard", "arXiv:2006.16668", "section 2"),
         Source("Switch Transformers", "arXiv:2101.03961", "section 2"),
         Source("GLaM", "arXiv:2112.06905", "section 4"),
+        Source("No Language Left Behind", "arXiv:2207.04672"),
         Source("Mixtral of Experts", "arXiv:2401.04088", "section 2"),
         Source("DeepSeek-V3", "arXiv:2412.19437", "section 2.1.2"),
         Source("Mixture-of-Experts with Expert Choice Routing", "arXiv:2202.09368", "section 3"),

@@ -201,6 +201,7 @@ DROPOUT = Kind(
         Variant("on steps", "before the sum", _step(lambda part: part.dropout > 0)),
         Variant("on the input", "after the embedding", has(StackSpec, lambda part: part.dropout > 0)),
         Variant("stochastic depth", "whole branches", _step(lambda part: part.drop_branch > 0)),
+        Variant("LayerDrop", "whole layers", has(StackSpec, lambda part: part.layer_dropout > 0)),
     ),
     cost="No parameters, no products; a random number for each activation in training, nothing in evaluation.",
     pitfalls=(
@@ -225,6 +226,7 @@ DROPOUT = Kind(
         Source("Improving neural networks by preventing co-adaptation", "arXiv:1207.0580"),
         Source("Attention Is All You Need", "arXiv:1706.03762", "section 5.4"),
         Source("Deep Networks with Stochastic Depth", "arXiv:1603.09382", "section 3"),
+        Source("Reducing Transformer Depth on Demand with Structured Dropout", "arXiv:1909.11556", "section 3"),
     ),
     example=Example(
         "A million ones with p = 0.25: each becomes 0 or 1 / 0.75 = 1.3333, the mean stays 1, and evaluation"

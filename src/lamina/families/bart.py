@@ -64,6 +64,7 @@ def spec(fields: Fields, flavour: Flavour, bias: str = "all") -> ModelSpec:
             input_norm=norm if flavour.place == "after" else None,
             dropout=fields.number("dropout"),
             norm=norm if flavour.place == "pre" else None,
+            layer_dropout=fields.number(f"{side}_layerdrop"),
         )
 
     encodes, kind = _parts(fields, flavour)
@@ -123,7 +124,7 @@ def sizes(layers: int, width: int, heads: int) -> dict[str, Any]:
 
 
 SIDES = ("encoder", "decoder")
-RATES = {"attention_dropout": 0.0, "activation_dropout": 0.0}
+RATES = {"attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
 DEFAULTS = (
     sizes(12, 1024, 16)
     | RATES
@@ -141,10 +142,8 @@ OLD: dict[str, Any] = {
     "normalize_embedding": True,
     "static_position_embeddings": False,
     "extra_pos_embeddings": 2,
-    "encoder_layerdrop": 0.0,
-    "decoder_layerdrop": 0.0,
 }
-"""Fields that say what BART is in files of 2020, or that it leaves out whole layers in training, which is not built."""
+"""Fields that say what BART is in files of 2020."""
 
 
 BART_FLAVOUR = Flavour(
@@ -224,6 +223,7 @@ def side_config(spec: ModelSpec, side: str, called: str) -> tuple[StackSpec, dic
         "activation_function": activation_name(feedforward.act),
         "attention_dropout": attention.dropout,
         "activation_dropout": feedforward.dropout,
+        f"{called}_layerdrop": stack.layer_dropout,
     }
 
 
@@ -238,13 +238,24 @@ def projections(step: str, called: str, names: Mapping[str, str] = PROJECTIONS) 
 ATTENTION = projections("attention", "self_attn")
 
 
-def rules(side: str, place: str, base: str = "model.", attention: Mapping[str, str] = ATTENTION) -> tuple[Rule, ...]:
-    """The names of the layers of one side, whose norms stand as `layers` has them, and of its positions."""
+def rules(
+    side: str,
+    place: str,
+    base: str = "model.",
+    attention: Mapping[str, str] = ATTENTION,
+    *,
+    cross: str = "encoder_attn",
+    dense: str = "",
+    norm: str = "final_layer_norm",
+) -> tuple[Rule, ...]:
+    """The names of the layers of one side, whose norms stand as `layers` has them, and of its positions.
+
+    `cross`, `dense` and `norm`: what cross-attention, the feed-forward and its norm are called (else in NLLB-MoE)."""
     ours, theirs = f"{side}.layers.{{i}}.", f"{base}{side}.layers.{{i}}."
     names = {**attention, f"attention.{place}": "self_attn_layer_norm"}
     if side == "decoder":
-        names |= projections("cross", "encoder_attn") | {f"cross.{place}": "encoder_attn_layer_norm"}
-    names |= {"feedforward.op.up": "fc1", "feedforward.op.down": "fc2", f"feedforward.{place}": "final_layer_norm"}
+        names |= projections("cross", cross) | {f"cross.{place}": f"{cross}_layer_norm"}
+    names |= {"feedforward.op.up": f"{dense}fc1", "feedforward.op.down": f"{dense}fc2", f"feedforward.{place}": norm}
     position = Rule(f"{side}.position.weight", f"{base}{side}.embed_positions.weight")
     return (position, *pairs(ours, theirs, names))
 

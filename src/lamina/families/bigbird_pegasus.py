@@ -33,7 +33,7 @@ FLAVOUR = replace(
     place="pre",
     offset=0,
     defaults=DEFAULTS,
-    only={"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
+    only={},
 )
 
 

@@ -256,6 +256,12 @@ def experts_of(spec: ModelSpec) -> ExpertsSpec | None:
     return next((part for _, part in spec.walk() if isinstance(part, ExpertsSpec)), None)
 
 
+def with_experts(layer: LayerSpec, **more: Any) -> LayerSpec:
+    """The layer with experts such as its last step's network in place of that; `more` are fields of ExpertsSpec."""
+    *others, last = layer.steps
+    return layer.replace(steps=(*others, last.replace(op=ExpertsSpec(expert=last.op, **more))))  # pyright: ignore
+
+
 def stacked(spec: ModelSpec, ours: str, theirs: str, names: Mapping[str, str]) -> tuple[Rule, ...]:
     """Rules for the matrices of all experts, below `ours`, which a file holds as one of each expert; {e} in `theirs`
     or in their names is its number."""

@@ -43,7 +43,6 @@ DEFAULTS = {
 def spec(fields: Fields) -> ModelSpec:
     """config.json -> spec."""
     fields = fields.over(DEFAULTS)
-    fields.must("layerdrop", 0)
     width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     inner = fields.count("word_embed_proj_dim", width)
     if inner != width and fields.headless():
@@ -77,6 +76,7 @@ def spec(fields: Fields) -> ModelSpec:
             layers=(layer,) * fields.layers(),
             position=LearnedPositionSpec(size=context, offset=2),
             norm=norm if before and not fields.flag("_remove_final_layer_norm", False) else None,
+            layer_dropout=fields.number("layerdrop", 0.0),
         ),
         head=None if fields.headless() else head,
         context=context,
@@ -102,6 +102,7 @@ def config(spec: ModelSpec) -> dict[str, Any]:
         "_remove_final_layer_norm": step.pre is not None and stack.norm is None,
         "word_embed_proj_dim": spec.embedding.inner or spec.width,
         "dropout": step.dropout,
+        "layerdrop": stack.layer_dropout,
         "attention_dropout": attention.dropout,
         "activation_function": activation_name(feedforward.act),
         "enable_bias": attention.bias == "all",

@@ -7,13 +7,12 @@ nothing is dropped (`CapacitySpec(evaluation=...)` is what asks for it).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from lamina.errors import CheckpointError
 from lamina.families import t5
-from lamina.families.family import Family, Fields, experts_of, need, stacked, the
-from lamina.layers import CapacitySpec, ExpertsSpec, LayerSpec, RouterLossSpec, StackSpec, TopKSpec
+from lamina.families.family import Family, Fields, experts_of, need, stacked, the, with_experts
+from lamina.layers import CapacitySpec, ExpertsSpec, RouterLossSpec, StackSpec, TopKSpec
 from lamina.model import ModelSpec
 from lamina.specs import edit
 from lamina.weights.rules import Rule
@@ -52,7 +51,7 @@ def spec(fields: Fields) -> ModelSpec:
                 )
             sparse = _sparse(len(stack.layers), count)
             pairs = zip(stack.layers, sparse, strict=True)
-            layers = (_with_experts(layer, more) if there else layer for layer, there in pairs)
+            layers = (with_experts(layer, **more) if there else layer for layer, there in pairs)
             dense = dense.replace(**{side: stack.replace(layers=tuple(layers))})
     return dense
 
@@ -61,11 +60,6 @@ def _sparse(layers: int, count: int) -> list[bool]:
     """Which layers have experts, as transformers reads the number of them: of 12 layers 6: 1, 3, ..., 11."""
     step = layers // count if count else layers
     return [step == 1 or depth % step == 1 for depth in range(layers)]
-
-
-def _with_experts(layer: LayerSpec, more: Mapping[str, Any]) -> LayerSpec:
-    *others, last = layer.steps
-    return layer.replace(steps=(*others, last.replace(op=ExpertsSpec(expert=last.op, **more))))  # pyright: ignore
 
 
 def config(spec: ModelSpec) -> dict[str, Any]:

@@ -25,8 +25,6 @@ def spec(fields: Fields) -> ModelSpec:
     """config.json -> spec."""
     for name in ("scale_embedding", "apply_spec_augment"):
         fields.must(name, False)
-    for name in ("encoder_layerdrop", "decoder_layerdrop"):
-        fields.must(name, 0)
     said = fields.config.get("architectures") or ["WhisperForConditionalGeneration"]
     kind = str(said[0]).removeprefix("Whisper")
     if kind not in KINDS:
@@ -39,6 +37,7 @@ def spec(fields: Fields) -> ModelSpec:
             layers=bart.layers(fields, side, "pre", bias="qvo"),
             position=LearnedPositionSpec(size=rows),
             dropout=fields.number("dropout"),
+            layer_dropout=fields.number(f"{side}_layerdrop"),
             norm=LayerNormSpec(),
         )
 

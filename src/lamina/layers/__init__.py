@@ -7,10 +7,12 @@ from lamina.layers.bias import AlibiSpec, BucketBiasSpec
 from lamina.layers.bigbird import BigBird, BigBirdSpec
 from lamina.layers.block import BranchSpec, Layer, LayerSpec, StepSpec, SumSpec
 from lamina.layers.call import Call, Record
+from lamina.layers.capacity import CapacitySpec
 from lamina.layers.convolution import ConvolutionStem, ConvolutionStemSpec
 from lamina.layers.cross import CrossAttention, CrossAttentionSpec
 from lamina.layers.differential import Differential, DifferentialSpec
 from lamina.layers.embedding import Embedding, EmbeddingSpec, Segment, SegmentSpec
+from lamina.layers.expert_choice import ExpertChoiceSpec
 from lamina.layers.experts import Experts, ExpertsSpec, rebalance
 from lamina.layers.feedforward import FeedForward, FeedForwardSpec
 from lamina.layers.head import (
@@ -37,7 +39,8 @@ from lamina.layers.rotary import (
     RotarySpec,
     YarnScaling,
 )
-from lamina.layers.router import CapacitySpec, ExpertChoiceSpec, GroupLimitSpec, RouterLossSpec, TopKSpec
+from lamina.layers.router import GroupLimitSpec, TopKSpec
+from lamina.layers.router_loss import RouterLossSpec
 from lamina.layers.stack import Stack, StackSpec
 
 __all__ = [

@@ -7,19 +7,22 @@ capacity) each token's result is its own: caches, padding and the rest of the ba
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError
 from lamina.layers.call import Call, Record
+from lamina.layers.capacity import CapacitySpec, limited
 from lamina.layers.dispatch import Exchange, Groups, dispatch, one, parts, product
 from lamina.layers.dropout import dropout
+from lamina.layers.expert_choice import ExpertChoiceSpec
 from lamina.layers.feedforward import ACTIVATIONS, FeedForwardSpec
 from lamina.layers.linear import Linear
 from lamina.layers.parameter import parameter
-from lamina.layers.router import CapacitySpec, ExpertChoiceSpec, RouterLossSpec, TopK, TopKSpec, limited, record_losses
+from lamina.layers.router import Routing, TopK, TopKSpec
+from lamina.layers.router_loss import RouterLossSpec, record_losses
 from lamina.specs import Spec
 
 
@@ -33,10 +36,13 @@ class ExpertsSpec(Spec):
     shared_gate: bool = False  # the shared result times sigmoid(x w): Qwen2-MoE
     capacity: CapacitySpec | None = None  # None: nothing is dropped (Mixtral, DeepSeek, MegaBlocks)
     losses: RouterLossSpec | None = None
+    masked: float = 0.0  # in training a result is 0 with this chance, in evaluation all count 1 - masked: NLLB
 
     def check(self) -> None:
         if self.shared_gate and self.shared is None:
             raise LaminaError("shared_gate=True needs shared=, the network whose result it weighs")
+        if not 0 <= self.masked < 1:
+            raise LaminaError(f"masked={self.masked} must be from 0 to below 1")
         if isinstance(self.router, ExpertChoiceSpec):
             if self.capacity is not None or (self.losses is not None and self.losses != _z_alone(self.losses)):
                 raise LaminaError("experts that choose are all as busy: capacity and losses but z are for a TopKSpec")
@@ -79,11 +85,19 @@ class Experts(nn.Module):
             record_losses(spec.losses, routing, 1, self.path, call)
         call.record.keep(f"{self.path}.scores", lambda: routing.scores.unflatten(0, routing.span))
         call.record.keep(f"{self.path}.used", lambda: _load(routing.expert, routing.experts))
+        if spec.masked:
+            routing = _masked(routing, spec.masked, self.training)
         y = dispatch(x.flatten(0, 1), routing, self.experts, self.exchange).view_as(x)
         if self.shared is not None:
             common = self.shared(x, call)
             y = y + (common if self.shared_gate is None else self.shared_gate(x).sigmoid() * common)
         return y
+
+
+def _masked(routing: Routing, chance: float, training: bool) -> Routing:
+    """Expert output masking (NLLB, arXiv:2207.04672): by pair, and unlike in dropout what is left is not enlarged."""
+    kept = torch.rand_like(routing.gate) >= chance if training else 1 - chance
+    return replace(routing, gate=routing.gate * kept)
 
 
 def _load(expert: Tensor, experts: int) -> Tensor:

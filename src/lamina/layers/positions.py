@@ -38,6 +38,11 @@ class SinusoidalPositionSpec(Spec):
 
     order: Literal["interleaved", "halves"] = "interleaved"
     base: float = 10_000.0
+    offset: int = 0  # what position 0 counts as: 2 in M2M-100 and NLLB (fairseq counts from the id of padding, 1)
+
+    def check(self) -> None:
+        if self.offset < 0:
+            raise LaminaError(f"SinusoidalPositionSpec(offset={self.offset}): offset >= 0")
 
     def build(self, width: int) -> SinusoidalPosition:
         return SinusoidalPosition(self, width)
@@ -79,7 +84,8 @@ class SinusoidalPosition(nn.Module):
         pairs = self.width // 2 if halves else (self.width + 1) // 2
         step = math.log(self.spec.base) / (max(pairs - 1, 1) if halves else self.width / 2)
         index = torch.arange(pairs, dtype=torch.float32, device=tokens.position.device)
-        angle = tokens.position.clamp(min=0).to(torch.float32)[:, :, None] * torch.exp(-step * index)
+        position = tokens.position.clamp(min=0) + self.spec.offset
+        angle = position.to(torch.float32)[:, :, None] * torch.exp(-step * index)
         sin, cos = angle.sin(), angle.cos()  # (B, T, pairs)
         if halves:
             return F.pad(torch.cat([sin, cos], dim=-1), (0, self.width % 2))

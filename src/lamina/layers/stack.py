@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError
@@ -12,10 +13,10 @@ from lamina.layers.block import LayerSpec
 from lamina.layers.call import Call
 from lamina.layers.dropout import dropout
 from lamina.layers.embedding import SegmentSpec
+from lamina.layers.expert_choice import ExpertChoiceSpec
 from lamina.layers.linear import Linear
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
-from lamina.layers.router import ExpertChoiceSpec
 from lamina.patterns import Pattern
 from lamina.specs import Spec
 
@@ -31,6 +32,7 @@ class StackSpec(Spec):
     dropout: float = 0.0  # of the sum: 0.1 in GPT-2 and BERT
     norm: LayerNormSpec | RMSNormSpec | None = None  # after the last layer, wherever layers are pre-norm
     output_dropout: float = 0.0  # after that norm: T5
+    layer_dropout: float = 0.0  # in training a layer is left out with this chance: M2M-100 (arXiv:1909.11556)
     score_bias: BucketBiasSpec | AlibiSpec | None = None  # T5; BLOOM, MPT
     input_width: int | None = None  # of what comes in, before a linear layer takes it to the model's: ALBERT
     repeat: int = 1  # each layer runs so many times in a row, with the same weights: ALBERT (arXiv:1909.11942)
@@ -38,6 +40,8 @@ class StackSpec(Spec):
     def check(self) -> None:
         if self.repeat < 1 or (self.input_width is not None and self.input_width < 1):
             raise LaminaError(f"repeat={self.repeat} and input_width={self.input_width} must be at least 1")
+        if not 0 <= self.layer_dropout < 1:
+            raise LaminaError(f"layer_dropout={self.layer_dropout} must be from 0 to below 1")
         chooses = [part for _, part in self.walk() if isinstance(part, ExpertChoiceSpec) and not part.causal]
         patterns = [part.pattern for _, part in self.walk() if isinstance(getattr(part, "pattern", None), Pattern)]  # pyright: ignore[reportAttributeAccessIssue]
         if chooses and not all(pattern.looks_ahead() for pattern in patterns):
@@ -80,9 +84,15 @@ class Stack(nn.Module):
         for i in range(len(self.layers) * self.spec.repeat):
             layer = i // self.spec.repeat
             call.record.run = (f"{self.path}.layers.{layer}.", f"{self.path}.layers.{i}.")
-            x = self.layers[layer](x, call)
+            if not self._left_out(call):
+                x = self.layers[layer](x, call)
             call.record.keep(f"{self.path}.layers.{layer}.output", lambda x=x: x)
         call.record.run = ("", "")
         if self.norm is not None:
             x = self.norm(x)
         return dropout(x, self.spec.output_dropout, self.training)
+
+    def _left_out(self, call: Call) -> bool:
+        """Whether this run of a layer is left out. With a cache none is: its keys would be missing later."""
+        rate = self.spec.layer_dropout
+        return bool(rate) and self.training and call.cache is None and bool(torch.rand(()) < rate)
