@@ -104,14 +104,18 @@ def experts(spec: ModelSpec) -> tuple[Rule, ...]:
     return found
 
 
-CALLED = {"cross": "cross_attention", "dense": "ffn.", "norm": "ff_layer_norm"}
+def layers_of(side: str) -> tuple[Rule, ...]:
+    """The names of the layers of one side, but for their experts."""
+    return bart.rules(side, "pre", cross="cross_attention", dense="ffn.", norm="ff_layer_norm")
+
+
 NLLB_MOE = Family(
     model_type="nllb-moe",
     spec=spec,
     config=config,
     weights=(
         *m2m100.ENDS,
-        *(rule for side in bart.SIDES for rule in bart.rules(side, "pre", **CALLED)),
+        *(rule for side in bart.SIDES for rule in layers_of(side)),
     ),
     heads=experts,
     base="model.",
