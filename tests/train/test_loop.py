@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,8 +85,8 @@ def test_ranks_read_a_step_together():
     for step in (0, 1, 7):
         whole = alone.step(step)[0]
         parts = [half.step(step)[0] for half in halves]
-        assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
-        assert whole.asked == sum(part.asked for part in parts)
+        assert torch.equal(whole.labels["next_token"], torch.cat([part.labels["next_token"] for part in parts]))
+        assert whole.asked["next_token"] == sum(part.asked["next_token"] for part in parts)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -221,8 +222,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(precision: Any, monkeypat
 
         def broken(*args: Any) -> Any:
             found = total(*args)
-            object.__setattr__(found, "total", found.total * float("inf"))
-            return found
+            kinds = {kind: replace(one, total=one.total * float("inf")) for kind, one in found.kinds.items()}
+            return replace(found, kinds=kinds)
 
         patch.setattr(type(one.objective), "total", broken)
         step = one.step()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from lamina.objectives.causal import CausalLM
 from lamina.objectives.loss import IGNORE, Losses, cross_entropy, label_cross_entropy
-from lamina.objectives.objective import Batch, Example, Examples, Objective, Total
+from lamina.objectives.objective import Batch, ByIndex, Example, Examples, Objective, Total
 
 __all__ = [
     "IGNORE",
     "Batch",
+    "ByIndex",
     "CausalLM",
     "Example",
     "Examples",

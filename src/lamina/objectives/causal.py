@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.layers import Record
-from lamina.model import Model, ModelSpec
-from lamina.objectives.loss import IGNORE, cross_entropy
-from lamina.objectives.objective import Batch, Example, Examples, Objective, Total, forward
+from lamina.model import Model, ModelSpec, Output
+from lamina.objectives.loss import IGNORE, Losses
+from lamina.objectives.objective import Batch, ByIndex, Example, Examples, Objective, vocabulary_losses
 
 if TYPE_CHECKING:
     from lamina.data import Prepared
@@ -45,7 +44,8 @@ class CausalLM(Objective):
     def examples(self, prepared: Prepared, length: int) -> Examples:
         from lamina.data import Windows
 
-        return Windows(prepared.column("text"), length + 1, aligned=self.aligned)
+        windows = Windows(prepared.column("text"), length, aligned=self.aligned)
+        return ByIndex(len(windows), lambda index, random: windows[index])
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         tokens = torch.from_numpy(np.stack([one["tokens"] for one in examples]).astype(np.int64))  # (B, T + 1)
@@ -55,11 +55,8 @@ class CausalLM(Objective):
             if bool((documents != documents[:, :1]).any()):  # else rows are plain, which is faster
                 inputs["document_ids"] = documents[:, :-1]
                 labels = labels.masked_fill(documents[:, 1:] != documents[:, :-1], IGNORE)
-        return Batch(inputs, labels)
+        return Batch(inputs, {"next_token": labels})
 
-    def total(self, model: Model, batch: Batch, record: Record | None = None) -> Total:
-        out, auxiliary = forward(model, batch, record, keep_logits=0)
-        assert model.head is not None
-        table = model.embedding.weight
-        found = cross_entropy(out.hidden, batch.labels, model.head, table, z_loss=self.z_loss, smoothing=self.smoothing)
-        return Total(found.total, found.asked, {"nats": found.nats}, auxiliary)
+    def losses(self, model: Model, batch: Batch, out: Output) -> dict[str, Losses]:
+        labels = batch.labels["next_token"]
+        return {"next_token": vocabulary_losses(model, out, labels, z_loss=self.z_loss, smoothing=self.smoothing)}

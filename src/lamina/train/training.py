@@ -239,8 +239,8 @@ class _Around:
 
     def more(self, found: Evaluated) -> dict[str, float]:
         """Figures of an evaluation beside the loss."""
-        figures = {name: value for name, value in found.parts.items() if name != "nats"}
-        if self.held is not None and self.held.kind == "text" and "nats" in found.parts:
+        figures = {name: value for name, value in found.parts.items() if name != "next_token"}
+        if self.held is not None and self.held.kind == "text" and "next_token" in found.parts:
             size = sum(source.bytes for source in self.held.manifest.sources)
             if size:
                 figures["bits_per_byte"] = found.loss / math.log(2) * self.held.tokens / size
