@@ -10,7 +10,6 @@ import click
 
 from lamina.cli.output import Output, duration, size
 from lamina.cli.program import command
-from lamina.errors import LaminaError
 
 if TYPE_CHECKING:
     from lamina.train.training import Result, Tick

@@ -141,6 +141,12 @@ class Pooler(nn.Module):
         return torch.tanh(self.dense(dropout(x, self.spec.dropout, self.training)))
 
 
+def mean_of(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(B, T, width), (B, T) of 1 and 0 -> (B, width): the mean over real tokens (Sentence-BERT, arXiv:1908.10084)."""
+    weight = mask[:, :, None].to(hidden.dtype)
+    return (hidden * weight).sum(dim=1) / weight.sum(dim=1)
+
+
 class LabelHead(nn.Module):
     """(..., width) -> (..., labels)."""
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamina.errors import UnsupportedError
+from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import Record
 from lamina.model import Model, ModelSpec, Output
-from lamina.objectives.loss import IGNORE, Losses, cross_entropy
+from lamina.objectives.loss import IGNORE, Losses, cross_entropy, label_cross_entropy
 from lamina.specs import Spec
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class Batch:
 class Total:
     """Sums over what a batch asks, by kind of label.
 
-    The loss of a step is the sum over kinds of `weight` times their total by the labels of that kind in the whole global
-    batch: BERT's is the mean over masked tokens and the mean over pairs of sentences.
+    The loss of a step is the sum over kinds of `weight` times their total by the labels of that kind in the whole
+    global batch: BERT's is the mean over masked tokens and the mean over pairs of sentences.
     """
 
     kinds: dict[str, Losses]
@@ -88,6 +88,18 @@ class ByIndex:
 
     def example(self, index: int, random: np.random.Generator) -> Example:
         return self.make(index, random)
+
+
+class Task(Protocol):
+    """What a model is trained with: an objective, with the other models that it needs."""
+
+    def fits(self, spec: ModelSpec) -> None: ...
+
+    def examples(self, prepared: Prepared, length: int) -> Examples: ...
+
+    def collate(self, examples: Sequence[Example]) -> Batch: ...
+
+    def total(self, model: Model, batch: Batch, record: Record | None = None) -> Total: ...
 
 
 class Objective(Spec):
@@ -117,7 +129,7 @@ class Objective(Spec):
         out = forward(model, batch, record)
         return Total(self.losses(model, batch, out), auxiliary(out))
 
-    def ready(self, load: Callable[[str], Model]) -> Objective:
+    def ready(self, load: Callable[[str], Model]) -> Task:
         """What is trained with: itself, or, where other models are needed, itself with them. `load` opens a SOURCE."""
         return self
 
@@ -151,6 +163,23 @@ def vocabulary_losses(
     return cross_entropy(out.hidden, labels, model.head, model.embedding.weight, z_loss=z_loss, smoothing=smoothing)
 
 
+def class_losses(out: Output, labels: Tensor, *, smoothing: float = 0.0) -> Losses:
+    """Of the model's label head, and how many are right. Raises LaminaError for labels that it has none for."""
+    logits = out.label_logits
+    assert logits is not None
+    if labels.numel() and int(labels.max()) >= logits.shape[-1]:
+        raise LaminaError(
+            f"the data has label {int(labels.max())}; the model's head has labels 0 to {logits.shape[-1] - 1}"
+        )
+    found = label_cross_entropy(logits, labels, smoothing=smoothing)
+    return replace(found, more={"accuracy": correct(logits, labels)})
+
+
+def correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many labels have the highest score."""
+    return (logits.detach().argmax(dim=-1) == labels).sum().float()
+
+
 def needs_pair(spec: ModelSpec, what: str) -> None:
     """Raise UnsupportedError where a model is not an encoder-decoder that writes."""
     if not spec.two_stacks or spec.head is None or spec.stem is not None:
@@ -165,15 +194,32 @@ def needs_encoder(spec: ModelSpec, what: str) -> None:
         raise UnsupportedError(f"{what} needs an encoder with a language head, and no decoder")
 
 
-def pair_batch(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], kind: str = "target") -> Batch:
+def pair_batch(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Batch:
     """What an encoder reads, and what its decoder is to write: rows of ids without padding."""
-    inputs = {"input_ids": padded(sources, 0)}
-    shifted = [np.concatenate([np.array([START]), row[:-1]]) for row in targets]
-    inputs["decoder_input_ids"] = padded(shifted, 0)
+    return documented_batch(
+        sources, targets, *([np.zeros(len(row), np.int64) for row in s] for s in (sources, targets))
+    )
+
+
+def documented_batch(
+    sources: Sequence[np.ndarray],
+    targets: Sequence[np.ndarray],
+    of_sources: Sequence[np.ndarray],
+    of_targets: Sequence[np.ndarray],
+) -> Batch:
+    """The same of rows that hold several pairs: the number of each token's pair in its row, growing from 0."""
+    shifted = []
+    for row, of in zip(targets, of_targets, strict=True):  # the one place where anything is shifted
+        read = np.concatenate([[START], row[:-1]])
+        read[1:][of[1:] != of[:-1]] = START
+        shifted.append(read)
+    inputs = {"input_ids": padded(sources, 0), "decoder_input_ids": padded(shifted, 0)}
     for side, rows in (("", sources), ("decoder_", targets)):
         if (mask := mask_of(rows)) is not None:
             inputs[f"{side}attention_mask"] = mask
-    return Batch(inputs, {kind: padded(targets, IGNORE)})
+    if any(one[-1] for one in of_sources):
+        inputs["document_ids"], inputs["decoder_document_ids"] = padded(of_sources, 0), padded(of_targets, 0)
+    return Batch(inputs, {"target": padded(targets, IGNORE)})
 
 
 def padded(rows: Sequence[np.ndarray], value: int) -> Tensor:

@@ -15,7 +15,7 @@ from lamina.layers import Record
 from lamina.layers.experts import Experts, rebalance
 from lamina.layers.router import TopK
 from lamina.model import Model
-from lamina.objectives import Batch, Objective, Total
+from lamina.objectives import Batch, Task, Total
 from lamina.train.loader import Loader
 from lamina.train.optimiser import Average, Optimiser, Optimising
 from lamina.train.precision import NAMES, Masters, Scale
@@ -73,16 +73,16 @@ def _finite(step: int, loss: float, norm: float, model: nn.Module, again: Callab
 class Trainer:
     """A model, an objective and an optimiser, and one method that makes a step of them.
 
-    The loss of a step is, for each kind of label, the sum over all micro-batches of all ranks by the labels of the whole
-    global batch, and a router's loss, which is a mean over a micro-batch, weighs as much as its tokens. So accumulation, rows of different
-    lengths and ranks change nothing. Nothing random depends on what came before: torch's generator is set anew for each
-    micro-batch, from the seed, the step, its number and the rank.
+    The loss of a step is, for each kind of label, the sum over all micro-batches of all ranks by the labels of the
+    whole global batch, and a router's loss, which is a mean over a micro-batch, weighs as much as its tokens. So
+    accumulation, rows of different lengths and ranks change nothing. Nothing random depends on what came before:
+    torch's generator is set anew for each micro-batch, from the seed, the step, its number and the rank.
     """
 
     def __init__(
         self,
         model: Model,
-        objective: Objective,
+        objective: Task,
         loader: Loader,
         optimiser: Optimising,
         schedule: Schedule,

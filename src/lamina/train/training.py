@@ -18,7 +18,7 @@ from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.generation import generate
 from lamina.specs import Spec
 from lamina.train import checkpoint
-from lamina.train.building import data_of, fits, model_of, unlike, write
+from lamina.train.building import data_of, fits, model_of, teacher_of, unlike, write
 from lamina.train.directory import CHECKPOINTS, CONFIG
 from lamina.train.document import decode, parse
 from lamina.train.document import write as text_of
@@ -91,10 +91,12 @@ def train(
     model = model_of(spec.model, data, seed=spec.seed, device=device)
     fits(spec, model)
     freeze(model, spec.model.freeze, spec.model.train)
-    examples = spec.objective.examples(data, spec.data.length)
+    task = spec.objective.ready(lambda source: teacher_of(source, data, spec.loop.precision, device))
+    task.fits(model.spec)
+    examples = task.examples(data, spec.data.length)
     loop = spec.loop
     loader = Loader(
-        spec.objective,
+        task,
         examples,
         Order(max(len(examples), 1), spec.seed),
         batch=loop.batch,
@@ -102,7 +104,7 @@ def train(
         seed=spec.seed,
         workers=spec.data.workers,
     )
-    trainer = Trainer(model, spec.objective, loader, spec.optimiser, spec.schedule, loop, seed=spec.seed, device=device)
+    trainer = Trainer(model, task, loader, spec.optimiser, spec.schedule, loop, seed=spec.seed, device=device)
     if found is not None:
         _resume(trainer, found)
     with ExitStack() as stack:
@@ -223,11 +225,12 @@ class _Around:
     def _evaluate(self, step: int) -> None:
         chosen, spec = self.spec.evaluation, self.spec
         if self.held is not None:
-            examples = spec.objective.examples(self.held, spec.data.length)
+            task = self.trainer.objective
+            examples = task.examples(self.held, spec.data.length)
             if len(examples) == 0:
                 raise LaminaError(f"{spec.data.validation}: holds no example of {spec.data.length} tokens")
             micro = spec.loop.micro or spec.loop.batch
-            batches = held_out(spec.objective, examples, rows=chosen.rows, micro=micro, seed=spec.seed)
+            batches = held_out(task, examples, rows=chosen.rows, micro=micro, seed=spec.seed)
             self.evaluated = self.trainer.evaluate(batches)
             figures = {"loss": self.evaluated.loss, **self.more(self.evaluated)}
             self.metrics.record({"step": step, "validation": figures})
@@ -320,9 +323,7 @@ def _refuse_changes(directory: Path, spec: TrainSpec, found: checkpoint.Saved, d
     if rows:
         raise LaminaError(f"{directory} cannot go on with another configuration: {'; '.join(rows)}")
     if found.manifest.data != data.hash:
-        raise LaminaError(
-            f"{spec.data.train}: was prepared anew since {found.path.name} of {directory} was saved: its content differs"
-        )
+        raise LaminaError(f"{spec.data.train}: another content than when {found.path.name} of {directory} was saved")
 
 
 def _resume(trainer: Trainer, found: checkpoint.Saved) -> None:
