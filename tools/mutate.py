@@ -77,6 +77,13 @@ def tests_of(file: str) -> tuple[str, ...]:
     if folder == "weights":
         shared = {"mapped": "weights/test_ctranslate2", "rules": "test_families_ctranslate2"}
         return (f"tests/{shared.get(name, f'weights/test_{name}')}.py",)
+    if folder == "objectives":
+        shared = {"prefix": "spans", "next_sentence": "masked", "loss": "distillation"}
+        known = ("masked", "spans", "denoising", "distillation", "stream")
+        shared |= {"boundaries": "stream", "rows": "stream"} | {one: one for one in known}
+        return (f"tests/objectives/test_{shared.get(name, 'pairs')}.py",)
+    if file == "train/sums.py":
+        return ("tests/train/test_loop.py",)
     if folder == "catalogue":
         return ("tests/test_catalogue.py",)
     if folder == "families":

@@ -28,7 +28,7 @@ def test_the_divergence_is_the_formula(monkeypatch: pytest.MonkeyPatch, temperat
     monkeypatch.setattr(loss, "SCORES", 1)  # 64 rows at a time
     random = torch.Generator().manual_seed(0)
     student = LanguageHead(LanguageHeadSpec(softcap=softcap, bias=True), 7, 11).double()
-    teacher = LanguageHead(LanguageHeadSpec(tied=False, scale=0.7), 9, 11).double()
+    teacher = LanguageHead(LanguageHeadSpec(tied=False, scale=0.7, softcap=softcap, bias=True), 9, 11).double()
     for one in [*student.parameters(), *teacher.parameters()]:
         torch.nn.init.normal_(one, generator=random)
     table = torch.randn(11, 7, generator=random, dtype=torch.float64).requires_grad_()

@@ -16,7 +16,7 @@ from lamina.objectives.boundaries import full_stops
 from lamina.objectives.masked import replaced, whole_words
 from lamina.objectives.next_sentence import Segments, shortened
 from lamina.objectives.stream import Bodies
-from tests.objectives.made import bert, prepared, random_of, t5, texts
+from tests.objectives.made import bart, bert, prepared, random_of, t5, texts
 from tests.objectives.test_stream import sentences
 from tests.tiny import BERT, GPT2, spec
 
@@ -83,6 +83,22 @@ def test_how_many_are_chosen(tmp_path: Path, rate: float, most: int | None, leng
     many = [rows.example(0, random_of(i))["labels"] != IGNORE for i in range(2000)]
     share = np.mean(many, axis=0)[1:-1]
     assert np.abs(share / share.mean() - 1).max() < 0.5 or rate < 0.05  # every place has its chance
+
+
+def test_rows_of_roberta(tmp_path: Path):
+    """Where what ends a document is the separator too, it stands between documents, and once at the end of a row."""
+    words = bart()
+    documents = texts(words, (6, 4, 12, 3, 20))
+    data = prepared(tmp_path, words, [{"text": one} for one in documents])
+    rows = MaskedLM().examples(data, 16)
+    read: list[int] = []
+    for index in range(len(rows)):
+        one = rows.example(index, random_of(index))
+        assert one["labels"][0] == one["labels"][-1] == IGNORE
+        tokens = np.where(one["labels"] != IGNORE, one["labels"], one["input_ids"]).tolist()
+        assert tokens[0] == words.bos and tokens[-1] == words.eos and tokens[-2] != words.eos
+        read += tokens[1:-1]
+    assert [token for token in read if token != words.eos] == np.concatenate(documents).tolist()
 
 
 def test_whole_words_are_whole():
@@ -202,6 +218,8 @@ def test_pairs_of_segments(tmp_path: Path, short: float):
         homes = [i for i, text in enumerate(texts_) if a in text and b in text]
         if int(one["other"]) == 0:
             assert homes
+        elif min(first, second - first) > 6:  # five tokens in a row stand in one place
+            assert not homes
     assert (max(lengths) == 30) if short == 0 else (np.mean(lengths) < 29)
     batch = objective.collate([rows.example(i, random_of(i)) for i in range(5)])
     assert batch.labels["next_sentence"].shape == (5,) and batch.asked["next_sentence"] == 5

@@ -13,6 +13,7 @@ import lamina
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.objectives import (
     IGNORE,
+    Batch,
     Contrastive,
     Objective,
     SequenceClassification,
@@ -194,6 +195,8 @@ def test_scores_are_cosines(tmp_path: Path):
         one, other = (model.encode(torch.tensor([[*side, words.eos]]))[0].mean(0) for side in (a, b))
         expected += (torch.cosine_similarity(one, other, dim=0).item() - score) ** 2
     assert found.total.item() == pytest.approx(expected, rel=1e-5) and batch.asked == {"score": 4}
+    nothing = Batch(batch.inputs, {"score": torch.full((4,), float(IGNORE))})
+    assert nothing.asked == {"score": 0} and objective.total(model, nothing).kinds["score"].total.item() == 0
     with pytest.raises(LaminaError, match="has scores from 0 to 5; scores within -1 and 1"):
         objective.examples(prepared(tmp_path / "b", words, documents, [0, 5, 1, 2], kind="contrastive"), 70)
 

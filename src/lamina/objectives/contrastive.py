@@ -14,7 +14,7 @@ from torch import Tensor
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import Record, mean_of
 from lamina.model import Model, ModelSpec
-from lamina.objectives.loss import Losses, label_cross_entropy
+from lamina.objectives.loss import IGNORE, Losses, label_cross_entropy
 from lamina.objectives.objective import (
     Batch,
     ByIndex,
@@ -103,5 +103,6 @@ class Contrastive(Objective):
         return Total(kinds, more)
 
     def _scored(self, cosine: Tensor, scores: Tensor) -> Losses:
-        total = (cosine - scores).square().sum()
-        return Losses(total, total.detach(), len(scores))
+        asked = scores != IGNORE
+        total = (cosine - scores)[asked].square().sum()
+        return Losses(total, total.detach(), int(asked.sum()))
