@@ -86,12 +86,18 @@ def tests_of(file: str) -> tuple[str, ...]:
     if folder == "weights":
         shared = {"mapped": "weights/test_ctranslate2", "rules": "test_families_ctranslate2"}
         return (f"tests/{shared.get(name, f'weights/test_{name}')}.py",)
+    if folder == "objectives":
+        shared = {"prefix": "spans", "next_sentence": "masked", "loss": "distillation"}
+        known = ("masked", "spans", "denoising", "distillation", "stream")
+        shared |= {"boundaries": "stream", "rows": "stream"} | {one: one for one in known}
+        return (f"tests/objectives/test_{shared.get(name, 'pairs')}.py",)
     if folder == "train":
         through = {
             "checkpoint": ("trees", "generators", "manifest"),
             "run": ("records", "directory"),
             "report": ("curves", "past"),
             "guards": ("finite", "fitting"),
+            "loop": ("sums",),
         }
         name = next((test for test, stems in through.items() if name in stems), name)
         return (f"tests/train/test_{name}.py",)

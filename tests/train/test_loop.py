@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from lamina.errors import LaminaError
-from lamina.objectives import CausalLM
+from lamina.objectives import IGNORE, CausalLM, Example, MaskedLM
 from lamina.train.loader import Loader
 from lamina.train.loop import Trainer
 from lamina.train.optimiser import AdamW, Group, Muon
 from lamina.train.schedule import Constant
 from lamina.train.specs import LoopSpec
+from tests.tiny import BERT, spec
 from tests.train.small import Rows, decoder, experts, trainer
 
 SPECS = {"llama": decoder(), "gpt": decoder(dropout=0.3), "experts": experts(), "balanced": experts(correction=True)}
@@ -74,6 +77,64 @@ def test_accumulation_changes_nothing(micro: int):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+class Pairs:
+    """Rows for BERT's pre-training, in which nothing to fifteen tokens are asked for, and one label each."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def example(self, index: int, random: np.random.Generator) -> Example:
+        tokens, size = random.integers(5, 68, size=20 - index % 7), index * 5 % 16
+        labels = np.full(len(tokens), IGNORE)
+        labels[:size] = tokens[:size]
+        return {"input_ids": tokens, "labels": labels, "segments": tokens % 2, "other": np.array(index % 3 == 0)}
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_each_kind_of_label_has_its_own_count(micro: int):
+    """BERT's loss: the mean over masked tokens and the mean over pairs, whatever the pieces; two ranks have one
+    count."""
+    task = MaskedLM(next_sentence=True)
+
+    fields = {"architectures": ["BertForPreTraining"], "vocab_size": 68}
+    fields |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # which would draw once a forward
+
+    def made(micro: int) -> Trainer:
+        loader = Loader(task, Pairs(), range(1000), batch=6, micro=micro, seed=0, workers=0)
+        model = spec(BERT | fields).build(seed=0)
+        return Trainer(model, task, loader, AdamW(rate=1e-3), Constant(), LoopSpec(steps=100, batch=6))
+
+    whole, parts = made(6), made(micro)
+    batch = whole.loader.step(0)[0]
+    twin = copy.deepcopy(whole.model).eval()
+    out = twin(**batch.inputs)
+    assert out.logits is not None and out.label_logits is not None
+    masked = F.cross_entropy(out.logits.flatten(0, 1), batch.labels["masked"].flatten())
+    follows = F.cross_entropy(out.label_logits, batch.labels["next_sentence"])
+    one, other = whole.step(), parts.step()
+    assert one.loss == pytest.approx(float(masked.detach() + follows.detach()), rel=1e-5)
+    expected = {"masked": float(masked.detach()), "next_sentence": float(follows.detach())}
+    assert one.parts == pytest.approx(expected, rel=1e-5)
+    assert other.loss == pytest.approx(one.loss, rel=1e-6) and other.parts == pytest.approx(one.parts, rel=1e-6)
+    assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-5)
+    halves = [
+        Loader(task, Pairs(), range(1000), batch=6, micro=3, seed=0, rank=rank, ranks=2, workers=0) for rank in range(2)
+    ]
+    asked = [half.step(0)[0].asked for half in halves]
+    assert batch.asked == {kind: asked[0][kind] + asked[1][kind] for kind in ("masked", "next_sentence")}
+
+
+def test_evaluation_counts_each_kind():
+    one = trainer(decoder())
+    batches = one.loader.step(0)
+    found = one.evaluate(batches)
+    totals = [one.objective.total(one.model.eval(), batch).kinds["next_token"] for batch in batches]
+    assert found.asked == sum(total.asked for total in totals)
+    assert found.loss == pytest.approx(sum(float(total.nats) for total in totals) / found.asked)
+    assert found.parts == {"next_token": found.loss}
+    assert math.isnan(one.evaluate([]).loss)
+
+
 def test_ranks_read_a_step_together():
     """The rows of two ranks are those of one, in order, none twice."""
     alone = trainer(decoder(), batch=6, micro=6).loader
@@ -84,8 +145,8 @@ def test_ranks_read_a_step_together():
     for step in (0, 1, 7):
         whole = alone.step(step)[0]
         parts = [half.step(step)[0] for half in halves]
-        assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
-        assert whole.asked == sum(part.asked for part in parts)
+        assert torch.equal(whole.labels["next_token"], torch.cat([part.labels["next_token"] for part in parts]))
+        assert whole.asked["next_token"] == sum(part.asked["next_token"] for part in parts)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -221,8 +282,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(precision: Any, monkeypat
 
         def broken(*args: Any) -> Any:
             found = total(*args)
-            object.__setattr__(found, "total", found.total * float("inf"))
-            return found
+            kinds = {kind: replace(one, total=one.total * float("inf")) for kind, one in found.kinds.items()}
+            return replace(found, kinds=kinds)
 
         patch.setattr(type(one.objective), "total", broken)
         step = one.step()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lamina.errors import CheckpointError, LaminaError
+from lamina.layers import mean_of
 from lamina.model import Model
 from lamina.weights.files import read_json
 
@@ -86,9 +87,5 @@ def _vectors(model: Model, rows: list[list[int]], pooling: Pooling) -> Tensor:
     hidden = (
         model.encode(ids, mask) if model.spec.two_stacks else model(ids, mask, keep_logits=0).hidden
     )  # (B, T, width)
-    if pooling.mode == "first":
-        vectors = hidden[:, 0]
-    else:
-        weight = mask[:, :, None].to(hidden.dtype)
-        vectors = (hidden * weight).sum(dim=1) / weight.sum(dim=1)
+    vectors = hidden[:, 0] if pooling.mode == "first" else mean_of(hidden, mask)
     return torch.nn.functional.normalize(vectors, dim=-1) if pooling.normalise else vectors

@@ -24,6 +24,7 @@ from lamina.layers.head import (
     Pooler,
     PoolerSpec,
     TransformSpec,
+    mean_of,
 )
 from lamina.layers.latent import LatentAttention, LatentAttentionSpec
 from lamina.layers.longformer import Longformer, LongformerSpec
@@ -106,5 +107,6 @@ __all__ = [
     "TransformSpec",
     "TransformerXLSpec",
     "YarnScaling",
+    "mean_of",
     "rebalance",
 ]

@@ -189,6 +189,12 @@ LOWERED = 1e6
 """What the scores of tokens lose at which no answer may stand: transformers' number, so that sums over them agree."""
 
 
+def mean_of(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(B, T, width), (B, T) of 1 and 0 -> (B, width): the mean over real tokens (Sentence-BERT, arXiv:1908.10084)."""
+    weight = mask[:, :, None].to(hidden.dtype)
+    return (hidden * weight).sum(dim=1) / weight.sum(dim=1)
+
+
 class LabelHead(nn.Module):
     """(..., width) -> (..., labels)."""
 

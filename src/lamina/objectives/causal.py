@@ -4,29 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from lamina.data import Prepared, Windows
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.layers import Record
-from lamina.model import Model, ModelSpec
-from lamina.objectives.loss import IGNORE, cross_entropy
-from lamina.objectives.objective import Batch, Example, Examples, Objective, Total, forward
+from lamina.model import Model, ModelSpec, Output
+from lamina.objectives.loss import IGNORE, Losses
+from lamina.objectives.objective import Batch, ByIndex, Example, Examples, Objective, vocabulary_losses
 
-
-class _Rows:
-    """Windows of the stream as examples, none of which is random."""
-
-    def __init__(self, windows: Windows) -> None:
-        self.windows = windows
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def example(self, index: int, random: np.random.Generator) -> Example:
-        return self.windows[index]
+if TYPE_CHECKING:
+    from lamina.data import Prepared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +42,10 @@ class CausalLM(Objective):
             raise UnsupportedError("a causal objective needs a decoder with a language head, and no encoder")
 
     def examples(self, prepared: Prepared, length: int) -> Examples:
-        return _Rows(Windows(prepared.column("text"), length, aligned=self.aligned))
+        from lamina.data import Windows
+
+        windows = Windows(prepared.column("text"), length, aligned=self.aligned)
+        return ByIndex(len(windows), lambda index, random: windows[index])
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         tokens = torch.from_numpy(np.stack([one["tokens"] for one in examples]).astype(np.int64))  # (B, T + 1)
@@ -63,11 +55,8 @@ class CausalLM(Objective):
             if bool((documents != documents[:, :1]).any()):  # else rows are plain, which is faster
                 inputs["document_ids"] = documents[:, :-1]
                 labels = labels.masked_fill(documents[:, 1:] != documents[:, :-1], IGNORE)
-        return Batch(inputs, labels)
+        return Batch(inputs, {"next_token": labels})
 
-    def total(self, model: Model, batch: Batch, record: Record | None = None) -> Total:
-        out, auxiliary = forward(model, batch, record, keep_logits=0)
-        assert model.head is not None
-        table = model.embedding.weight
-        found = cross_entropy(out.hidden, batch.labels, model.head, table, z_loss=self.z_loss, smoothing=self.smoothing)
-        return Total(found.total, found.asked, {"nats": found.nats}, auxiliary)
+    def losses(self, model: Model, batch: Batch, out: Output) -> dict[str, Losses]:
+        labels = batch.labels["next_token"]
+        return {"next_token": vocabulary_losses(model, out, labels, z_loss=self.z_loss, smoothing=self.smoothing)}

@@ -6,7 +6,8 @@ at a time are scored, their gradient taken at once, and the scores forgotten; la
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,11 +26,13 @@ SCORES = 1 << 21
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums over the labels that ask something."""
+    """Sums over the labels of one kind that ask something."""
 
     total: Tensor  # what is minimised: smoothed, and with the z-loss
-    nats: Tensor  # -log p of the labels, for the log; no gradient
+    nats: Tensor  # -log p of the labels, or what stands in its place, for the log; no gradient
     asked: int
+    weight: float = 1.0  # of the mean over these labels in the loss of a step
+    more: dict[str, Tensor] = field(default_factory=dict)  # other sums over the same labels, for the log
 
 
 def cross_entropy(
@@ -50,12 +53,54 @@ def cross_entropy(
     matrix = table if head.weight is None else head.weight
     if type(matrix.data) is not Tensor:  # a part of the vocabulary, whose head gathers the scores of all ranks
         return label_cross_entropy(head(hidden, table), labels, z_loss=z_loss, smoothing=smoothing)
-    rows = labels.reshape(-1).ne(IGNORE).nonzero()[:, 0]
-    wanted, asked = labels.reshape(-1)[rows], len(rows)
+    rows = asking(labels)
+    wanted = labels.reshape(-1)[rows]
+
+    def score(scores: Tensor, start: int, sums: tuple[Tensor, Tensor], need: bool) -> Tensor | None:
+        total, nats = sums
+        labels = wanted[start : start + len(scores), None]
+        highest = scores.max(dim=-1, keepdim=True)
+        probability = scores.softmax(dim=-1)
+        # The largest probability is at least 1 / V, so its logarithm is safe where that of the label's may not be.
+        log_z = highest.values - probability.gather(1, highest.indices).log()
+        lost = (log_z - scores.gather(1, labels)).sum()
+        nats += lost
+        total += (1 - smoothing) * lost + z_loss * log_z.square().sum()
+        if smoothing:
+            total += smoothing * (log_z - scores.mean(dim=-1, keepdim=True)).sum()
+        if not need:
+            return None
+        grad = probability if z_loss == 0 else probability * (1 + 2 * z_loss * log_z)
+        grad.scatter_add_(1, labels, torch.full_like(log_z, smoothing - 1))
+        if smoothing:
+            grad -= smoothing / scores.shape[1]
+        return grad
+
+    total, nats = scored(chosen(hidden, rows), head, table, score)
+    return Losses(total, nats, len(rows))
+
+
+def asking(labels: Tensor) -> Tensor:
+    """(asked,): the places of labels that ask something, in the flattened labels."""
+    return labels.reshape(-1).ne(IGNORE).nonzero()[:, 0]
+
+
+def chosen(hidden: Tensor, rows: Tensor) -> Tensor:
+    """(..., width) -> (rows, width)."""
     flat = hidden.reshape(-1, hidden.shape[-1])
-    x = head.begin(flat if asked == len(flat) else flat.index_select(0, rows))
-    total, nats = _Fused.apply(x, matrix, head.bias, wanted, head.spec.softcap, z_loss, smoothing)  # pyright: ignore
-    return Losses(total, nats, asked)
+    return flat if len(rows) == len(flat) else flat.index_select(0, rows)
+
+
+Score = Callable[[Tensor, int, tuple[Tensor, Tensor], bool], Tensor | None]
+"""(scores (n, V) of rows from `start` on, start, two sums to add to, whether a gradient is needed) -> that of the first
+sum with respect to the scores."""
+
+
+def scored(hidden: Tensor, head: LanguageHead, table: Tensor, score: Score) -> tuple[Tensor, Tensor]:
+    """Two sums over rows (N, width) of what `score` makes of their scores, some rows at a time. Only the first has a
+    gradient, which is taken on the way forward."""
+    matrix = table if head.weight is None else head.weight
+    return _Fused.apply(head.begin(hidden), matrix, head.bias, head.spec.softcap, score)  # pyright: ignore
 
 
 def label_cross_entropy(logits: Tensor, labels: Tensor, *, z_loss: float = 0.0, smoothing: float = 0.0) -> Losses:
@@ -76,14 +121,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        matrix: Tensor,
-        bias: Tensor | None,
-        wanted: Tensor,
-        softcap: float | None,
-        z_loss: float,
-        smoothing: float,
+        ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor | None, softcap: float | None, score: Score
     ) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         to_x, to_matrix, to_bias = ctx.needs_input_grad[:3]
@@ -93,25 +131,13 @@ class _Fused(torch.autograd.Function):
         grad_bias = torch.zeros(matrix.shape[0], dtype=wide, device=x.device) if bias is not None and to_bias else None
         size = max(SCORES // matrix.shape[0], 64)
         for start in range(0, len(x), size):
-            part, labels = x[start : start + size], wanted[start : start + size, None]
+            part = x[start : start + size]
             scores = F.linear(part, matrix, bias).to(wide)
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
-            highest = scores.max(dim=-1, keepdim=True)
-            probability = scores.softmax(dim=-1)
-            # The largest probability is at least 1 / V, so its logarithm is safe where that of the label's may not be.
-            log_z = highest.values - probability.gather(1, highest.indices).log()
-            lost = (log_z - scores.gather(1, labels)).sum()
-            nats += lost
-            total += (1 - smoothing) * lost + z_loss * log_z.square().sum()
-            if smoothing:
-                total += smoothing * (log_z - scores.mean(dim=-1, keepdim=True)).sum()
-            if not (to_x or to_matrix or grad_bias is not None):
+            grad = score(scores, start, (total, nats), to_x or to_matrix or grad_bias is not None)
+            if grad is None:
                 continue
-            grad = probability if z_loss == 0 else probability * (1 + 2 * z_loss * log_z)
-            grad.scatter_add_(1, labels, torch.full_like(log_z, smoothing - 1))
-            if smoothing:
-                grad -= smoothing / matrix.shape[0]
             if softcap is not None:
                 grad *= 1 - (scores / softcap).square()
             if grad_bias is not None:
@@ -137,8 +163,6 @@ class _Fused(torch.autograd.Function):
             None if x is None else x * of_total.to(x.dtype),
             None if matrix is None else (matrix * of_total).to(of_matrix),
             None if bias is None else (bias * of_total).to(of_bias),
-            None,
-            None,
             None,
             None,
         )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import Record
-from lamina.model import Model, ModelSpec
-from lamina.objectives.loss import IGNORE
+from lamina.model import Model, ModelSpec, Output
+from lamina.objectives.loss import IGNORE, Losses, cross_entropy, label_cross_entropy
 from lamina.specs import Spec
 
 if TYPE_CHECKING:
@@ -27,13 +28,12 @@ class Batch:
     """What one forward reads, and what is asked of it."""
 
     inputs: dict[str, Tensor]  # arguments of Model.forward
-    labels: Tensor  # (B, T), IGNORE where nothing is asked; (B,) for a class of each row
-    more: dict[str, Tensor] = field(default_factory=dict)  # what an objective asks beside it
+    labels: dict[str, Tensor]  # by kind: (B, T), IGNORE where nothing is asked; (B,) for a class of each row
 
     @property
-    def asked(self) -> int:
-        """Labels that count."""
-        return int(self.labels.ne(IGNORE).sum()) + sum(int(one.ne(IGNORE).sum()) for one in self.more.values())
+    def asked(self) -> dict[str, int]:
+        """Labels that count, of each kind."""
+        return {kind: int(one.ne(IGNORE).sum()) for kind, one in self.labels.items()}
 
     @property
     def tokens(self) -> int:
@@ -49,26 +49,26 @@ class Batch:
 
     def unasked(self) -> Batch:
         """The same to be read, and nothing asked."""
-        nothing = {name: torch.full_like(one, IGNORE) for name, one in self.more.items()}
-        return replace(self, labels=torch.full_like(self.labels, IGNORE), more=nothing)
+        return replace(self, labels={kind: torch.full_like(one, IGNORE) for kind, one in self.labels.items()})
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return replace(
             self,
             inputs={name: tensor.to(device) for name, tensor in self.inputs.items()},
-            labels=self.labels.to(device),
-            more={name: tensor.to(device) for name, tensor in self.more.items()},
+            labels={kind: tensor.to(device) for kind, tensor in self.labels.items()},
         )
 
 
 @dataclass(frozen=True)
 class Total:
-    """Sums over what a batch asks. The loss of a step is their sum by the labels of the whole global batch."""
+    """Sums over what a batch asks, by kind of label.
 
-    total: Tensor  # what is minimised
-    asked: int
-    parts: dict[str, Tensor]  # by name, no gradient, to be divided by `asked` for the log: "nats", ...
+    The loss of a step is the sum over kinds of `weight` times their total by the labels of that kind in the whole
+    global batch: BERT's is the mean over masked tokens and the mean over pairs of sentences.
+    """
+
+    kinds: dict[str, Losses]
     auxiliary: Tensor | None = None  # means over the batch, not sums: what routers add
 
 
@@ -78,6 +78,32 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def example(self, index: int, random: np.random.Generator) -> Example: ...
+
+
+@dataclass(frozen=True)
+class ByIndex:
+    """Examples that a function makes."""
+
+    count: int
+    make: Callable[[int, np.random.Generator], Example]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def example(self, index: int, random: np.random.Generator) -> Example:
+        return self.make(index, random)
+
+
+class Task(Protocol):
+    """What a model is trained with: an objective, with the other models that it needs."""
+
+    def fits(self, spec: ModelSpec) -> None: ...
+
+    def examples(self, prepared: Prepared, length: int) -> Examples: ...
+
+    def collate(self, examples: Sequence[Example]) -> Batch: ...
+
+    def total(self, model: Model, batch: Batch, record: Record | None = None) -> Total: ...
 
 
 class Objective(Spec):
@@ -98,16 +124,106 @@ class Objective(Spec):
         """One batch of several examples."""
         raise NotImplementedError
 
-    def total(self, model: Model, batch: Batch, record: Record | None = None) -> Total:
-        """Run the model on the batch."""
+    def losses(self, model: Model, batch: Batch, out: Output) -> dict[str, Losses]:
+        """What the output of the model loses, by kind of label."""
         raise NotImplementedError
 
+    def total(self, model: Model, batch: Batch, record: Record | None = None) -> Total:
+        """Run the model on the batch."""
+        out = forward(model, batch, record)
+        return Total(self.losses(model, batch, out), auxiliary(out))
 
-def forward(model: Model, batch: Batch, record: Record | None = None, **more: Any) -> tuple[Any, Tensor | None]:
-    """The output of the model, and the sum of its auxiliary losses where it has some."""
-    out = model(**batch.inputs, record=record, **more)
+    def ready(self, load: Callable[[str], Model]) -> Task:
+        """What is trained with: itself, or, where other models are needed, itself with them. `load` opens a SOURCE."""
+        return self
+
+
+START = -1
+"""In decoder_input_ids: the id that the model's decoder starts with, which the data does not know."""
+
+
+def forward(model: Model, batch: Batch, record: Record | None = None) -> Output:
+    """The output of the model, without scores over the vocabulary."""
+    inputs = batch.inputs
+    ids = inputs.get("decoder_input_ids")
+    if ids is not None:
+        start = model.spec.special.decoder_start
+        assert start is not None  # `needs_pair` has asked for it
+        inputs = inputs | {"decoder_input_ids": ids.masked_fill(ids == START, start)}
+    return model(**inputs, record=record, keep_logits=0)
+
+
+def auxiliary(out: Output) -> Tensor | None:
+    """The sum of the auxiliary losses of a model that has some."""
     losses = list(out.losses.values())
-    return out, torch.stack([loss.float() for loss in losses]).sum() if losses else None
+    return torch.stack([loss.float() for loss in losses]).sum() if losses else None
+
+
+def vocabulary_losses(
+    model: Model, out: Output, labels: Tensor, *, z_loss: float = 0.0, smoothing: float = 0.0
+) -> Losses:
+    """Of the model's language head."""
+    assert model.head is not None
+    return cross_entropy(out.hidden, labels, model.head, model.embedding.weight, z_loss=z_loss, smoothing=smoothing)
+
+
+def class_losses(out: Output, labels: Tensor, *, smoothing: float = 0.0) -> Losses:
+    """Of the model's label head, and how many are right. Raises LaminaError for labels that it has none for."""
+    logits = out.label_logits
+    assert logits is not None
+    if labels.numel() and int(labels.max()) >= logits.shape[-1]:
+        raise LaminaError(
+            f"the data has label {int(labels.max())}; the model's head has labels 0 to {logits.shape[-1] - 1}"
+        )
+    found = label_cross_entropy(logits, labels, smoothing=smoothing)
+    return replace(found, more={"accuracy": correct(logits, labels)})
+
+
+def correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many labels have the highest score."""
+    return (logits.detach().argmax(dim=-1) == labels).sum().float()
+
+
+def needs_pair(spec: ModelSpec, what: str) -> None:
+    """Raise UnsupportedError where a model is not an encoder-decoder that writes."""
+    if not spec.two_stacks or spec.head is None or spec.stem is not None:
+        raise UnsupportedError(f"{what} needs an encoder that reads ids and a decoder with a language head")
+    if spec.special.decoder_start is None:
+        raise UnsupportedError(f"{what} needs special.decoder_start: the id that the decoder begins with")
+
+
+def needs_encoder(spec: ModelSpec, what: str) -> None:
+    """Raise UnsupportedError where a model is not an encoder with a language head."""
+    if spec.encoder is None or spec.decoder is not None or spec.head is None:
+        raise UnsupportedError(f"{what} needs an encoder with a language head, and no decoder")
+
+
+def pair_batch(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Batch:
+    """What an encoder reads, and what its decoder is to write: rows of ids without padding."""
+    return documented_batch(
+        sources, targets, *([np.zeros(len(row), np.int64) for row in s] for s in (sources, targets))
+    )
+
+
+def documented_batch(
+    sources: Sequence[np.ndarray],
+    targets: Sequence[np.ndarray],
+    of_sources: Sequence[np.ndarray],
+    of_targets: Sequence[np.ndarray],
+) -> Batch:
+    """The same of rows that hold several pairs: the number of each token's pair in its row, growing from 0."""
+    shifted = []
+    for row, of in zip(targets, of_targets, strict=True):  # the one place where anything is shifted
+        read = np.concatenate([[START], row[:-1]])
+        read[1:][of[1:] != of[:-1]] = START
+        shifted.append(read)
+    inputs = {"input_ids": padded(sources, 0), "decoder_input_ids": padded(shifted, 0)}
+    for side, rows in (("", sources), ("decoder_", targets)):
+        if (mask := mask_of(rows)) is not None:
+            inputs[f"{side}attention_mask"] = mask
+    if any(one[-1] for one in of_sources):
+        inputs["document_ids"], inputs["decoder_document_ids"] = padded(of_sources, 0), padded(of_targets, 0)
+    return Batch(inputs, {"target": padded(targets, IGNORE)})
 
 
 def padded(rows: Sequence[np.ndarray], value: int) -> Tensor:

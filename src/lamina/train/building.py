@@ -92,6 +92,12 @@ def model_of(choice: ModelChoice, data: Prepared, *, seed: int, device: torch.de
     return model.train()
 
 
+def teacher_of(source: str, data: Prepared, dtype: str, device: torch.device | str = "cpu") -> Model:
+    """A model that another one learns from. Raises LaminaError where its tokenizer is not that of the data."""
+    data.check_tokenizer(tokenizer(source))
+    return load(source, dtype=dtype, device=device)
+
+
 def fits(spec: TrainSpec, model: Model) -> None:
     """Raise LaminaError where the objective or the length is not for this model."""
     spec.objective.fits(model.spec)

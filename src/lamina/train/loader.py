@@ -9,13 +9,13 @@ from typing import Protocol
 import numpy as np
 
 from lamina.errors import LaminaError
-from lamina.objectives import Batch, Example, Examples, Objective
+from lamina.objectives import Batch, Example, Examples, Task
 
 
 class Placing(Protocol):
     """The example at each place of an endless sequence."""
 
-    def __getitem__(self, position: int) -> int: ...
+    def __getitem__(self, position: int, /) -> int: ...
 
 
 class Loader:
@@ -28,7 +28,7 @@ class Loader:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: Task,
         examples: Examples,
         order: Placing,
         *,
@@ -81,7 +81,7 @@ def randomness(seed: int, position: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, position]))
 
 
-def held_out(objective: Objective, examples: Examples, *, rows: int | None, micro: int, seed: int) -> Iterator[Batch]:
+def held_out(objective: Task, examples: Examples, *, rows: int | None, micro: int, seed: int) -> Iterator[Batch]:
     """`rows` examples from all over a validation set, or all, always the same and with the same random numbers."""
     count = len(examples) if rows is None else min(rows, len(examples))
     for start in range(0, count, micro):

@@ -15,7 +15,7 @@ from lamina.layers import Record
 from lamina.layers.experts import Experts, rebalance
 from lamina.layers.router import TopK
 from lamina.model import Model
-from lamina.objectives import Batch, Objective, Total
+from lamina.objectives import Batch, Task, Total
 from lamina.train.loader import Loader
 from lamina.train.optimiser import Average, Optimiser, Optimising
 from lamina.train.precision import NAMES, Masters, Scale
@@ -23,6 +23,7 @@ from lamina.train.ranks import Alone, Ranks, local
 from lamina.train.recompute import recompute
 from lamina.train.schedule import Schedule
 from lamina.train.specs import LoopSpec
+from lamina.train.sums import Sums, loss_of
 
 
 @dataclass
@@ -30,8 +31,8 @@ class Step:
     """What happened in a step."""
 
     step: int  # counted from 1: how many have been made
-    loss: float  # what was minimised, a label; without the auxiliary losses
-    parts: dict[str, float]  # nats, ...: sums by labels; auxiliary losses as they are
+    loss: float  # what was minimised: the means over each kind of label; without the auxiliary losses
+    parts: dict[str, float]  # by kind of label, a mean in nats, and what else is summed; auxiliary losses as they are
     gradient_norm: float
     rate: float
     tokens: int  # read in this step, in the whole world
@@ -55,7 +56,7 @@ class Progress:
 
 @dataclass
 class Evaluated:
-    """What a model loses on held-out examples, in nats for each label that was asked."""
+    """What a model loses on held-out examples: in nats for each label, without smoothing and z-loss."""
 
     loss: float
     asked: int
@@ -72,16 +73,16 @@ def _finite(step: int, loss: float, norm: float, model: nn.Module, again: Callab
 class Trainer:
     """A model, an objective and an optimiser, and one method that makes a step of them.
 
-    The loss of a step is the sum over all micro-batches of all ranks by the labels of the whole global batch, and a
-    router's loss, which is a mean over a micro-batch, weighs as much as its tokens. So accumulation, rows of different
-    lengths and ranks change nothing. Nothing random depends on what came before: torch's generator is set anew for each
-    micro-batch, from the seed, the step, its number and the rank.
+    The loss of a step is, for each kind of label, the sum over all micro-batches of all ranks by the labels of the
+    whole global batch, and a router's loss, which is a mean over a micro-batch, weighs as much as its tokens. So
+    accumulation, rows of different lengths and ranks change nothing. Nothing random depends on what came before:
+    torch's generator is set anew for each micro-batch, from the seed, the step, its number and the rank.
     """
 
     def __init__(
         self,
         model: Model,
-        objective: Objective,
+        objective: Task,
         loader: Loader,
         optimiser: Optimising,
         schedule: Schedule,
@@ -118,21 +119,19 @@ class Trainer:
         """Read a batch, and change the weights, unless the gradient is not finite."""
         clock, number = time.perf_counter(), self.progress.step
         micros = [self.ranks.batch(batch) for batch in self.loader.step(number)]
-        own = [float(sum(batch.asked for batch in micros)), float(sum(batch.tokens for batch in micros))]
-        asked, tokens = self.ranks.sum(own)
-        sums: dict[str, Tensor] = {}
+        asked, tokens = self._counted(micros)
+        sums = Sums()
         loads: Record | None = None
         for index, batch in enumerate(micros):
             torch.manual_seed(_mixed(self.seed, number, index, self.ranks.stream))
             self.ranks.last(index == len(micros) - 1)
             record = Record("*.load") if self.balances else None
             total = self.objective.total(self.model, batch.to(self.device), record)
-            self._backward(total, max(asked, 1.0), batch.tokens / max(tokens, 1.0))
-            _add(sums, total, batch.tokens / max(tokens, 1.0))
+            self._backward(total, asked, batch.tokens / max(tokens, 1.0))
+            sums.add(total, batch.tokens / max(tokens, 1.0))
             loads = _added(loads, record)
-        found = self._summed(sums)
+        loss, _, parts = sums.figures(asked, self.ranks.sum)
         norm = self._norm()
-        loss = found["loss"] / max(asked, 1.0)
         skipped = not self._may(number + 1, loss, norm, micros[0])
         factor = self.schedule.factor(number, self.loop.steps)
         rate = self.optimiser.spec.rate * factor
@@ -148,11 +147,6 @@ class Trainer:
         self.optimiser.clear()
         self.progress.step += 1
         self.progress.tokens += int(tokens)
-        parts = {
-            name.removeprefix("parts."): value if name == "auxiliary" else value / max(asked, 1.0)
-            for name, value in found.items()
-            if name != "loss"
-        }
         return Step(number + 1, loss, parts, norm, rate, int(tokens), time.perf_counter() - clock, skipped)
 
     def _may(self, step: int, loss: float, norm: float, batch: Batch) -> bool:
@@ -163,14 +157,16 @@ class Trainer:
             step, loss, norm, self.model, lambda: self.objective.total(self.model, batch.to(self.device), None)
         )
 
-    def _summed(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """The sums of all ranks; the device is waited for once."""
-        names = sorted(sums)
-        own = torch.stack([sums[name].double() for name in names]).tolist()
-        return dict(zip(names, self.ranks.sum(own), strict=True))
+    def _counted(self, micros: list[Batch]) -> tuple[dict[str, float], float]:
+        """Labels of each kind, and tokens that are read, in the whole global batch."""
+        kinds = sorted(micros[0].labels)
+        counts = [batch.asked for batch in micros]
+        own = [float(sum(count[kind] for count in counts)) for kind in kinds]
+        *asked, tokens = self.ranks.sum([*own, float(sum(batch.tokens for batch in micros))])
+        return dict(zip(kinds, asked, strict=True)), tokens
 
-    def _backward(self, total: Total, asked: float, share: float) -> None:
-        loss = total.total / asked
+    def _backward(self, total: Total, asked: Mapping[str, float], share: float) -> None:
+        loss = loss_of(total, asked)
         if total.auxiliary is not None:
             loss = loss + total.auxiliary * share
         if loss.requires_grad:
@@ -213,21 +209,20 @@ class Trainer:
         self.model.eval()
         self._swap()
         try:
-            sums: dict[str, Tensor] = {}
-            asked = 0.0
+            sums = Sums()
+            counts: dict[str, float] = {}
             for batch in self._own(list(batches)):
                 total = self.objective.total(self.model, self.ranks.batch(batch).to(self.device), None)
-                _add(sums, total, 1.0)
-                asked += total.asked
-            sums["asked"] = torch.tensor(asked)
+                sums.add(total, 1.0)
+                for kind, losses in total.kinds.items():
+                    counts[kind] = counts.get(kind, 0.0) + losses.asked
         finally:
             self._swap()
             self.model.train()
-        summed = self._summed(sums)
-        asked = summed.pop("asked")
-        found = {name: value / max(asked, 1) for name, value in summed.items()}
-        parts = {name.removeprefix("parts."): value for name, value in found.items() if name.startswith("parts.")}
-        return Evaluated(parts.get("nats", found.get("loss", math.nan)), int(asked), parts)
+        kinds = sorted(counts)
+        asked = dict(zip(kinds, self.ranks.sum([counts[kind] for kind in kinds]), strict=True))
+        _, plain, parts = sums.figures(asked, self.ranks.sum)
+        return Evaluated(plain, int(sum(asked.values())), parts)
 
     def _own(self, batches: list[Batch]) -> list[Batch]:
         """Those that this rank reads."""
@@ -285,15 +280,6 @@ def _mixed(*numbers: int) -> int:
         state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 31
     return state >> 1
-
-
-def _add(sums: dict[str, Tensor], total: Total, share: float) -> None:
-    """To the sums of a step, those of one micro-batch."""
-    found = {"loss": total.total, **{f"parts.{name}": value for name, value in total.parts.items()}}
-    if total.auxiliary is not None:
-        found["auxiliary"] = total.auxiliary * share
-    for name, value in found.items():
-        sums[name] = sums[name] + value.detach() if name in sums else value.detach()
 
 
 def _added(before: Record | None, record: Record | None) -> Record | None:

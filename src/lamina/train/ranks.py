@@ -99,7 +99,7 @@ class Together:
         return gradient_norm(self.model)
 
     def batch(self, batch: Batch) -> Batch:
-        return replace(batch, labels=self.mesh.labels(batch.labels))
+        return replace(batch, labels={kind: self.mesh.labels(one) for kind, one in batch.labels.items()})
 
     def last(self, last: bool) -> None:
         from lamina.parallel import synchronise

@@ -40,7 +40,7 @@ def report(run: Past, evaluation: Mapping[str, Any] | None = None) -> str:
     Everything that a user or a model wrote is escaped; the page holds no script, and its policy forbids any.
     """
     spec = _spec(run)
-    cost = None if spec is None else account(spec)
+    cost = None if spec is None else account(spec, context=spec.context or 512)
     parts = [_figures(run, cost), _losses([run]), _more([run]), _evaluation(run, evaluation), _samples(run)]
     if spec is not None and cost is not None:
         parts.append(architecture(run.name, spec, cost))

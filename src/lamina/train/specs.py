@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lamina.errors import LaminaError
-from lamina.objectives import CausalLM
+from lamina.objectives import Asking, CausalLM
 from lamina.parallel import MeshSpec
 from lamina.specs import Spec
 from lamina.train.optimiser import AdamW, Optimising
@@ -108,7 +108,7 @@ class TrainSpec(Spec):
     model: ModelChoice
     data: DataChoice
     loop: LoopSpec
-    objective: CausalLM = field(default_factory=CausalLM)
+    objective: Asking = field(default_factory=CausalLM)
     optimiser: Optimising = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=Cosine)
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)

@@ -19,7 +19,7 @@ from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.generation import generate
 from lamina.specs import Spec
 from lamina.train import checkpoint
-from lamina.train.building import data_of, fits, model_of, spec_of, unlike, write
+from lamina.train.building import data_of, fits, model_of, spec_of, teacher_of, unlike, write
 from lamina.train.directory import CHECKPOINTS, CONFIG
 from lamina.train.document import decode, parse
 from lamina.train.document import write as text_of
@@ -102,10 +102,12 @@ def train(
         half = None if spec.loop.precision == "float32" else spec.loop.precision
         ranks = Together(mesh, distribute(model, mesh, precision=half))
         device = str(mesh.device)
-    examples = spec.objective.examples(data, spec.data.length)
+    task = spec.objective.ready(lambda source: teacher_of(source, data, spec.loop.precision, device))
+    task.fits(model.spec)
+    examples = task.examples(data, spec.data.length)
     loop = spec.loop
     loader = Loader(
-        spec.objective,
+        task,
         examples,
         Order(max(len(examples), 1), spec.seed),
         batch=loop.batch,
@@ -116,7 +118,7 @@ def train(
         workers=spec.data.workers,
     )
     trainer = Trainer(
-        model, spec.objective, loader, spec.optimiser, spec.schedule, loop, seed=spec.seed, ranks=ranks, device=device
+        model, task, loader, spec.optimiser, spec.schedule, loop, seed=spec.seed, ranks=ranks, device=device
     )
     if found is not None:
         _resume(trainer, found)
@@ -255,11 +257,12 @@ class _Around:
     def _evaluate(self, step: int) -> None:
         chosen, spec = self.spec.evaluation, self.spec
         if self.held is not None:
-            examples = spec.objective.examples(self.held, spec.data.length)
+            task = self.trainer.objective
+            examples = task.examples(self.held, spec.data.length)
             if len(examples) == 0:
                 raise LaminaError(f"{spec.data.validation}: holds no example of {spec.data.length} tokens")
             micro = spec.loop.micro or spec.loop.batch
-            batches = held_out(spec.objective, examples, rows=chosen.rows, micro=micro, seed=spec.seed)
+            batches = held_out(task, examples, rows=chosen.rows, micro=micro, seed=spec.seed)
             self.evaluated = self.trainer.evaluate(batches)
             figures = {"loss": self.evaluated.loss, **self.more(self.evaluated)}
             self._record({"step": step, "validation": figures})
@@ -271,8 +274,8 @@ class _Around:
 
     def more(self, found: Evaluated) -> dict[str, float]:
         """Figures of an evaluation beside the loss."""
-        figures = {name: value for name, value in found.parts.items() if name != "nats"}
-        if self.held is not None and self.held.kind == "text" and "nats" in found.parts:
+        figures = {name: value for name, value in found.parts.items() if name != "next_token"}
+        if self.held is not None and self.held.kind == "text" and "next_token" in found.parts:
             size = sum(source.bytes for source in self.held.manifest.sources)
             if size:
                 figures["bits_per_byte"] = found.loss / math.log(2) * self.held.tokens / size

@@ -1,0 +1,100 @@
+"""Each objective in a run of two steps, as a configuration says it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lamina
+from lamina.data import Prepared
+from lamina.errors import LaminaError, UnsupportedError
+from lamina.objectives import IGNORE
+from lamina.train.document import decode, parse, write
+from lamina.train.specs import TrainSpec
+from lamina.train.training import train
+from tests.objectives.made import bart, bert, prepared, random_of, t5, texts
+from tests.objectives.test_masked import PRETRAINING
+from tests.objectives.test_pairs import CLASSES, EMBEDDING, SMALL_BART, SMALL_T5, TOKENS
+from tests.tiny import GPT2, spec
+
+GPT = GPT2 | {"vocab_size": 166, "bos_token_id": 1, "eos_token_id": 1}
+
+
+def of(directory: Path, kind: str, words: Any) -> Prepared:
+    documents = texts(words, (30, 40, 90, 12, 50, 60))
+    others, random = texts(words, (12, 30, 20, 45, 9, 11), 2), random_of(0)
+    columns: list[dict[str, Any]] = [{"text": one} for one in documents]
+    values, labels = None, ()
+    if kind == "pairs":
+        columns = [{"source": a, "target": b} for a, b in zip(documents, others, strict=True)]
+    if kind == "contrastive":
+        columns = [{"first": a, "second": b} for a, b in zip(documents, others, strict=True)]
+    if kind == "classification":
+        values, labels = [0, 1, 2, 0, 1, 2], ("a", "b", "c")
+    if kind == "token-classification":
+        asked = [np.where(random.random(len(one)) < 0.5, 3, IGNORE) for one in documents]
+        columns = [{"tokens": a, "labels": b} for a, b in zip(documents, asked, strict=True)]
+        labels = ("a", "b", "c", "d")
+    return prepared(directory, words, columns, values, kind=kind, labels=labels)
+
+
+RUNS = {
+    "causal": ("text", t5, GPT, {}, {"next_token"}),
+    "masked": ("text", bert, PRETRAINING, {"next_sentence": True}, {"masked", "next_sentence"}),
+    "span_corruption": ("text", t5, SMALL_T5, {"z_loss": 1e-4}, {"target"}),
+    "denoising": ("text", bart, SMALL_BART, {}, {"target"}),
+    "prefix": ("text", t5, SMALL_T5, {"pair": True}, {"target"}),
+    "pairs": ("pairs", t5, SMALL_T5, {"longer": "cut", "packed": True, "smoothing": 0.1}, {"target"}),
+    "sequence_classes": ("classification", bert, CLASSES, {"longer": "cut"}, {"class", "accuracy"}),
+    "token_classes": ("token-classification", bert, TOKENS, {"longer": "cut"}, {"class", "accuracy"}),
+    "contrastive": ("contrastive", bert, EMBEDDING, {"longer": "cut"}, {"pair", "accuracy"}),
+    "distillation": ("text", t5, GPT, {"teacher": "teacher", "mix": 0.7}, {"next_token", "teacher"}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.chdir(tmp_path)
+    kind, words, config, fields, parts = RUNS[name]
+    of(tmp_path / "data", kind, words())
+    if name == "distillation":
+        lamina.save(spec(config).build(seed=1), tmp_path / "teacher")
+        words().save(tmp_path / "teacher")
+    (tmp_path / "spec.json").write_text(spec(config).to_json())
+    said = {"kind": name} | fields
+    document = f"""
+model: {{spec: spec.json}}
+data: {{train: data, validation: data, length: 24}}
+loop: {{steps: 2, batch: 2, micro: 1}}
+objective: {said}
+"""
+    chosen = decode(TrainSpec, parse(document.replace("True", "true"), "run.yaml"))
+    assert name == chosen.objective.NAME and decode(TrainSpec, parse(write(chosen), "again")) == chosen
+    found = train(chosen, tmp_path / "run")
+    assert found.step == 2 and found.validation is not None and np.isfinite(found.validation.loss)
+    assert set(found.validation.parts) == parts
+    assert found.model is not None and lamina.load(str(found.model)).spec == spec(config)
+
+
+def test_a_kind_that_is_none(tmp_path: Path):
+    text = (
+        "model: {size: gpt2/small}\ndata: {train: a, length: 3}\nloop: {steps: 1, batch: 1}\nobjective: {kind: mask}\n"
+    )
+    with pytest.raises(LaminaError, match=r"run.yaml:4: unknown kind of objective 'mask'; did you mean 'masked'"):
+        decode(TrainSpec, parse(text, "run.yaml"))
+
+
+def test_a_model_that_does_not_fit_and_a_teacher_of_other_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    of(tmp_path / "data", "text", t5())
+    (tmp_path / "spec.json").write_text(spec(GPT).to_json())
+    start = "model: {spec: spec.json}\ndata: {train: data, length: 24}\nloop: {steps: 2, batch: 2}\nobjective: "
+    with pytest.raises(UnsupportedError, match="span corruption needs an encoder that reads ids and a decoder"):
+        train(decode(TrainSpec, parse(start + "{kind: span_corruption}", "a")), tmp_path / "run")
+    lamina.save(spec(GPT).build(seed=1), tmp_path / "teacher")
+    t5(99).save(tmp_path / "teacher")
+    with pytest.raises(LaminaError, match="prepared with another tokenizer"):
+        train(decode(TrainSpec, parse(start + "{kind: distillation, teacher: teacher}", "a")), tmp_path / "run")
