@@ -40,6 +40,8 @@ def save(
         raise LaminaError(unknown("format", format, ("hf", "native")))
     if any(not weight.dtype.is_floating_point for weight in model.buffers()):
         raise UnsupportedError("an int8 model is for decoding only; save the model that it was made from")
+    if model.adapter is not None:
+        raise LaminaError("an adapter is attached: merge it or detach it first, or write it alone with write_adapter")
     origin: Origin | None = model.origin
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
