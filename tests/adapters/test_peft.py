@@ -154,8 +154,8 @@ def test_what_we_write(peft: Any, case: Callable[[str], Case], name: str, spec: 
             warnings.simplefilter("ignore")
             base = type(made.theirs).from_pretrained(made.source, attn_implementation="eager")
             theirs = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
-            wanted = answer(theirs(input_ids=made.sources, decoder_input_ids=made.ids))
-        found = model(made.sources, decoder_input_ids=made.ids).logits
+            wanted = answer(theirs(input_ids=made.sources[:2], decoder_input_ids=made.ids))
+        found = model(made.sources[:2], decoder_input_ids=made.ids).logits
         assert found is not None and families.close(found.detach(), wanted, TOLERANCE)
     else:
         assert families.close(ours_of(model, made.ids), theirs_with(peft, made, tmp_path / "ours"), TOLERANCE)
@@ -174,8 +174,8 @@ def trained(model: lamina.Model, spec: LoRASpec) -> lamina.Model:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for layer in adapted(model).values():
-            layer.lora_a.normal_(std=0.3, generator=generator)
-            layer.lora_b.normal_(std=0.3, generator=generator)
+            layer.lora_a.normal_(std=0.1, generator=generator)
+            layer.lora_b.normal_(std=0.1, generator=generator)
     return model
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from lamina.adapters.attach import Attached, adapted, attach, detach, merge, merged_tensors
-from lamina.adapters.places import Place, places
+from lamina.adapters.places import FACTORS, Place, places
 from lamina.adapters.spec import LoRASpec
 
 __all__ = [
+    "FACTORS",
     "Attached",
     "LoRASpec",
     "Place",

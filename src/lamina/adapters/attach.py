@@ -101,7 +101,7 @@ def merged_tensors(model: Model, values: Mapping[str, Tensor]) -> dict[str, Tens
 
     values: what stands for the model's own parameters of these names, such as their moving average.
     """
-    tensors = {name: values.get(name, weight.detach()) for name, weight in model.named_parameters()}
+    tensors = {name: values.get(name, tensor) for name, tensor in model.state_dict().items()}
     for name, layer in _layers(model).items():
         first, second = (tensors.pop(f"{name}.{factor}") for factor in FACTORS)
         tensors[f"{name}.weight"] = merged(tensors[f"{name}.weight"], first, second, layer.scale)

@@ -12,25 +12,27 @@ from typing import Any
 
 import torch
 
-from lamina.accounting import account
+from lamina.adapters import merged_tensors
+from lamina.adapting import write_adapter
 from lamina.data import Order, Prepared
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.generation import generate
+from lamina.model import Model
 from lamina.specs import Spec
 from lamina.train import checkpoint
-from lamina.train.building import data_of, fits, model_of, unlike, write
-from lamina.train.directory import CHECKPOINTS, CONFIG
+from lamina.train.building import data_of, fingerprint, fits, flops, model_of, trained, unlike, write
+from lamina.train.directory import ADAPTER, CHECKPOINTS, CONFIG, MODEL
 from lamina.train.document import decode, parse
 from lamina.train.document import write as text_of
+from lamina.train.finite import Finite
 from lamina.train.generators import generators
-from lamina.train.guards import Finite, Signals, Spikes, Watchdog
+from lamina.train.guards import Signals, Spikes, Watchdog
 from lamina.train.loader import Loader, held_out
 from lamina.train.loop import Evaluated, Step, Trainer
 from lamina.train.metrics import Metrics
 from lamina.train.peak import peak
 from lamina.train.precision import NAMES
 from lamina.train.report import write_report
-from lamina.train.roles import freeze
 from lamina.train.run import Run
 from lamina.train.specs import TrainSpec
 
@@ -90,7 +92,10 @@ def train(
         _refuse_changes(directory, spec, found, data)
     model = model_of(spec.model, data, seed=spec.seed, device=device)
     fits(spec, model)
-    freeze(model, spec.model.freeze, spec.model.train)
+    trained(spec, model)
+    base = None if spec.adapter is None else fingerprint(model)
+    if found is not None and base is not None:
+        _refuse_another(spec, model, found, base)
     examples = spec.objective.examples(data, spec.data.length)
     loop = spec.loop
     loader = Loader(
@@ -116,7 +121,7 @@ def train(
         metrics = stack.enter_context(
             Metrics(run.record, spec.log.adapters, run.directory, {"config": text_of(spec)}, run.warn)
         )
-        around = _Around(spec, trainer, run, metrics, data, held, show)
+        around = _Around(spec, trainer, run, metrics, data, held, show, base)
         watchdog = stack.enter_context(Watchdog(QUIET, run.directory / "events.log"))
         last = around.go(signals, watchdog)
         ended = trainer.progress.step >= loop.steps
@@ -124,10 +129,16 @@ def train(
         kept = None
         if ended:
             weights = trainer.tensors()
-            chosen = weights["model"] | weights.get("average", {})
-            layout = write(model, chosen, run.directory / "model", data)
-            kept = run.directory / "model"
-            run.event(f"the model is in {kept} ({layout} layout)")
+            chosen = weights[trainer.kept] | weights.get("average", {})
+            if spec.adapter is not None:
+                kept = run.directory / ADAPTER
+                write_adapter(model, kept, values=chosen, force=True)
+                run.event(f"the adapter is in {kept}")
+                chosen = merged_tensors(model, chosen)
+            if spec.adapter is None or spec.adapter.merge:
+                kept = run.directory / MODEL
+                layout = write(model, chosen, kept, data)
+                run.event(f"the model is in {kept} ({layout} layout)")
         seconds = time.perf_counter() - begun
         figures = {} if validation is None else {"validation loss": validation.loss, **around.more(validation)}
         run.event(f"ended at step {trainer.progress.step} of {loop.steps} after {seconds:.1f} s")
@@ -159,9 +170,10 @@ class _Around:
         data: Prepared,
         held: Prepared | None,
         show: Show,
+        base: str | None,
     ) -> None:
         self.spec, self.trainer, self.run, self.metrics = spec, trainer, run, metrics
-        self.data, self.held, self.show = data, held, show
+        self.data, self.held, self.show, self.base = data, held, show, base
         self.finite = Finite(spec.loop.max_skips, run.directory)
         trainer.check = self.finite.check
         self.spikes = Spikes()
@@ -265,10 +277,13 @@ class _Around:
 
     def _save(self) -> None:
         step = self.trainer.progress.step
+        files = {"config.yaml": text_of(self.spec).encode()}
+        if self.base is None:  # with an adapter the folder holds no model
+            files["spec.json"] = self.trainer.model.spec.to_json().encode()
         content = checkpoint.Content(
             tensors=self.trainer.tensors(),
-            state={"progress": self.trainer.progress.to_dict(), "generators": generators()},
-            files={"config.yaml": text_of(self.spec).encode(), "spec.json": self.trainer.model.spec.to_json().encode()},
+            state={"progress": self.trainer.progress.to_dict(), "generators": generators(), "base": self.base},
+            files=files,
         )
         about = {"spec": _hash(self.trainer.model.spec), "data": self.data.hash}
         path = checkpoint.save(self.run.checkpoints, step, content, about=about, keep=self.spec.checkpoints.keep)
@@ -279,10 +294,9 @@ class _Around:
 def _flops(spec: TrainSpec, trainer: Trainer) -> int | None:
     """Arithmetic of a token in training; None for models that `account` cannot run, such as those without ids."""
     try:
-        cost = account(trainer.model.spec, 1, min(spec.data.length, trainer.model.spec.context or spec.data.length))
+        return flops(spec, trainer.model.spec)
     except UnsupportedError:
         return None
-    return cost.flops_train_per_token
 
 
 def _memory(device: torch.device) -> int:
@@ -325,8 +339,17 @@ def _refuse_changes(directory: Path, spec: TrainSpec, found: checkpoint.Saved, d
         )
 
 
+def _refuse_another(spec: TrainSpec, model: Model, found: checkpoint.Saved, base: str) -> None:
+    """A checkpoint of an adapter is of use with the model that it was trained on, and with no other."""
+    said = found.state.get("base")
+    if found.manifest.spec != _hash(model.spec) or said != base:
+        what = "spec" if found.manifest.spec != _hash(model.spec) else "weights"
+        source = spec.model.source or "the model"
+        raise LaminaError(f"{source}: its {what} differ from those that the adapter of {found.path} was trained on")
+
+
 def _resume(trainer: Trainer, found: checkpoint.Saved) -> None:
-    needed = {"model", "optimiser"} | ({"average"} if trainer.average is not None else set())
+    needed = {trainer.kept, "optimiser"} | ({"average"} if trainer.average is not None else set())
     if missing := needed - set(found.files):
         raise CheckpointError(f"{found.path}: holds no {sorted(missing)[0]}.safetensors")
     tensors: Mapping[str, Any] = {name: found.tensors(name) for name in needed}
