@@ -83,9 +83,12 @@ def tests_of(file: str) -> tuple[str, ...]:
             "run": ("records", "directory"),
             "report": ("curves", "past"),
             "guards": ("finite", "fitting"),
+            "training": ("building",),
         }
         name = next((test for test, stems in through.items() if name in stems), name)
         return (f"tests/train/test_{name}.py",)
+    if folder == "adapters":
+        return ("tests/adapters/test_lora.py", "tests/adapters/test_peft.py")
     if folder == "catalogue":
         return ("tests/test_catalogue.py",)
     if folder == "families":

@@ -313,7 +313,7 @@ def test_an_adapter_learns_one_batch():
     one = trainer(spec, model=model, rate=2e-2)
     one.loader.order = [0, 1, 2, 3] * 100  # pyright: ignore
     found = [one.step().loss for _ in range(100)]
-    assert found[-1] < 0.1 * found[0]
+    assert found[-1] < 0.2 * found[0]
 
 
 def test_the_loss_falls_on_one_batch():
