@@ -144,10 +144,15 @@ def test_what_cannot_be():
         attach(model, LoRASpec(rank=2))
     with pytest.raises(LaminaError, match="an adapter is attached: merge it or detach it first"):
         lamina.save(model, "/nowhere")
-    from lamina.generation.int8 import quantize_int8
+    from lamina.generation.compiled import prepare
 
-    with pytest.raises(UnsupportedError, match="a model without an adapter"):
-        quantize_int8(model)
+    for more in ({"compile": True}, {"quantize": "int8"}):
+        with pytest.raises(UnsupportedError, match="a model with an adapter is not compiled or rounded: merge it"):
+            prepare(model, **more)
+    rounded = tiny.model()
+    prepare(rounded, quantize="int8")
+    with pytest.raises(LaminaError, match="unknown target of an adapter 'q'"):
+        attach(rounded, LoRASpec(targets=("q",)))
     for fields, message in (
         ({"rank": 0}, "rank is 0; it must be 1 or more"),
         ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),

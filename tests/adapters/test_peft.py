@@ -217,6 +217,29 @@ def test_a_packed_matrix_by_hand(case: Callable[[str], Case], tmp_path: Path):
     torch.testing.assert_close(b @ a, whole, rtol=1e-6, atol=1e-6)
 
 
+def test_other_layouts_have_the_same_names(case: Callable[[str], Case], tmp_path: Path):
+    """An adapter fits the native layout of its model too, and files whose names lack or have the prefix of the base."""
+    made = case("llama")
+    lamina.save(made.ours, tmp_path / "native", "native")
+    tensors = {name: small(*shape) for name, shape in GOOD.items()}
+    whole = by_hand(tmp_path / "whole", tensors)
+    bare = by_hand(tmp_path / "bare", {name.removeprefix("model."): one for name, one in tensors.items()})
+    wanted = lamina.load(made.source, adapter=whole)
+    for source, adapter in ((tmp_path / "native", whole), (made.source, bare)):
+        found = lamina.load(source, adapter=adapter)
+        for (name, one), other in zip(wanted.named_parameters(), found.parameters(), strict=True):
+            assert torch.equal(one, other), name
+
+
+def test_decoding_in_8_bits_is_of_the_merged_weights(case: Callable[[str], Case], tmp_path: Path):
+    made = case("llama")
+    adapter = by_hand(tmp_path / "adapter", {name: 5 * small(*shape) for name, shape in GOOD.items()})
+    exact, plain = (lamina.load(made.source, adapter=one) for one in (adapter, None))
+    rounded = lamina.load(made.source, adapter=adapter, quantize="int8")
+    near, far = ((ours_of(one, made.ids) - ours_of(rounded, made.ids)).abs().mean() for one in (exact, plain))
+    assert near < 0.2 * far
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_factors_keep_their_dtype(case: Callable[[str], Case], tmp_path: Path, dtype: torch.dtype):
     made = case("llama")

@@ -89,8 +89,6 @@ def quantize_int8(model: Model) -> None:
     """
     if model.decoder is None or not isinstance(model.head, LanguageHead):
         raise UnsupportedError("quantize='int8' is for models that generate: a decoder with a language head")
-    if model.adapter is not None:
-        raise UnsupportedError("quantize='int8' is for a model without an adapter: merge it or detach it first")
     if any(isinstance(module, Experts) for module in model.modules()):
         raise UnsupportedError(
             "quantize='int8' is not built for mixtures of experts, whose matrices would stay as they are"
