@@ -252,7 +252,8 @@ def clean_copy(folder: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__", ".*", "*.pyc")
     for name in ("src", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name in ("pyproject.toml", "README.md"):  # the README is a text to train on
+        shutil.copy(ROOT / name, folder)
 
 
 def run(jobs: list[tuple[str, str, str, tuple[str, ...]]], workers: int) -> list[dict]:

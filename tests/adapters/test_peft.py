@@ -99,7 +99,7 @@ def small(*shape: int, seed: int = 0) -> torch.Tensor:
         ("llama", {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}),
         ("llama-bare", {"r": 3, "target_modules": "all-linear", "use_rslora": True}),
         ("llama-tied", {"r": 2, "target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 5},
-                        "alpha_pattern": {"^model.layers.1.mlp.up_proj": 20, "q_proj": 3}}),
+                        "alpha_pattern": {"^model.layers.1.mlp.up_proj": 20, "up_proj": 4, "q_proj": 3}}),
         ("gpt2", {"r": 4, "target_modules": ["c_attn"], "task_type": "CAUSAL_LM"}),
         ("gpt2", {"r": 4, "lora_alpha": 16, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
         ("bert-mlm", {"r": 2, "lora_dropout": 0.1, "target_modules": ["query", "value"]}),
@@ -179,16 +179,26 @@ def trained(model: lamina.Model, spec: LoRASpec) -> lamina.Model:
     return model
 
 
-def test_a_file_by_hand(case: Callable[[str], Case], tmp_path: Path):
+@pytest.mark.parametrize(
+    "config, scale",
+    [
+        ({}, 6 / 2),
+        ({"use_rslora": True}, 6 / 2**0.5),
+        ({"alpha_pattern": {"self_attn.q_proj": 4, "q_proj": 20}}, 4 / 2),  # the first that fits counts
+        ({"alpha_pattern": {"^self_attn.q_proj": 4, "^model.layers.1.self_attn.q_proj$": 20}}, 20 / 2),
+        ({"alpha_pattern": {"attn.q_proj": 4}, "r": 5, "rank_pattern": {"q_proj": 2}}, 6 / 2),
+    ],
+)
+def test_a_file_by_hand(case: Callable[[str], Case], tmp_path: Path, config: dict[str, Any], scale: float):
     """One module of a LLaMA: W + alpha / r B A, and nothing else changes."""
     made = case("llama")
     name = "model.layers.1.self_attn.q_proj"
     a, b = small(2, 36), small(60, 2, seed=1)
-    adapter = by_hand(tmp_path / "adapter", {f"{name}.lora_A": a, f"{name}.lora_B": b})
+    adapter = by_hand(tmp_path / "adapter", {f"{name}.lora_A": a, f"{name}.lora_B": b}, **config)
     model, plain = lamina.load(made.source, adapter=adapter), made.ours
     for (one, weight), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         changed = one == "decoder.layers.1.attention.op.q.weight"
-        assert torch.equal(weight, other + 3 * (b @ a) if changed else other), one
+        assert torch.equal(weight, other + scale * (b @ a) if changed else other), one
 
 
 def test_a_packed_matrix_by_hand(case: Callable[[str], Case], tmp_path: Path):
@@ -224,6 +234,10 @@ def test_other_layouts_have_the_same_names(case: Callable[[str], Case], tmp_path
     tensors = {name: small(*shape) for name, shape in GOOD.items()}
     whole = by_hand(tmp_path / "whole", tensors)
     bare = by_hand(tmp_path / "bare", {name.removeprefix("model."): one for name, one in tensors.items()})
+    model = lamina.load(made.source)
+    read_adapter(model, bare)
+    write_adapter(model, tmp_path / "again")
+    assert families.same_files(bare, tmp_path / "again") == []
     wanted = lamina.load(made.source, adapter=whole)
     for source, adapter in ((tmp_path / "native", whole), (made.source, bare)):
         found = lamina.load(source, adapter=adapter)
