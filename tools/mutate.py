@@ -53,7 +53,7 @@ class Mutation:
         return mutated
 
 
-THROUGH_FAMILIES = ("layers/longformer.py", "layers/bigbird.py", "marks.py")
+THROUGH_FAMILIES = ("layers/longformer.py", "layers/bigbird.py", "marks.py", "adapting.py")
 """Files whose tests are those that mutations.py names: the tests of the families that have them."""
 
 
