@@ -93,6 +93,16 @@ def test_merging_is_exact(dtype: torch.dtype):
         merge(model)
 
 
+def test_other_values_may_stand_for_the_factors():
+    model = tiny.model()
+    trained = attach(model, LoRASpec(rank=2, targets=("q",)))
+    values = {name: torch.randn_like(one) for name, one in trained}
+    found = merged_tensors(model, values)
+    for name, layer in adapted(model).items():
+        wanted = layer.weight + 16 / 2 * (values[f"{name}.lora_b"] @ values[f"{name}.lora_a"])
+        assert torch.equal(found[f"{name}.weight"], wanted)
+
+
 def test_gradients_reach_the_factors_alone():
     model = tiny.model()
     attach(model, LoRASpec(rank=3, dropout=0.5, targets=("q",)))
@@ -138,6 +148,8 @@ def test_what_cannot_be():
     model = tiny.model()
     with pytest.raises(LaminaError, match=r"unknown target of an adapter 'qq'; did you mean 'q'"):
         attach(model, LoRASpec(targets=("qq",)))
+    with pytest.raises(LaminaError, match=r"unknown target of an adapter 'own'; did you mean 'down'"):
+        attach(model, LoRASpec(targets=("own",)))  # the end of a name is none
     assert not adapted(model) and all(weight.requires_grad for weight in model.parameters())
     attach(model, LoRASpec(rank=2))
     with pytest.raises(LaminaError, match="an adapter is attached already: merge it or detach it first"):

@@ -216,6 +216,10 @@ def test_a_packed_matrix_by_hand(case: Callable[[str], Case], tmp_path: Path):
         assert torch.equal(layer.lora_a, a) and torch.equal(layer.lora_b, b[36 * place : 36 * (place + 1)])
     write_adapter(model, tmp_path / "again")
     assert families.same_files(adapter, tmp_path / "again") == []
+    other = {f"{name}.lora_b": 2 * layer.lora_b for name, layer in layers.items()}
+    write_adapter(model, tmp_path / "average", values=other)
+    kept = load_file(tmp_path / "average/adapter_model.safetensors")
+    assert torch.equal(kept[f"base_model.model.{name}.lora_B.weight"], 2 * b)
     with torch.no_grad():
         layers["decoder.layers.2.attention.op.k"].lora_a.add_(1)  # and now they are three
     write_adapter(model, tmp_path / "apart")
