@@ -24,6 +24,7 @@ ROWS = (
     "pictures",
     "accounting",
     "source",
+    "adapting",
     "filling exporting",
     "opening",
     "locate",

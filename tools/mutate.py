@@ -53,7 +53,7 @@ class Mutation:
         return mutated
 
 
-THROUGH_FAMILIES = ("layers/longformer.py", "layers/bigbird.py", "marks.py", "exporting.py")
+THROUGH_FAMILIES = ("layers/longformer.py", "layers/bigbird.py", "marks.py", "exporting.py", "adapting.py")
 """Files whose tests are those that mutations.py names: the tests of the families that have them."""
 
 
@@ -98,9 +98,12 @@ def tests_of(file: str) -> tuple[str, ...]:
             "report": ("curves", "past"),
             "guards": ("finite", "fitting"),
             "loop": ("sums",),
+            "training": ("building",),
         }
         name = next((test for test, stems in through.items() if name in stems), name)
         return (f"tests/train/test_{name}.py",)
+    if folder == "adapters":
+        return ("tests/adapters/test_lora.py", "tests/adapters/test_peft.py")
     if folder == "catalogue":
         return ("tests/test_catalogue.py",)
     if folder == "families":
@@ -264,7 +267,8 @@ def clean_copy(folder: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__", ".*", "*.pyc")
     for name in ("src", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name in ("pyproject.toml", "README.md"):  # the README is a text to train on
+        shutil.copy(ROOT / name, folder)
 
 
 def run(jobs: list[tuple[str, str, str, tuple[str, ...]]], workers: int) -> list[dict]:

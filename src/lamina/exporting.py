@@ -42,6 +42,8 @@ def save(
         raise LaminaError(unknown("format", format, ("hf", "native")))
     if any(not weight.dtype.is_floating_point for weight in model.buffers()):
         raise UnsupportedError("an int8 model is for decoding only; save the model that it was made from")
+    if model.adapter is not None:
+        raise LaminaError("an adapter is attached: merge it or detach it first, or write it alone with write_adapter")
     origin: Origin | None = model.origin
     if model.mesh is not None:
         model.mesh.reshard(model)

@@ -149,6 +149,7 @@ class Model(nn.Module):
         self.origin: Any = None  # where it was loaded from, as `lamina.source` keeps it
         self.engine: Any = None  # a compiled decoding step, as `lamina.generation.compiled` makes it
         self.mesh: Any = None  # the ranks that it lies on, as `lamina.parallel` keeps them
+        self.adapter: Any = None  # what is attached to its layers, as `lamina.adapters` keeps it
         first = spec.encoder or spec.decoder
         assert first is not None
         inner = spec.width if first.input_width is None else first.input_width

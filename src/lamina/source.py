@@ -47,6 +47,7 @@ def load(
     compile: bool = False,
     *,
     quantize: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     allow_missing: bool = False,
     allow_unexpected: bool = False,
     strict: bool = False,
@@ -57,10 +58,11 @@ def load(
     dtype: None keeps what is stored. Tensors that are missing or unexpected are refused unless allowed, and then listed
     in `model.origin.initialised` or warned of. strict: non-finite weights are refused, not only warned of.
     compile: decoding uses a step compiled once per machine. quantize="int8": 8-bit weights for decoding.
+    adapter: a LoRA that peft wrote (a directory, or hf:owner/name), merged into the weights.
     Raises CheckpointError for damaged files, LaminaError for a SOURCE that does not exist or has no weights.
     """
     if wrong:
-        known = ["dtype", "device", "compile", "quantize", "allow_missing", "allow_unexpected", "strict"]
+        known = ["dtype", "device", "compile", "quantize", "adapter", "allow_missing", "allow_unexpected", "strict"]
         raise LaminaError(unknown("argument of load", next(iter(wrong)), known))
     located = locate(source)
     if located.kind == "published":
@@ -73,6 +75,12 @@ def load(
         model = opened.spec.build(device="meta").eval()
         fill(model, opened, _dtype(dtype), allow_missing, allow_unexpected, strict)
     model.origin = opened.origin
+    if adapter is not None:
+        from lamina.adapters import merge
+        from lamina.adapting import read_adapter
+
+        read_adapter(model, adapter)
+        merge(model)
     if torch.device(device).type != "cpu":
         model = model.to(device)
     if compile or quantize is not None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lamina.adapters import LoRASpec, attach
 from lamina.errors import LaminaError
 from lamina.objectives import IGNORE, CausalLM, Example, MaskedLM
 from lamina.train.loader import Loader
@@ -176,6 +177,44 @@ def test_resuming_is_exact_to_the_bit(name: str, precision: Any, average: float 
     assert whole.progress == second.progress
 
 
+def adapted_model(spec: Any, seed: int = 0) -> Any:
+    model = spec.build(seed=0)
+    attach(model, LoRASpec(rank=3, dropout=0.3, targets=("q", "v", "o")), seed)
+    return model
+
+
+@pytest.mark.parametrize("name, precision", [("gpt", "float32"), ("gpt", "bfloat16"), ("balanced", "float32")])
+def test_resuming_an_adapter_is_exact_to_the_bit(name: str, precision: Any):
+    """The same for an adapter, whose checkpoint holds nothing of the model that it changes."""
+    spec = SPECS[name]
+    more: dict[str, Any] = {"batch": 4, "micro": 2, "precision": precision, "average": 0.9}
+    whole, first = (trainer(spec, model=adapted_model(spec), **more) for _ in range(2))
+    before = {key: weight.clone() for key, weight in whole.model.named_parameters() if "lora_" not in key}
+    losses = [whole.step().loss for _ in range(5)]
+    found = [first.step().loss for _ in range(2)]
+    kept = {file: {n: t.clone() for n, t in part.items()} for file, part in first.tensors().items()}
+    assert set(kept) == {"adapter", "optimiser", "average"} and all(
+        "lora_" in n for part in kept.values() for n in part
+    )
+    second = trainer(spec, model=adapted_model(spec, seed=99), **more)
+    second.load(kept, first.progress.to_dict())
+    found += [second.step().loss for _ in range(3)]
+    assert found == losses
+    assert same(weights(whole), weights(second))
+    after = dict(whole.model.named_parameters())
+    assert all(torch.equal(after[key], weight) for key, weight in before.items())
+
+
+def test_an_adapter_leaves_the_balance_of_experts_alone():
+    """The bias of a router is part of the model, which stays as it is."""
+    spec = experts(correction=True)
+    one = trainer(spec, model=adapted_model(spec))
+    before = {key: weight.clone() for key, weight in one.model.named_parameters() if "correction" in key}
+    one.step()
+    after = dict(one.model.named_parameters())
+    assert before and all(torch.equal(after[key], weight) for key, weight in before.items())
+
+
 def test_recomputing_changes_nothing():
     spec = decoder(dropout=0.3)
     one, other = trainer(spec), trainer(spec, recompute=True)
@@ -325,6 +364,17 @@ def test_an_example_has_its_own_random_numbers():
     draws = {(seed, place): randomness(seed, place).integers(1 << 60) for seed in range(3) for place in range(50)}
     assert len(set(draws.values())) == len(draws)
     assert randomness(1, 7).integers(1 << 60) == draws[1, 7]
+
+
+def test_an_adapter_learns_one_batch():
+    spec = decoder()
+    model = spec.build(seed=0)
+    model.embedding.weight.data.mul_(20)  # the head is the table, which stays: at 0.02 no logit could become large
+    attach(model, LoRASpec(rank=8, targets=("decoder",)))
+    one = trainer(spec, model=model, rate=2e-2)
+    one.loader.order = [0, 1, 2, 3] * 100  # pyright: ignore
+    found = [one.step().loss for _ in range(100)]
+    assert found[-1] < 0.2 * found[0]
 
 
 def test_the_loss_falls_on_one_batch():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lamina
 from lamina.data import SourceFile, Writer
@@ -116,6 +117,19 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, data: Path):
     torch.testing.assert_close(out, theirs(ids).logits, rtol=1e-4, atol=1e-5)
 
 
+def killed(file: Path, run: Path, backward: int) -> subprocess.CompletedProcess[str]:
+    """`lamina train`, killed with kill -9 before the backward of this number."""
+    code = (
+        "import sys, os, signal, lamina.train.loop as loop; from lamina.cli import main;"
+        " made = loop.Trainer._backward; count = [0]\n"
+        "def killed(*given):\n    count[0] += 1\n"
+        f"    if count[0] == {backward}: os.kill(os.getpid(), signal.SIGKILL)\n    made(*given)\n"
+        "loop.Trainer._backward = killed\nsys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "train", str(file), "-o", str(run), "-q"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, data: Path, precision: str):
     """A run that is killed between checkpoints, with kill -9, mid-step; then --resume auto."""
@@ -123,15 +137,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, data: Path, preci
     train(spec_of(config(data, **more)), tmp_path / "whole")
     file = tmp_path / "config.yaml"
     file.write_text(config(data, **more))
-    code = (
-        "import sys, os, signal, lamina.train.loop as loop; from lamina.cli import main;"
-        " made = loop.Trainer._backward; count = [0]\n"
-        "def killed(*given):\n    count[0] += 1\n"
-        "    if count[0] == 4 * 9 + 3: os.kill(os.getpid(), signal.SIGKILL)\n    made(*given)\n"
-        "loop.Trainer._backward = killed\nsys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, "train", str(file), "-o", str(tmp_path / "killed"), "-q"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = killed(file, tmp_path / "killed", 4 * 9 + 3)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert losses(tmp_path / "killed")[-1][0] == 9  # and the newest checkpoint is of step 8
     result = train(spec_of(config(data, **more)), tmp_path / "killed", resume="auto")
@@ -144,6 +150,115 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, data: Path, preci
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     held = [[r for r in records(tmp_path / run) if "validation" in r] for run in ("whole", "killed")]
     assert held[0] == held[1]
+
+
+LORA = {"rank": 3, "dropout": 0.3, "targets": ["q_proj", "v", "feedforward.op.up"]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A model to adapt, barely trained."""
+    found = train(spec_of(config(data, loop={"steps": 2})), tmp_path_factory.mktemp("base") / "run")
+    assert found.model is not None
+    return found.model
+
+
+def adapting(data: Path, base: Path, **more: Any) -> str:
+    fields = {"adapter": LORA, "optimiser": {"kind": "adamw", "rate": 3e-2}}
+    return config(data, model={"source": str(base), "family": None, "config": {}}, **fields | more)
+
+
+def test_an_adapter_is_trained_and_merged(tmp_path: Path, data: Path, base: Path):
+    run, before = tmp_path / "run", (base / "model.safetensors").read_bytes()
+    result = train(spec_of(adapting(data, base)), run)
+    assert result.model == run / "model"
+    held = [one["validation"]["loss"] for one in records(base.parent) if "validation" in one][-1]
+    assert result.validation is not None and result.validation.loss < held - 0.02
+    assert (base / "model.safetensors").read_bytes() == before
+    saved = run / "checkpoints/step-12"
+    assert {path.name for path in saved.iterdir()} == {
+        "adapter.safetensors", "optimiser.safetensors", "state.json", "config.yaml", "manifest.json",
+    }  # fmt: skip
+    parts = ("attention.op.q", "attention.op.v", "feedforward.op.up")
+    kept = load_file(saved / "adapter.safetensors")
+    assert set(kept) == {
+        f"decoder.layers.{i}.{part}.lora_{factor}" for i in range(2) for part in parts for factor in "ab"
+    }
+    assert all(bool(kept[name].any()) for name in kept)
+    plain, merged = lamina.load(base), lamina.load(run / "model")
+    for (name, weight), other in zip(plain.named_parameters(), merged.named_parameters(), strict=True):
+        changed = any(f"{part}.weight" in name for part in parts)
+        path = name.removesuffix(".weight")
+        wanted = weight + 16 / 3 * (kept[f"{path}.lora_b"] @ kept[f"{path}.lora_a"]) if changed else weight
+        assert torch.equal(wanted, other[1]), name
+    for (name, weight), other in zip(
+        lamina.load(base, adapter=run / "adapter").named_parameters(), merged.parameters(), strict=True
+    ):
+        assert torch.equal(weight, other), name
+    apart = train(spec_of(adapting(data, base, adapter=LORA | {"merge": False}, loop={"steps": 2})), tmp_path / "apart")
+    assert apart.model == tmp_path / "apart/adapter" and not (tmp_path / "apart/model").exists()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_killed_adapter_goes_on_to_the_same_bits(tmp_path: Path, data: Path, base: Path, precision: str):
+    """Dropout of the adapter, accumulation and a moving average too; the base is read anew from its source."""
+    loop = {"steps": 10, "batch": 4, "micro": 1, "precision": precision, "average": 0.9}
+    text = adapting(data, base, loop=loop)
+    train(spec_of(text), tmp_path / "whole")
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    done = killed(file, tmp_path / "killed", 4 * 6 + 3)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert losses(tmp_path / "killed")[-1][0] == 6  # and the newest checkpoint is of step 4
+    result = train(spec_of(text), tmp_path / "killed", resume="auto")
+    assert result.step == 10
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    names = ["checkpoints/step-10/" + one for one in ("adapter", "optimiser", "average")]
+    for name in (*names, "model/model", "adapter/adapter_model"):
+        one, other = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("whole", "killed"))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
+
+
+def test_an_adapter_does_not_go_on_over_another_base(tmp_path: Path, data: Path, base: Path):
+    source = tmp_path / "base"
+    shutil.copytree(base, source)
+    train(spec_of(adapting(data, source, loop={"steps": 4})), tmp_path / "run")
+    again = spec_of(adapting(data, source, loop={"steps": 4}))
+    assert train(again, tmp_path / "run", resume="auto").step == 4
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][3] += 1e-3
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LaminaError, match=r"base: its weights differ from those that the adapter of .*step-4 was"):
+        train(again, tmp_path / "run", resume="auto")
+    rank = spec_of(adapting(data, source, loop={"steps": 4}, adapter=LORA | {"rank": 4}))
+    with pytest.raises(LaminaError, match=r"adapter.rank: 3 -> 4"):
+        train(rank, tmp_path / "run", resume="auto")
+
+
+def test_an_adapter_and_freezing(tmp_path: Path, data: Path, base: Path):
+    more = {"source": str(base), "family": None, "config": {}, "train": ["decoder.layers.1"]}
+    text = config(data, model=more, adapter={"rank": 2}, loop={"steps": 2})
+    train(spec_of(text), tmp_path / "run")
+    kept = load_file(tmp_path / "run/checkpoints/step-2/adapter.safetensors")
+    assert all(bool(one.any()) == ("layers.1" in name) for name, one in kept.items() if name.endswith("lora_b"))
+    more["train"] = ["embedding"]
+    with pytest.raises(LaminaError, match="every weight is frozen"):
+        train(spec_of(config(data, model=more, adapter={"rank": 2})), tmp_path / "none")
+    with pytest.raises(LaminaError, match="unknown target of an adapter 'q_prj'; did you mean 'q_proj'"):
+        train(spec_of(adapting(data, base, adapter={"targets": ["q_prj"]})), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_dry_run_counts_what_an_adapter_trains(data: Path, base: Path):
+    from lamina.train.building import plan
+
+    found = plan(spec_of(adapting(data, base)))
+    model = lamina.load(base)
+    count = sum(weight.numel() for weight in model.parameters())
+    rows = 3 * ((16 + 16) + (16 + 8) + (16 + 24))  # rank times in + out: q, v of two key heads of 4, up
+    assert found["trained"] == 2 * rows and found["parameters"] == count + 2 * rows
+    whole = plan(spec_of(config(data, model={"source": str(base), "family": None, "config": {}})))
+    assert found["flops"] < 0.75 * whole["flops"] and found["bytes"] < whole["bytes"] / 2
 
 
 def test_going_on_with_other_settings_is_refused_with_the_difference(tmp_path: Path, data: Path):

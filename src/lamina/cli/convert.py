@@ -14,6 +14,7 @@ EXAMPLES = """
 lamina convert smollm2-135m ./smollm2
 lamina convert ./model ./model-bf16 --dtype bfloat16 --shard-size 2GB
 lamina convert ./model ./model-native --format native
+lamina convert ./model ./model-tuned --adapter ./adapter
 """
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -41,6 +42,7 @@ class Size(click.ParamType[int]):
 )
 @click.option("--dtype", help="Of the weights. [default: as stored]")
 @click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of weights.")
+@click.option("--adapter", metavar="PATH", help="A LoRA that peft wrote, merged into the weights.")
 @click.option("--force", is_flag=True, help="Replace DIRECTORY; the old one stays whole until the new one is.")
 @click.option("--allow-missing", is_flag=True, help="Initialise parameters that the source lacks, and list them.")
 @click.option("--allow-unexpected", is_flag=True, help="Leave out tensors that the model has no place for.")
@@ -51,6 +53,7 @@ def convert(
     layout: str,
     dtype: str | None,
     shard_size: int,
+    adapter: str | None,
     force: bool,
     allow_missing: bool,
     allow_unexpected: bool,
@@ -69,7 +72,9 @@ def convert(
         raise LaminaError(f"{directory} is there already; choose another directory, or replace it with --force")
     out.note(f"reading {source}")
     with torch.no_grad():
-        model = load(source, dtype=dtype, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
+        model = load(
+            source, dtype=dtype, adapter=adapter, allow_missing=allow_missing, allow_unexpected=allow_unexpected
+        )
     initialised = list(model.origin.initialised)
     out.note(f"writing {directory}")
     save(model, target, layout, force=force, shard_size=shard_size)

@@ -24,6 +24,7 @@ def loading(function: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--device", default="cpu", show_default=True, help="Where the model lies: cpu, cuda, cuda:1."),
         click.option("--quantize", metavar="int8", help="Keep the weights in 8 bits: smaller, faster, less exact."),
+        click.option("--adapter", metavar="PATH", help="A LoRA that peft wrote, merged into the weights."),
         click.option("--strict", is_flag=True, help="Refuse weights that are not finite, instead of a warning."),
         click.option("--compile", "compile", is_flag=True, help="Compile the decoding step, once per machine."),
         click.option("--dtype", help="float32, bfloat16, float16 or float64. [default: as stored]"),
@@ -42,6 +43,7 @@ def load(source: str, given: dict[str, Any]) -> Model:
         given["device"],
         given["compile"],
         quantize=given["quantize"],
+        adapter=given["adapter"],
         strict=given["strict"],
     )
 

@@ -36,8 +36,10 @@ AHEAD = 64
 def prepare(model: Model, *, compile: bool = False, quantize: str | None = None) -> None:
     """Make `model` decode with 8-bit weights (quantize="int8"), with a compiled step, or both.
 
-    Raises UnsupportedError for models without a decoder and for devices other than the CPU.
+    Raises UnsupportedError for models without a decoder or with an adapter attached, and on devices other than the CPU.
     """
+    if model.adapter is not None:
+        raise UnsupportedError("a model with an adapter is not compiled or rounded: merge it or detach it first")
     if quantize not in (None, "int8"):
         raise LaminaError(unknown("quantize", str(quantize), ("int8",)))
     if quantize == "int8":

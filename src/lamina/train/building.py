@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lamina.accounting import account
+from lamina.adapters import FACTORS, attach
+from lamina.adapting import table_of
 from lamina.data import Prepared, open_prepared
 from lamina.errors import LaminaError
 from lamina.families import FAMILIES, Fields, family, sizes
+from lamina.locate import locate
 from lamina.model import Model, ModelSpec
+from lamina.opening import open_source
 from lamina.source import load, save, tokenizer
 from lamina.specs import Spec, unknown
 from lamina.specs import diff as differences
+from lamina.train.roles import freeze
 from lamina.train.specs import DataChoice, ModelChoice, TrainSpec
 
-LATER = ("evaluation", "checkpoints", "log", "mesh", "data.workers", "loop.micro", "loop.max_skips", "loop.recompute")
+LATER = (
+    "evaluation",
+    "checkpoints",
+    "log",
+    "mesh",
+    "data.workers",
+    "loop.micro",
+    "loop.max_skips",
+    "loop.recompute",
+    "adapter.merge",
+)
 """What may differ when a run goes on: how it is watched, and in what pieces it is read."""
 
 
@@ -98,6 +115,35 @@ def teacher_of(source: str, data: Prepared, dtype: str, device: torch.device | s
     return load(source, dtype=dtype, device=device)
 
 
+def trained(spec: TrainSpec, model: Model) -> list[tuple[str, nn.Parameter]]:
+    """Attach the adapter where there is one, stop the gradients of what is frozen, and return what is trained.
+
+    An adapter needs the names of the Hugging Face layout for its files: where that cannot say the model, this raises
+    UnsupportedError before anything is trained.
+    """
+    if spec.adapter is not None:
+        attach(model, spec.adapter, spec.seed, table_of(model))
+    return freeze(model, spec.model.freeze, spec.model.train)
+
+
+def fingerprint(model: Model) -> str:
+    """The sha256 of the weights that an adapter does not change, by which a run knows its model again."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if name.rpartition(".")[2] not in FACTORS:
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def flops(spec: TrainSpec, architecture: ModelSpec) -> int:
+    """Arithmetic of a token in training. With an adapter the matrices have no gradients, which a third of it is for;
+    the adapter's own products, rank / width of the others, are not counted."""
+    length = min(spec.data.length, architecture.context or spec.data.length)
+    cost = account(architecture, 1, length)
+    return cost.flops_train_per_token if spec.adapter is None else 2 * cost.flops_prefill // length
+
+
 def fits(spec: TrainSpec, model: Model) -> None:
     """Raise LaminaError where the objective or the length is not for this model."""
     spec.objective.fits(model.spec)
@@ -143,24 +189,22 @@ def write(model: Model, tensors: Mapping[str, Tensor], directory: Path, data: Pr
 
 def plan(spec: TrainSpec) -> dict[str, Any]:
     """What a run would read, compute and hold, without building it."""
-    from lamina.accounting import account
-    from lamina.source import spec as described
-    from lamina.train.roles import freeze
-
     data, _ = data_of(spec.data)
     architecture = spec_of(spec.model, data)
+    opened = None
     if architecture is None:
         assert spec.model.source is not None
-        architecture = described(spec.model.source)
+        opened = open_source(locate(spec.model.source))
+        architecture = opened.spec
     made = architecture.build(device="meta")
+    made.origin = None if opened is None else opened.origin
     fits(spec, made)
-    trained = freeze(made, spec.model.freeze, spec.model.train)
+    learning = trained(spec, made)
     examples = len(spec.objective.examples(data, spec.data.length))
     if not examples:
         raise LaminaError(f"{spec.data.train}: holds no example of {spec.data.length} tokens")
-    cost = account(architecture, 1, spec.data.length)
     tokens = spec.loop.steps * spec.loop.batch * spec.data.length
-    counts = sum(weight.numel() for weight in made.parameters()), sum(weight.numel() for _, weight in trained)
+    counts = sum(weight.numel() for weight in made.parameters()), sum(weight.numel() for _, weight in learning)
     half = 2 if spec.loop.precision != "float32" else 0
     return {
         "parameters": counts[0],
@@ -169,6 +213,6 @@ def plan(spec: TrainSpec) -> dict[str, Any]:
         "steps": spec.loop.steps,
         "tokens": tokens,
         "epochs": spec.loop.steps * spec.loop.batch / examples,
-        "flops": tokens * cost.flops_train_per_token,
+        "flops": tokens * flops(spec, architecture),
         "bytes": counts[0] * (half or 4) + counts[1] * (12 + (4 if half else 0)),
     }

@@ -8,6 +8,8 @@ events.log        what happened, a line each with the time
 samples/          texts written on the way, one file each
 nonfinite/        what was found in steps that were skipped (train/finite.py)
 checkpoints/      train/checkpoint.py
+adapter/          at the end, where there is one: peft's files of it
+model/            at the end: the trained model, an adapter merged into it
 report.html       train/report.py
 run.lock          who writes here: held by the system's lock, so a dead owner holds nothing
 """
@@ -21,6 +23,7 @@ from pathlib import Path
 CONFIG, SPEC, ENVIRONMENT = "config.yaml", "spec.json", "env.json"
 METRICS, EVENTS, LOCK, REPORT = "metrics.jsonl", "events.log", "run.lock", "report.html"
 SAMPLES, CHECKPOINTS, NONFINITE = "samples", "checkpoints", "nonfinite"
+ADAPTER, MODEL = "adapter", "model"
 
 
 def owner(directory: str | os.PathLike[str]) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lamina.adapters import FACTORS, adapted
 from lamina.layers import Record
 from lamina.layers.experts import Experts, rebalance
 from lamina.layers.router import TopK
@@ -107,7 +108,8 @@ class Trainer:
         self.parameters: Mapping[str, nn.Parameter] = self.masters.masters if self.masters else dict(trained)
         self.optimiser = Optimiser(optimiser, model, self.parameters.items())
         self.average = Average(self.parameters, loop.average) if loop.average is not None else None
-        self.balances = any(
+        self.adapts = bool(adapted(model))
+        self.balances = not self.adapts and any(
             isinstance(part, Experts) and isinstance(part.router, TopK) and part.router.correction is not None
             for part in model.modules()
         )
@@ -239,13 +241,23 @@ class Trainer:
             if self.masters is not None:
                 self.masters.publish()
 
+    @property
+    def kept(self) -> str:
+        """The file of the weights that a run changes."""
+        return "adapter" if self.adapts else "model"
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that a checkpoint holds, by file: the model, what the optimiser remembers, the moving average."""
+        """Everything that a checkpoint holds, by file: the model, what the optimiser remembers, the moving average.
+
+        Of a model with an adapter only that: its own weights are where they came from, and do not change.
+        """
         weights: dict[str, Tensor] = dict(self.model.named_parameters())
         weights |= {name: buffer for name, buffer in self.model.named_buffers() if name in self.model.state_dict()}
         weights |= dict(self.parameters)
+        if self.adapts:
+            weights = {name: weight for name, weight in weights.items() if name.rpartition(".")[2] in FACTORS}
         found = {
-            "model": {name: weight.detach() for name, weight in weights.items()},
+            self.kept: {name: weight.detach() for name, weight in weights.items()},
             "optimiser": self.optimiser.state(),
         }
         if self.average is not None:
@@ -258,7 +270,7 @@ class Trainer:
         its part."""
         self.ranks.settle()
         state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        for name, value in tensors["model"].items():
+        for name, value in tensors[self.kept].items():
             self.ranks.put(state[name], value)
             if name in self.parameters:
                 self.ranks.put(self.parameters[name], value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lamina.adapters import LoRASpec
 from lamina.errors import LaminaError
 from lamina.objectives import Asking, CausalLM
 from lamina.parallel import MeshSpec
@@ -111,6 +112,7 @@ class TrainSpec(Spec):
     objective: Asking = field(default_factory=CausalLM)
     optimiser: Optimising = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=Cosine)
+    adapter: LoRASpec | None = None  # then the model stays as it is, and this alone is trained
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     checkpoints: CheckpointSpec = field(default_factory=CheckpointSpec)
     log: LogSpec = field(default_factory=LogSpec)

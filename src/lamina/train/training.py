@@ -13,14 +13,27 @@ from typing import Any
 
 import torch
 
-from lamina.accounting import account
+from lamina.adapters import merged_tensors
+from lamina.adapting import write_adapter
 from lamina.data import Order, Prepared
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.generation import generate
+from lamina.model import Model
 from lamina.specs import Spec
 from lamina.train import checkpoint
-from lamina.train.building import data_of, fits, model_of, spec_of, teacher_of, unlike, write
-from lamina.train.directory import CHECKPOINTS, CONFIG
+from lamina.train.building import (
+    data_of,
+    fingerprint,
+    fits,
+    flops,
+    model_of,
+    spec_of,
+    teacher_of,
+    trained,
+    unlike,
+    write,
+)
+from lamina.train.directory import ADAPTER, CHECKPOINTS, CONFIG, MODEL
 from lamina.train.document import decode, parse
 from lamina.train.document import write as text_of
 from lamina.train.finite import Finite
@@ -33,7 +46,6 @@ from lamina.train.peak import peak
 from lamina.train.precision import NAMES
 from lamina.train.ranks import Alone, Ranks, Together
 from lamina.train.report import write_report
-from lamina.train.roles import freeze
 from lamina.train.run import Run
 from lamina.train.specs import TrainSpec
 
@@ -94,7 +106,10 @@ def train(
     mesh = _mesh(spec, data, device)
     model = model_of(spec.model, data, seed=spec.seed, device=device if mesh is None else mesh.device)
     fits(spec, model)
-    freeze(model, spec.model.freeze, spec.model.train)
+    trained(spec, model)
+    base = None if spec.adapter is None else fingerprint(model)
+    if found is not None and base is not None:
+        _refuse_another(spec, model, found, base)
     ranks: Ranks = Alone()
     if mesh is not None:
         from lamina.parallel import distribute
@@ -136,7 +151,7 @@ def train(
         if found is not None and run is not None:
             run.cut_back(trainer.progress.step)
         signals = stack.enter_context(Signals())
-        around = _Around(spec, trainer, run, data, held, show if ranks.first else lambda said: None)
+        around = _Around(spec, trainer, run, data, held, show if ranks.first else lambda said: None, base)
         if run is not None:
             config = {"config": text_of(spec)}
             around.metrics = stack.enter_context(
@@ -146,11 +161,20 @@ def train(
         last = around.go(signals, watchdog)
         ended = trainer.progress.step >= loop.steps
         validation = around.evaluated
-        kept = directory / "model" if ended else None
-        if kept is not None:
+        kept: Path | None = None
+        if ended:
             weights = trainer.tensors()
-            chosen = weights["model"] | weights.get("average", {})
-            ranks.write(chosen, lambda whole: around.say(f"the model is in {kept} ({write(model, whole, kept, data)})"))
+            chosen: Mapping[str, Any] = weights[trainer.kept] | weights.get("average", {})
+            if spec.adapter is not None:
+                kept = directory / ADAPTER
+                write_adapter(model, kept, values=chosen, force=True)
+                around.say(f"the adapter is in {kept}")
+                chosen = merged_tensors(model, chosen)
+            if spec.adapter is None or spec.adapter.merge:
+                kept = place = directory / MODEL
+                ranks.write(
+                    chosen, lambda whole: around.say(f"the model is in {place} ({write(model, whole, place, data)})")
+                )
         seconds = time.perf_counter() - begun
         figures = {} if validation is None else {"validation loss": validation.loss, **around.more(validation)}
         around.say(f"ended at step {trainer.progress.step} of {loop.steps} after {seconds:.1f} s")
@@ -181,10 +205,11 @@ class _Around:
         data: Prepared,
         held: Prepared | None,
         show: Show,
+        base: str | None,
     ) -> None:
         self.spec, self.trainer, self.run, self.ranks = spec, trainer, run, trainer.ranks
         self.metrics: Metrics | None = None
-        self.data, self.held, self.show = data, held, show
+        self.data, self.held, self.show, self.base = data, held, show, base
         self.finite = Finite(spec.loop.max_skips, None if run is None else run.directory)
         trainer.check = self.finite.check
         self.spikes = Spikes()
@@ -308,10 +333,13 @@ class _Around:
     def _keep(self, step: int, parts: Mapping[str, Mapping[str, Any]]) -> None:
         """Where this rank is the first: write them down."""
         assert self.run is not None
+        files = {"config.yaml": text_of(self.spec).encode()}
+        if self.base is None:  # with an adapter the folder holds no model
+            files["spec.json"] = self.trainer.model.spec.to_json().encode()
         content = checkpoint.Content(
             tensors=parts,
-            state={"progress": self.trainer.progress.to_dict(), "generators": generators()},
-            files={"config.yaml": text_of(self.spec).encode(), "spec.json": self.trainer.model.spec.to_json().encode()},
+            state={"progress": self.trainer.progress.to_dict(), "generators": generators(), "base": self.base},
+            files=files,
         )
         mesh = {name: getattr(self.spec.mesh, name) for name in self.spec.mesh.__dataclass_fields__}
         about = {
@@ -345,6 +373,8 @@ def _mesh(spec: TrainSpec, data: Prepared, device: str) -> Any:
 
     found = spec_of(spec.model, data) or described(str(spec.model.source))
     plan(spec.mesh, world, found)
+    if spec.adapter is not None:
+        raise UnsupportedError("an adapter is trained by one process; its files are not put together from several yet")
     if spec.evaluation.prompts:
         raise UnsupportedError("evaluation.prompts are for one process; several ranks hold parts of the model")
     return open_mesh(spec.mesh, found, device=device)
@@ -353,10 +383,9 @@ def _mesh(spec: TrainSpec, data: Prepared, device: str) -> Any:
 def _flops(spec: TrainSpec, trainer: Trainer) -> int | None:
     """Arithmetic of a token in training; None for models that `account` cannot run, such as those without ids."""
     try:
-        cost = account(trainer.model.spec, 1, min(spec.data.length, trainer.model.spec.context or spec.data.length))
+        return flops(spec, trainer.model.spec)
     except UnsupportedError:
         return None
-    return cost.flops_train_per_token
 
 
 def _memory(device: torch.device) -> int:
@@ -399,8 +428,17 @@ def _refuse_changes(directory: Path, spec: TrainSpec, found: checkpoint.Saved, d
         )
 
 
+def _refuse_another(spec: TrainSpec, model: Model, found: checkpoint.Saved, base: str) -> None:
+    """A checkpoint of an adapter is of use with the model that it was trained on, and with no other."""
+    said = found.state.get("base")
+    if found.manifest.spec != _hash(model.spec) or said != base:
+        what = "spec" if found.manifest.spec != _hash(model.spec) else "weights"
+        source = spec.model.source or "the model"
+        raise LaminaError(f"{source}: its {what} differ from those that the adapter of {found.path} was trained on")
+
+
 def _resume(trainer: Trainer, found: checkpoint.Saved) -> None:
-    needed = {"model", "optimiser"} | ({"average"} if trainer.average is not None else set())
+    needed = {trainer.kept, "optimiser"} | ({"average"} if trainer.average is not None else set())
     if missing := needed - set(found.files):
         raise CheckpointError(f"{found.path}: holds no {sorted(missing)[0]}.safetensors")
     tensors: Mapping[str, Any] = {name: found.tensors(name) for name in needed}

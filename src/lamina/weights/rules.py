@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -110,6 +110,14 @@ class FusedBias:
 
 
 Op = Same | Turn | OneRow | Fused | FusedBias | Stacked
+
+
+def outputs(op: Op) -> Same | Fused | None:
+    """What an operation on matrices (out, in) does to their outputs alone: to (out, rank), one factor of a change of
+    low rank. None where the file has no matrix of that kind."""
+    if isinstance(op, Fused):
+        return replace(op, turned=False)
+    return Same() if isinstance(op, Same | Turn) else None
 
 
 @dataclass(frozen=True)

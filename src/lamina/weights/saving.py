@@ -64,17 +64,21 @@ def save_checkpoint(
     extra_files: Mapping[str, bytes] = MappingProxyType({}),
     metadata: Mapping[str, str] | None = FORMAT,
     index: Mapping[str, Any] | None = None,
+    single: str = "model.safetensors",
     force: bool = False,
 ) -> None:
     """Writes a directory as transformers' `save_pretrained` would: one file, or shards of `shard_size` and an index.
 
     Tensors go to shards in the order of `plan`, or as `shards` (names by file) says where that lists exactly the plan
     and keeps to `shard_size`. `extra_files` (config.json, 1_Pooling/config.json, ...) go beside them. `index` is
-    what the index says beside the places: by default, bytes and items of all tensors. The directory appears whole or
-    not at all. One that is there and not empty is refused, or, with `force`, replaced if it is a checkpoint.
+    what the index says beside the places: by default, bytes and items of all tensors. `single` is the name of the file
+    where there is only one. The directory appears whole or not at all. One that is there and not empty is refused, or,
+    with `force`, replaced if it is a checkpoint.
     """
     target = Path(os.path.realpath(directory))
     files_of = _told(plan, shards or {}, shard_size) or _split(plan, shard_size)
+    if len(files_of) == 1:
+        files_of = {single: next(iter(files_of.values()))}
     _check_names(extra_files, files_of)
     _check_target(target, force)
     files = dict(extra_files)
