@@ -21,7 +21,10 @@ def help_text() -> str:
     for name in program.list_commands(root):
         command = program.get_command(root, name)
         assert command is not None
-        texts.append(command.get_help(click.Context(command, info_name=name, parent=root)))
+        context = click.Context(command, info_name=name, parent=root)
+        texts.append(command.get_help(context))
+        for inner, one in command.commands.items() if isinstance(command, click.Group) else ():
+            texts.append(one.get_help(click.Context(one, info_name=inner, parent=context)))
     return "\n\n------\n\n".join(texts) + "\n"
 
 

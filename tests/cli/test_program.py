@@ -89,14 +89,21 @@ def test_help_lists_the_commands_that_are_there(lam):
         lam(name).refused(f"unknown command {name!r}")
 
 
-@pytest.mark.parametrize("name", BUILT)
-def test_every_command_has_help_with_examples_and_the_shared_options(lam, name):
-    done = lam(name, "--help")
+def words_of(name: str) -> list[list[str]]:
+    """How the command is called, or each of those that it holds."""
+    command = program.program.get_command(click.Context(program.program), name)
+    return [[name, one] for one in command.commands] if isinstance(command, click.Group) else [[name]]
+
+
+@pytest.mark.parametrize("words", [words for name in BUILT for words in words_of(name)], ids=" ".join)
+def test_every_command_has_help_with_examples_and_the_shared_options(lam, words):
+    name = " ".join(words)
+    done = lam(*words, "--help")
     assert done.status == 0 and done.err == ""
-    for words in ("Examples:", f"lamina {name}", "--json", "--quiet", "--no-color", "--debug", "-h, --help"):
-        assert words in done.out
+    for said in ("Examples:", f"lamina {name}", "--json", "--quiet", "--no-color", "--debug", "-h, --help"):
+        assert said in done.out
     assert max(len(line) for line in done.out.split("Examples:")[0].splitlines()) <= 80
-    assert lam(name, "-h").out == done.out
+    assert lam(*words, "-h").out == done.out
 
 
 @pytest.mark.parametrize(
