@@ -13,7 +13,7 @@ from lamina.attend import Request, attend, weights
 from lamina.errors import LaminaError
 from lamina.layers.cached import retained, with_cache
 from lamina.layers.call import Call
-from lamina.layers.linear import Linear
+from lamina.layers.linear import Linear, together
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.layers.relative import ShawSpec, TransformerXLSpec
 from lamina.layers.rotary import RotarySpec, prepare
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         return retained(self.path, self.spec.pattern)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        query, key, value = (self._split(project(x)) for project in (self.q, self.k, self.v))  # (B, H or G, T, D)
+        query, key, value = map(self._split, together(x, (self.q, self.k, self.v)))  # (B, H or G, T, D)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value, queries, keys = with_cache(

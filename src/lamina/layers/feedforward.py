@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lamina.errors import LaminaError
 from lamina.layers.call import Call
 from lamina.layers.dropout import dropout
-from lamina.layers.linear import Linear
+from lamina.layers.linear import Linear, together
 from lamina.specs import Spec
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu_squared", "sigmoid", "identity", "tanh"]
@@ -64,6 +64,9 @@ class FeedForward(nn.Module):
         self.down = Linear(spec.hidden, width, bias=spec.bias)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        h = self.up(x)  # (B, T, hidden)
-        h = self.act(h) if self.gate is None else self.act(self.gate(x)) * h
+        if self.gate is None:
+            h = self.act(self.up(x))  # (B, T, hidden)
+        else:
+            gate, h = together(x, (self.gate, self.up))
+            h = self.act(gate) * h
         return self.down(dropout(h, self.spec.dropout, self.training))

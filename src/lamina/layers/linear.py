@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,36 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
         return F.linear(x, weight, bias)
     out = F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
     return out if bias is None else out + bias
+
+
+JOINED = 1 << 22
+"""Up to so many weights are copied beside each other for one product of several layers."""
+
+
+def together(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
+    """The results of several linear layers that read the same x (..., in).
+
+    Where they are trained on the CPU they are one product, and so are their gradients: x is read once, its gradient is
+    not added up of several, and wide products come nearer to what the machine can do.
+    """
+    if not _joins(x, layers):
+        return [layer(x) for layer in layers]
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    bias = None if biases[0] is None else torch.cat(biases)  # pyright: ignore[reportArgumentType]
+    return F.linear(x, torch.cat(weights), bias).split([len(weight) for weight in weights], dim=-1)  # pyright: ignore
+
+
+def _joins(x: Tensor, layers: Sequence[nn.Module]) -> bool:
+    if not torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if x.numel() <= FEW[torch.float32] * x.shape[-1] or not all(type(layer) is Linear for layer in layers):
+        return False  # another class, such as one with a low-rank change, has its own forward
+    weights = [layer.weight for layer in layers]
+    if sum(weight.numel() for weight in weights) > JOINED or not all(weight.requires_grad for weight in weights):
+        return False
+    return len({layer.bias is None for layer in layers}) == 1 and not any(
+        layer._forward_hooks or layer._forward_pre_hooks for layer in layers
+    )
 
 
 def _serves(x: Tensor, weight: Tensor) -> bool:
