@@ -45,7 +45,14 @@ lamina data show book/train --verify --json
 )
 @click.option("--special", default="none", show_default=True, help="Of a new tokenizer: none, gpt, bert, t5 or bart.")
 @click.option("--train-bytes", default=100_000_000, show_default=True, help="Text that a new tokenizer learns from.")
-@click.option("--columns", type=click.Choice(list(COLUMNS)), default="text", show_default=True, help="Of each row.")
+@click.option(
+    "--columns",
+    type=click.Choice(list(COLUMNS)),
+    metavar="NAMES",
+    default="text",
+    show_default=True,
+    help="Of each row: text; source,target; text,label; tokens,labels; first,second or first,second,score.",
+)
 @click.option("--field", "fields", multiple=True, help="Field of a row that holds a column: text=body, or body.")
 @click.option("--labels", default="", help="Names of labels by number: a,b,c. [default: in the order met]")
 @click.option("--glob", help="Files taken out of directories. [default: text, JSONL and Parquet by suffix]")
