@@ -19,6 +19,15 @@ from lamina.errors import LaminaError, UnsupportedError
 from tests import tiny
 
 SOURCE = Path(__file__).parent.parent.parent / "src"
+WITHOUT_TRANSFORMERS = """
+import sys
+from importlib.machinery import PathFinder
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *rest):
+        return None if name.split(".")[0] == "transformers" else super().find_spec(name, *rest)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+"""
 CONFIGS = {"llama": tiny.LLAMA, "gpt2": tiny.GPT2}
 
 try:
@@ -239,8 +248,7 @@ def test_tasks_come_to_the_same(both, tasks, options):
 @pytest.mark.parametrize("directory", ["llama"], indirect=True)
 def test_the_command_of_the_harness_without_transformers(directory, tasks, tmp_path):
     """python -m lamina.harness: the harness' own command, where transformers cannot be imported."""
-    program = "import sys, runpy; sys.modules['transformers'] = None; sys.argv[0] = 'lm_eval'; "
-    program += "runpy.run_module('lamina.harness', run_name='__main__')"
+    program = WITHOUT_TRANSFORMERS + "import runpy; runpy.run_module('lamina.harness', run_name='__main__')"
     words = f"--model lamina --model_args pretrained={directory},dtype=float32 --include_path {tasks} --batch_size 2"
     words += f" --tasks tiny_choice,tiny_write --limit 5 --output_path {tmp_path}"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SOURCE), *sys.path]), "HF_HUB_OFFLINE": "1"}
@@ -252,9 +260,19 @@ def test_the_command_of_the_harness_without_transformers(directory, tasks, tmp_p
     document = json.loads(written.read_text())
     assert document["config"]["model"] == "lamina" and document["n-samples"]["tiny_write"]["effective"] == 5
     assert document["config"]["model_num_parameters"] > 0 and str(directory.name) in written.parent.name
-    wrong = [sys.executable, "-c", program, *words.replace("dtype=", "type=").split()]
-    done = subprocess.run(wrong, capture_output=True, text=True, timeout=110, check=False, env=environment)
-    assert done.returncode == 2 and "model_args" in done.stderr.splitlines()[-1] and "dtype" in done.stderr
+
+
+@needed
+@pytest.mark.slow
+@pytest.mark.parametrize("directory", ["llama"], indirect=True)
+def test_the_command_of_the_harness_says_in_a_line_what_is_refused(directory, tasks, monkeypatch, capsys):
+    from lamina.harness.__main__ import main as harness
+
+    words = f"lm_eval --model lamina --model_args source={directory},dtypes=float32 --tasks {tasks}/tiny_write.yaml"
+    monkeypatch.setattr(sys, "argv", words.split())
+    monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)
+    assert harness() == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("lamina: error: unknown model_args 'dtypes'")
 
 
 @needed
@@ -359,6 +377,16 @@ def test_answers_are_kept_as_they_come(both):
         ("loglikelihood_rolling", "('the cat',)"): two,
         ("generate_until", str(("the", wanted))): three,
     }
+
+
+@needed
+def test_model_args_win_over_the_options_and_cuda_over_nothing(directory, caplog):
+    """The harness asks for cuda:0 where nobody says a device; --batch_size yields to model_args."""
+    model = get_model("lamina").create_from_arg_string(
+        f"source={directory},batch_size=7,dtype=bfloat16", {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"}
+    )
+    assert model.batch_size == 7 and model.model.embedding.weight.dtype == torch.bfloat16
+    assert torch.cuda.is_available() or (model.device.type == "cpu" and "device cuda:0 is not here" in caplog.text)
 
 
 @needed
