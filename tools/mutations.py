@@ -2127,7 +2127,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "generation/continuations.py": [
         ("continuations: the last token is not read", "row = (*before, *after[:-1])", "row = (*before, *after)"),
         ("continuations: alike rows are one", "rows.setdefault(row, [])", "rows.setdefault((*row, -index), [])"),
-        ("continuations: padding is a hole", "mask if padded else None", "None"),
         ("continuations: before the padding", "hidden[row, lengths[row] - size : lengths[row]]", "hidden[row, -size:]"),
         ("continuations: all of it is greedy", "bool(best.all())", "bool(best.any())"),
         ("continuations: full is not too full", "len(row) > context", "len(row) >= context"),
