@@ -19,7 +19,7 @@ ROWS = (
     "__main__",
     "cli",
     "__init__",
-    "train retrieve serve",
+    "train retrieve serve harness",
     "conformance catalogue report",
     "pictures",
     "accounting",
@@ -48,6 +48,7 @@ RESERVED = (
     ("torch.distributed", ("parallel",)),
     ("pyarrow", ("data",)),
     ("datasets", ("data",)),
+    ("lm_eval", ("harness",)),
     ("pickle", ("parallel",)),  # an unpickler that knows a list of names, for torch's own metadata
     ("cPickle", ()),
     ("dill", ()),
@@ -55,7 +56,7 @@ RESERVED = (
     ("marshal", ()),
 )
 # Names that pip knows by another name than import does.
-PACKAGES = {"yaml": "pyyaml"}
+PACKAGES = {"yaml": "pyyaml", "lm_eval": "lm-eval"}
 
 
 def home(path: Path) -> str:
@@ -119,7 +120,8 @@ def _is_path(node: ast.AST) -> bool:
 
 def test_every_package_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    entries = [*project["dependencies"], *project["optional-dependencies"]["data"]]
+    extras = project["optional-dependencies"]
+    entries = [*project["dependencies"], *extras["data"], *extras["eval"]]
     declared = {re.split(r"[^\w-]", entry)[0].lower() for entry in entries}
     used = {name.split(".")[0] for path in FILES for _, name in imported(path)}
     foreign = used - sys.stdlib_module_names - {"lamina"}

@@ -56,7 +56,8 @@ ALSO: dict[str, tuple[str, ...]] = {
     "cache/growing.py": ("tests/generation/test_beam.py",),
     "generation/limits.py": ("tests/generation/test_loop.py", "tests/test_families_whisper.py"),
     "generation/feeder.py": ("tests/test_encoder_decoder.py", "tests/test_families_led.py"),
-    "generation/text.py": ("tests/cli/test_writing.py",),
+    "generation/text.py": ("tests/cli/test_writing.py", "tests/generation/test_continuations.py"),
+    "generation/perplexity.py": ("tests/generation/test_continuations.py",),
     "model.py": (
         "tests/test_encoder_decoder.py",
         "tests/test_families_bart.py",
@@ -2208,7 +2209,32 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("marks of the source", "model.encode(input_ids, mask, marked=marked)", "model.encode(input_ids, mask)"),
         ("marks of one stack", "elif marked is not None:", "elif False:"),
     ],
+    "generation/continuations.py": [
+        ("continuations: the last token is not read", "row = (*before, *after[:-1])", "row = (*before, *after)"),
+        ("continuations: alike rows are one", "rows.setdefault(row, [])", "rows.setdefault((*row, -index), [])"),
+        ("continuations: before the padding", "hidden[row, lengths[row] - size : lengths[row]]", "hidden[row, -size:]"),
+        ("continuations: all of it is greedy", "bool(best.all())", "bool(best.any())"),
+        ("continuations: full is not too full", "len(row) > context", "len(row) >= context"),
+    ],
+    "generation/perplexity.py": [
+        ("predicted: every part of the rows", "target[at : at + ROWS]", "target[:ROWS]"),
+        ("ids are those of the model", "0 <= min(ids) <= max(ids) <", "0 <= min(ids) <="),
+    ],
     "generation/text.py": [
+        (
+            "texts at once: padding is a hole",
+            "stream(model, ids, mask, sampling=Sampling()",
+            "stream(model, ids, None, sampling=Sampling()",
+        ),
+        (
+            "texts at once: a stop text ends the work",
+            "if over[row] or cuts[row].stopped_by is not None:",
+            "if over[row]:",
+        ),
+        ("texts at once: an end ends a row", "if over[row] or cuts", "if cuts"),
+        ("texts at once: the tokenizer's end", "stop=() if tokenizer.eos is None else (tokenizer.eos,)", "stop=()"),
+        ("texts at once: what was held back", "    for cut in cuts:\n        cut.flush()\n", ""),
+        ("the first stop text cuts", "end, self.stopped_by = min(found)", "end, self.stopped_by = max(found)"),
         ("beams: the length of each", "new = row[begun : begun + length]", "new = row[begun:]"),
     ],
     "generation/beam.py": [

@@ -394,7 +394,7 @@ def test_evaluate_refuses(run, llama, bert, tmp_path):
     wrong(run("evaluate", llama, tmp_path / "bad"), "not UTF-8 at byte 3")
     wrong(run("evaluate", bert, tmp_path / "bad"), "does not predict the next token")
     wrong(run("evaluate", llama, tmp_path / "bad", "--window", 1), "window is 1")
-    wrong(run("evaluate", llama), "Missing argument 'FILES...'")
+    wrong(run("evaluate", llama), "no FILES and no --tasks")
 
 
 def test_verify(run, llama, tmp_path):

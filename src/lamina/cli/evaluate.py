@@ -1,7 +1,10 @@
-"""`lamina evaluate`: how well a model predicts the texts in files."""
+"""`lamina evaluate`: how well a model predicts the texts in files, or does the tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,23 +23,49 @@ if TYPE_CHECKING:
 EXAMPLES = """
 lamina evaluate smollm2-135m book.txt
 lamina evaluate smollm2-135m a.txt b.txt --window 1024 --stride 512 --json
+lamina evaluate smollm2-135m --tasks arc_easy --tasks piqa --limit 100 --batch-size 8
 """
+TASKS_ONLY = ("limit", "shots", "chat", "include_path", "batch_size")
 
 
 @command(EXAMPLES)
 @click.argument("source")
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--window", type=int, help="Tokens read at once. [default: the context, at most 2048]")
 @click.option("--stride", type=int, help="Tokens scored in each window after the first. [default: half of it]")
+@click.option("--tasks", multiple=True, metavar="NAME", help="A task of lm-evaluation-harness; a,b or repeated.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first questions of each task.")
+@click.option("--shots", type=click.IntRange(0), help="Examples before each question. [default: as the task says]")
+@click.option("--chat", is_flag=True, help="Ask by the model's chat template.")
+@click.option("--include-path", type=click.Path(), help="A directory with tasks of your own.")
+@click.option("--batch-size", type=click.IntRange(1), help="Rows read at once for tasks. [default: 1]")
 @loading
 def evaluate(
-    out: Output, source: str, files: tuple[Path, ...], window: int | None, stride: int | None, **given: Any
+    out: Output,
+    source: str,
+    files: tuple[Path, ...],
+    window: int | None,
+    stride: int | None,
+    tasks: tuple[str, ...],
+    **given: Any,
 ) -> None:
-    """Perplexity and bits per byte of FILES (UTF-8 text), each by itself and together.
+    """Perplexity and bits per byte of FILES (UTF-8 text), each by itself and together; or what --tasks come to.
 
     Every token is scored once, with at least WINDOW - STRIDE tokens before it where the text has them. Files are read
     piece by piece. Bits per byte compare models with different tokenizers; perplexities do not.
+
+    Tasks need the extra lamina[eval] and the data that they name. All options of the harness are those of
+    `python -m lamina.harness --model lamina --model_args source=SOURCE --tasks NAME`.
     """
+    if tasks:
+        if files or window is not None or stride is not None:
+            raise LaminaError("--tasks brings its own texts: FILES, --window and --stride are not for it")
+        return _tasks(out, source, tasks, given)
+    for name in TASKS_ONLY:
+        if given.pop(name) not in (None, False):
+            raise LaminaError(f"--{name.replace('_', '-')} is for --tasks")
+    if not files:
+        raise LaminaError("no FILES and no --tasks: name a text, or a task of lm-evaluation-harness")
     import lamina
     from lamina.generation import Score, measure
     from lamina.generation.files import TextFile
@@ -78,6 +107,36 @@ def evaluate(
     rows += [_row("together", total)] if len(files) > 1 else []
     header = ("file", "perplexity", "bits per byte", "tokens", "tokens/s")
     out.result(document, [*table(header, rows), f"windows of {window} tokens, {stride} new ones in each"])
+
+
+def _tasks(out: Output, source: str, tasks: tuple[str, ...], given: dict[str, Any]) -> None:
+    from lamina.harness.tasks import run
+
+    if not out.progress:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it when it is imported
+    logging.getLogger("lm_eval").setLevel(logging.ERROR if out.quiet else logging.WARNING)
+    options = {
+        "limit": given["limit"],
+        "shots": given["shots"],
+        "chat": given["chat"],
+        "include": given["include_path"],
+    }
+    model = {name: given[name] for name in ("dtype", "device", "compile", "quantize", "strict")}
+    names = [name for task in tasks for name in task.split(",") if name]
+    found = run(source, names, batch_size=given["batch_size"] or 1, **options, **model)
+    rows = [
+        (
+            each.task,
+            each.metric if each.filter == "none" else f"{each.metric} ({each.filter})",
+            "-" if each.value is None else f"{each.value:.4f}",
+            "" if each.error is None else f"{each.error:.4f}",
+            f"{each.samples:,}",
+            "" if each.shots is None else str(each.shots),
+        )
+        for each in found
+    ]
+    document = {"source": source, "tasks": [dataclasses.asdict(each) for each in found]}
+    out.result(document, table(("task", "metric", "value", "std. error", "questions", "shots"), rows))
 
 
 class _First:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from lamina.generation.beam import Beaming, Beams
 from lamina.generation.blanks import Blank, Candidate, Filled, fill
 from lamina.generation.chat import Chat
+from lamina.generation.continuations import Continuation, continuations
 from lamina.generation.embed import embed
 from lamina.generation.limits import Limits, limits_of
 from lamina.generation.loop import Step, generate, stream
 from lamina.generation.perplexity import Score, log_probabilities, measure, score
 from lamina.generation.sample import Sampling
-from lamina.generation.text import Found, Writing, find_texts
+from lamina.generation.text import Found, Writing, find_texts, write
 
 __all__ = [
     "Beaming",
@@ -25,6 +26,7 @@ __all__ = [
     "Score",
     "Step",
     "Writing",
+    "continuations",
     "embed",
     "fill",
     "find_texts",
@@ -34,4 +36,5 @@ __all__ = [
     "measure",
     "score",
     "stream",
+    "write",
 ]

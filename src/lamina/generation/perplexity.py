@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.model import Model
+from lamina.model import Model, ModelSpec
 
 LONGEST = 2048
 """The window where none is asked for, in models that read more: attention grows with its square."""
@@ -81,10 +81,7 @@ def score(
     scored once. `begin` (the id of <s>) opens every window, where the checkpoint wants it; without it token 0 has
     nothing before it and is not scored.
     """
-    if model.decoder is None or model.head is None:
-        raise UnsupportedError("this model does not predict the next token, so its texts have no perplexity")
-    if model.spec.two_stacks:
-        raise UnsupportedError("an encoder-decoder predicts a text from its source, so a text alone has no perplexity")
+    check_predicts(model.spec, "a text alone has no perplexity")
     window, stride = window_of(model, window, stride)
     opening = [] if begin is None else [begin]
     keep = window - len(opening)
@@ -96,6 +93,14 @@ def score(
         yield _block(model, opening + held, len(fresh))
 
 
+def check_predicts(spec: ModelSpec, so: str) -> None:
+    """Raise UnsupportedError, ending in `so`, for a model that does not continue texts."""
+    if spec.decoder is None or spec.head is None:
+        raise UnsupportedError(f"this model does not predict the next token, so {so}")
+    if spec.two_stacks:
+        raise UnsupportedError(f"an encoder-decoder predicts a text from its source, so {so}")
+
+
 def log_probabilities(model: Model, ids: list[int]) -> list[float]:
     """The log-probability of each token after the first, given those before it."""
     return _block(model, ids, len(ids)).tolist()
@@ -105,19 +110,31 @@ def log_probabilities(model: Model, ids: list[int]) -> list[float]:
 def _block(model: Model, ids: list[int], fresh: int) -> Tensor:
     """Log-probabilities of the last `fresh` of `ids`; of one less where nothing stands before them."""
     tensor = torch.tensor([ids], device=model.embedding.weight.device)
+    check_ids(model, ids)
+    first = max(len(ids) - fresh, 1)
+    hidden = model(tensor, keep_logits=0).hidden[0, first - 1 : -1]  # (n, width)
+    return predicted(model, hidden, tensor[0, first:])[0].cpu()
+
+
+def check_ids(model: Model, ids: Sequence[int]) -> None:
+    """Raise LaminaError for an id that the model does not have."""
     if not 0 <= min(ids) <= max(ids) < model.spec.embedding.vocabulary:
         raise LaminaError(
             f"the text holds id {max(ids)}; ids of this model are below {model.spec.embedding.vocabulary}"
         )
-    first = max(len(ids) - fresh, 1)
-    hidden = model(tensor, keep_logits=0).hidden[0, first - 1 : -1]  # (n, width)
+
+
+def predicted(model: Model, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states (n, width) and the tokens (n,) that follow them -> their log-probabilities (n,) float32, and
+    whether each is the likeliest (n,). Only `ROWS` rows of logits exist at one time."""
     assert model.head is not None
-    parts = []
+    parts, likeliest = [hidden.new_empty(0, dtype=torch.float32)], [target.new_empty(0, dtype=torch.bool)]
     for at in range(0, hidden.shape[0], ROWS):
         logits = model.head(hidden[at : at + ROWS], model.embedding.weight).float()
-        target = tensor[0, first + at : first + at + logits.shape[0], None]
-        parts.append(logits.log_softmax(dim=-1).gather(1, target)[:, 0])
-    return torch.cat(parts).cpu() if parts else torch.empty(0)
+        wanted = target[at : at + ROWS]
+        parts.append(logits.log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0])
+        likeliest.append(logits.argmax(dim=-1) == wanted)
+    return torch.cat(parts), torch.cat(likeliest)
 
 
 def measure(

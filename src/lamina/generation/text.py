@@ -19,16 +19,53 @@ from lamina.generation.loop import stream
 from lamina.generation.sample import Sampling
 from lamina.model import Model
 from lamina.text import Tokenizer
+from lamina.text.stream import Stream
 
 STOPS = 4  # stop texts that one call may have
+
+
+class Cut:
+    """Ids in, text out as it becomes certain, cut before the first of `stops`; `text` is all of it so far.
+
+    A piece never ends within a character, nor within what may become a stop text.
+    """
+
+    def __init__(self, decoder: Stream, stops: Sequence[str] = ()) -> None:
+        self.decoder, self.stops = decoder, tuple(stops)
+        self.text = ""
+        self.stopped_by: str | None = None
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """The text that is certain with this token, and was not before."""
+        return self._release(self.decoder.push(token))
+
+    def flush(self) -> str:
+        """What was held back: half a character, or the beginning of a stop text that never ended."""
+        piece = self._release(self.decoder.flush())
+        rest, self._held = ("" if self.stopped_by is not None else self._held), ""
+        self.text += rest
+        return piece + rest
+
+    def _release(self, new: str) -> str:
+        """Text that is certain: up to a stop text, or up to what may be the beginning of one."""
+        self._held += new
+        found = [(at, stop) for stop in self.stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            end, self.stopped_by = min(found)
+        else:
+            end = len(self._held) - max((_overlap(self._held, stop) for stop in self.stops), default=0)
+        piece, self._held = self._held[:end], self._held[end:]
+        self.text += piece
+        return piece
 
 
 class Writing:
     """What follows the prompt `prompt_ids`. Iterating generates it and gives pieces of text as they become certain.
 
-    A piece never ends within a character, nor within what may become a stop text; `text` is all pieces joined. Once it
-    has ended, `finish_reason` is "stop" (an end token or a stop text came; `stopped_by` has the text) or "length"
-    (`max_new_tokens`, or the context is full). An interrupted iteration leaves what was written: call `flush`.
+    `text` is all pieces joined. Once it has ended, `finish_reason` is "stop" (an end token or a stop text came;
+    `stopped_by` has the text) or "length" (`max_new_tokens`, or the context is full). An interrupted iteration leaves
+    what was written: call `flush`.
     """
 
     def __init__(
@@ -48,18 +85,22 @@ class Writing:
         """`probabilities`: also note how likely the model found each token, at temperature 1."""
         self.model, self.tokenizer, self.prompt_ids = model, tokenizer, list(prompt_ids)
         self.sampling = Sampling() if sampling is None else sampling
-        self.stops = stop_texts(stop)
         self.limits = limits_of(model, max_new_tokens, min_new_tokens)
         self.cache, self.asked = cache, probabilities
-        self.decoder = tokenizer.stream(skip_special)
+        self.cut = Cut(tokenizer.stream(skip_special), stop_texts(stop))
         self.ids: list[int] = []
         self.probabilities: list[float] = []
-        self.text = ""
         self.finish_reason: Literal["stop", "length"] | None = None
-        self.stopped_by: str | None = None
         self.prefill_seconds = 0.0  # until the first new token
         self.decode_seconds = 0.0  # from then on
-        self._held = ""
+
+    @property
+    def text(self) -> str:
+        return self.cut.text
+
+    @property
+    def stopped_by(self) -> str | None:
+        return self.cut.stopped_by
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -86,7 +127,9 @@ class Writing:
                 self.probabilities.append(math.exp(float(step.logits[0].float().log_softmax(dim=-1)[token])))
             if token in self.limits.ends:
                 self.finish_reason = "stop"
-            piece = self._release(self.decoder.push(token))
+            piece = self.cut.push(token)
+            if self.stopped_by is not None:
+                self.finish_reason = "stop"
             if piece:
                 yield piece
             if self.stopped_by is not None:
@@ -97,23 +140,46 @@ class Writing:
 
     def flush(self) -> str:
         """What was held back: half a character, or the beginning of a stop text that never ended."""
-        piece = self._release(self.decoder.flush())
-        rest, self._held = ("" if self.stopped_by is not None else self._held), ""
-        self.text += rest
-        return piece + rest
-
-    def _release(self, new: str) -> str:
-        """Text that is certain: up to a stop text, or up to what may be the beginning of one."""
-        self._held += new
-        found = [(at, stop) for stop in self.stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            end, self.stopped_by = min(found)
+        piece = self.cut.flush()
+        if self.stopped_by is not None:
             self.finish_reason = "stop"
-        else:
-            end = len(self._held) - max((_overlap(self._held, stop) for stop in self.stops), default=0)
-        piece, self._held = self._held[:end], self._held[end:]
-        self.text += piece
         return piece
+
+
+def write(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """What follows each of several prompts, read and written at once; each text ends before the first stop text in it.
+
+    A row ends at the tokenizer's end token too, where the checkpoint names another one. There may be any number of stop
+    texts. Raises LaminaError as `generate` does, and for an empty stop text.
+    """
+    check_texts(stop)
+    length = max(map(len, prompts))
+    device = model.embedding.weight.device
+    ids = torch.tensor([[0] * (length - len(row)) + list(row) for row in prompts], device=device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in prompts], device=device)
+    limits = limits_of(model, max_new_tokens, stop=() if tokenizer.eos is None else (tokenizer.eos,))
+    cuts = [Cut(tokenizer.stream(), stop) for _ in prompts]
+    going = set(range(len(prompts)))
+    for step in stream(model, ids, mask, sampling=Sampling() if sampling is None else sampling, limits=limits):
+        over = step.done.tolist()
+        tokens = step.ids.tolist()
+        for row in sorted(going):
+            cuts[row].push(tokens[row])
+            if over[row] or cuts[row].stopped_by is not None:
+                going.remove(row)
+        if not going:
+            break
+    for cut in cuts:
+        cut.flush()
+    return [cut.text for cut in cuts]
 
 
 @dataclass(frozen=True)
@@ -155,10 +221,15 @@ def stop_texts(stop: Sequence[str]) -> tuple[str, ...]:
         stop = (stop,)
     if len(stop) > STOPS:
         raise LaminaError(f"stop has {len(stop)} texts; at most {STOPS} are looked for")
+    check_texts(stop)
+    return tuple(stop)
+
+
+def check_texts(stop: Sequence[str]) -> None:
+    """Raise LaminaError for a stop text that is empty, or none."""
     for one in stop:
         if not isinstance(one, str) or not one:
             raise LaminaError(f"stop holds {one!r}; each must be a text of at least one character")
-    return tuple(stop)
 
 
 def _overlap(text: str, stop: str) -> int:
