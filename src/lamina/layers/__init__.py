@@ -25,6 +25,7 @@ from lamina.layers.head import (
     PoolerSpec,
     TransformSpec,
 )
+from lamina.layers.initial import Draw, FanInInitialSpec, InitialSpec, NormalInitialSpec
 from lamina.layers.latent import LatentAttention, LatentAttentionSpec
 from lamina.layers.longformer import Longformer, LongformerSpec
 from lamina.layers.norm import LayerNorm, LayerNormSpec, NormSpec, RMSNorm, RMSNormSpec
@@ -59,15 +60,18 @@ __all__ = [
     "CrossAttentionSpec",
     "Differential",
     "DifferentialSpec",
+    "Draw",
     "DynamicNTKScaling",
     "Embedding",
     "EmbeddingSpec",
     "ExpertChoiceSpec",
     "Experts",
     "ExpertsSpec",
+    "FanInInitialSpec",
     "FeedForward",
     "FeedForwardSpec",
     "GroupLimitSpec",
+    "InitialSpec",
     "LabelHead",
     "LabelHeadSpec",
     "LabelStepSpec",
@@ -87,6 +91,7 @@ __all__ = [
     "LongformerSpec",
     "NTKScaling",
     "NormSpec",
+    "NormalInitialSpec",
     "Pooler",
     "PoolerSpec",
     "RMSNorm",
