@@ -234,9 +234,9 @@ def _yarn(factor: float, scale: float) -> dict[str, Any]:
     return {"rope_scaling": said | {"beta_slow": 1, "mscale": scale, "mscale_all_dim": scale}}
 
 
-INITIAL = {
-    "initializer_range": 0.006
-}  # arXiv:2405.04434, section 3.1.2; 2412.19437, section 4.2; their files have 0.02
+INITIAL = {"initializer_range": 0.006}
+"""The papers' (arXiv:2405.04434, section 3.1.2; 2412.19437, section 4.2); the released files have 0.02."""
+
 BALANCED = {"aux_loss_alpha": 0.001, "seq_aux": True}
 V2_SIZES = {
     "deepseek-v2/lite": llama.size(
@@ -250,7 +250,7 @@ V2_SIZES = {
     ),
 }  # fmt: skip
 V3_SIZES = {
-    "deepseek-v3/671b": llama.size(61, 7168, 128, 128, 18432, 129280, 163840, **_yarn(40, 1.0), **BALANCED),
+    "deepseek-v3/671b": llama.size(61, 7168, 128, 128, 18432, 129280, 163840, **_yarn(40, 1.0), **BALANCED, **INITIAL),
 }
 
 V2 = _family("deepseek_v2", "DeepseekV2", V2_SIZES, newer=False, dense=0, context=2048, special=(1, 2, None))
