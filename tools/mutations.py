@@ -1365,8 +1365,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("dropout in training only", "self.spec.dropout if self.training else 0.0", "self.spec.dropout"),
     ],
     "layers/feedforward.py": [
-        ("gate", "self.act(self.gate(x)) * h", "self.act(self.gate(x))"),
-        ("gate: which side is activated", "self.act(self.gate(x)) * h", "self.gate(x) * self.act(h)"),
+        ("gate", "self.act(gate) * h", "self.act(gate)"),
+        ("gate: which side is activated", "self.act(gate) * h", "gate * self.act(h)"),
         ("activation", "self.act = ACTIVATIONS[spec.act]", 'self.act = ACTIVATIONS["silu"]'),
         (
             "bias",
@@ -1607,10 +1607,28 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("bias", "size, bias = 2 * spec.head_dim, spec.bias", "size, bias = 2 * spec.head_dim, False"),
         (
             "initial values",
-            "nn.init.normal_(vector, std=0.1, generator=generator)",
-            "nn.init.normal_(vector, std=0.02, generator=generator)",
+            "draw.normal(vector, std=0.1)",
+            "draw.normal(vector, std=0.02)",
         ),
         ("what a cache keeps", "return retained(self.path, self.spec.pattern)", "return Retained(2)"),
+    ],
+    "layers/initial.py": [
+        (
+            "initial: the residual stream",
+            "self.residual if residual and self.residual is not None else self.std",
+            "self.std",
+        ),
+        (
+            "initial: positions",
+            'self.position if kind == "position" and self.position is not None else self.std',
+            "self.std",
+        ),
+        ("initial: fan-in", "self.factor * fan_in**-0.5 * gain", "self.factor * gain"),
+        ("initial: unscaled queries", "fan_in**-0.5 * gain", "fan_in**-0.5"),
+        ("initial: relative biases", 'self.relative if kind == "relative" else self.embedding', "self.embedding"),
+        ("initial: truncation", "if not truncated or not std:", "if True:"),
+        ("initial: experts' last matrices", 'role in ("in", "experts.in")', 'role == "in"'),
+        ("initial: a deviation below 0", "value is not None and value < 0", "False"),
     ],
     "layers/router.py": [
         ("router in float32", "torch.promote_types(x.dtype, torch.float32)", "x.dtype"),

@@ -111,6 +111,7 @@ def exportable(spec: ModelSpec, preferred: Family | None = None) -> tuple[Family
             far = isinstance(error, AttributeError) or str(error).startswith(("encoder is None", "decoder is None"))
             reasons.append((20_000 if far else 10_000, str(error)))
             continue
+        back = back.replace(initial=spec.initial)  # written where it can be; no weight of a file depends on it
         if back == spec and uncovered is None:
             return one, config
         if uncovered is not None and back == spec:

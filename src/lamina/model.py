@@ -14,10 +14,13 @@ from lamina.layers import (
     Call,
     ConvolutionStemSpec,
     CrossAttentionSpec,
+    Draw,
     EmbeddingSpec,
+    FanInInitialSpec,
     LabelHeadSpec,
     LanguageHeadSpec,
     LearnedPositionSpec,
+    NormalInitialSpec,
     PoolerSpec,
     Record,
     RotarySpec,
@@ -54,6 +57,7 @@ class ModelSpec(Spec):
     context: int | None = None  # tokens that the model was trained to read
     special: SpecialTokens = field(default_factory=SpecialTokens)
     marks: FirstToken | BeforeToken | AfterToken | EndBlocks | None = None  # where the caller gives none: Longformer
+    initial: NormalInitialSpec | FanInInitialSpec = field(default_factory=NormalInitialSpec)  # what new weights are
 
     @property
     def two_stacks(self) -> bool:
@@ -172,14 +176,15 @@ class Model(nn.Module):
         """Tokens beyond which a cache is refused: the rotary phases of cached keys would depend on the length."""
 
     def init(self, seed: int = 0) -> None:
-        """Initialise every parameter from `seed`: N(0, 0.02) weights, zero biases, unit norms (GPT-2, BERT)."""
+        """Initialise every parameter from `seed`: weights as `spec.initial` says, zero biases, unit norms."""
         generator = torch.Generator(device=self.embedding.weight.device).manual_seed(seed)
+        draw = Draw(generator, self.spec.initial, self)
         for module in self.modules():
             initialise = getattr(module, "initialise", None)
             if initialise is not None:
-                initialise(generator)
+                initialise(draw)
             elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02, generator=generator)
+                draw.matrix(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lamina.attend import Request
-from lamina.layers import Call, LayerNormSpec, Record, RMSNormSpec, RotarySpec
+from lamina.layers import Call, Draw, LayerNormSpec, Record, RMSNormSpec, RotarySpec
 from lamina.patterns import Causal, Everything, Window
 from lamina.tokens import plain
 from tests import small
@@ -160,7 +160,7 @@ def test_a_sink_takes_probability_from_the_others():
         module.sink.fill_(50.0)
     x = torch.randn(1, 4, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert module(x, Call(tokens=plain(1, 4))).abs().max() < 1e-15
-    module.initialise(torch.Generator())
+    module.initialise(Draw(torch.Generator()))
     assert torch.equal(module.sink, torch.zeros(4, dtype=torch.float64))
 
 

@@ -15,6 +15,7 @@ from lamina.layers import (
     AlibiSpec,
     Call,
     DifferentialSpec,
+    Draw,
     EmbeddingSpec,
     FeedForwardSpec,
     LanguageHeadSpec,
@@ -189,7 +190,7 @@ def test_lambda_starts_where_the_paper_says():
     """0.8 - 0.6 exp(-0.3 depth), depth from 0: 0.2, 0.36, 0.47, ..., 0.8."""
     assert [round(start_at(depth), 2) for depth in (0, 1, 2, 30)] == [0.2, 0.36, 0.47, 0.8]
     module = differential(head_dim=500).build(WIDTH)
-    module.initialise(torch.Generator().manual_seed(0))
+    module.initialise(Draw(torch.Generator().manual_seed(0)))
     for vector in (module.a1, module.b1, module.a2, module.b2):
         assert 0.09 < float(vector.std()) < 0.11
     assert abs(float(module.mix()) - 0.6) < 0.9

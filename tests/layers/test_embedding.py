@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lamina.layers import EmbeddingSpec, LanguageHeadSpec, SegmentSpec
+from lamina.layers import Draw, EmbeddingSpec, LanguageHeadSpec, SegmentSpec
 from tests import small
 
 
@@ -41,7 +41,7 @@ def test_the_scale_is_rounded_or_not(width: int):
 
 def test_the_row_of_padding_learns_nothing():
     module = EmbeddingSpec(vocabulary=6, padding=2).build(4)
-    module.initialise(torch.Generator().manual_seed(0))
+    module.initialise(Draw(torch.Generator().manual_seed(0)))
     assert torch.equal(module.weight[2], torch.zeros(4)) and 0.005 < module.weight.std() < 0.04
     ids = torch.tensor([[2, 1, 2, 5]])
     module(ids).square().sum().backward()
@@ -66,6 +66,6 @@ def test_a_tied_gradient_is_the_sum_of_both_sides():
 
 def test_segments():
     module = SegmentSpec(count=2).build(4)
-    module.initialise(torch.Generator().manual_seed(0))
+    module.initialise(Draw(torch.Generator().manual_seed(0)))
     assert torch.equal(module(torch.tensor([[1, 0]])), module.weight[torch.tensor([[1, 0]])])
     assert 0 < module.weight.std() < 0.06

@@ -8,6 +8,7 @@ import torch
 from lamina.errors import LaminaError
 from lamina.layers import (
     Call,
+    Draw,
     FeedForwardSpec,
     LabelHeadSpec,
     LabelStepSpec,
@@ -35,7 +36,7 @@ def test_logits(tied: bool, bias: bool, scale: float, softcap: float | None, tra
     spec = LanguageHeadSpec(tied=tied, bias=bias, scale=scale, softcap=softcap, transform=transform)
     head = spec.build(4, 9).double()
     with torch.no_grad():
-        head.initialise(torch.Generator().manual_seed(0))
+        head.initialise(Draw(torch.Generator().manual_seed(0)))
     if bias:
         assert torch.equal(head.bias, torch.zeros(9, dtype=torch.float64))
     shake(head)
@@ -117,5 +118,5 @@ def test_labels_that_make_no_sense_are_refused():
 
 def test_an_untied_head_has_its_own_values():
     head = LanguageHeadSpec(tied=False).build(64, 50)
-    head.initialise(torch.Generator().manual_seed(0))
+    head.initialise(Draw(torch.Generator().manual_seed(0)))
     assert 0.015 < head.weight.std() < 0.025

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lamina.errors import LaminaError
-from lamina.layers import LayerNormSpec, RMSNormSpec
+from lamina.layers import Draw, LayerNormSpec, RMSNormSpec
 from tests.small import shake
 
 NUMBERS = torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -100,7 +100,7 @@ def test_without_a_weight_nothing_is_multiplied(dtype: torch.dtype):
     for wide in (True, False):
         norm = RMSNormSpec(eps=0.1, weight=False, wide_product=wide).build(8).to(dtype)
         assert list(norm.parameters()) == []
-        norm.initialise(torch.Generator())
+        norm.initialise(Draw(torch.Generator()))
         exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 0.1).sqrt()
         assert norm(x).dtype == dtype
         torch.testing.assert_close(norm(x), exact.to(dtype))
@@ -127,7 +127,7 @@ def test_initial_values():
         norm = spec.build(4)
         assert torch.equal(norm.weight, torch.full((4,), start))
         shake(norm)
-        norm.initialise(generator)
+        norm.initialise(Draw(generator))
         assert torch.equal(norm.weight, torch.full((4,), start))
         if spec == LayerNormSpec():
             assert torch.equal(norm.bias, torch.zeros(4))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lamina.errors import LaminaError
-from lamina.layers import LearnedPositionSpec, SinusoidalPositionSpec
+from lamina.layers import Draw, LearnedPositionSpec, SinusoidalPositionSpec
 from lamina.tokens import HOLE, Tokens, plain
 
 
@@ -61,7 +61,7 @@ def test_sinusoids_against_marian():
 @pytest.mark.parametrize("offset", [0, 2])
 def test_learned_positions_read_their_row(offset: int):
     module = LearnedPositionSpec(size=8, offset=offset).build(4)
-    module.initialise(torch.Generator().manual_seed(0))
+    module.initialise(Draw(torch.Generator().manual_seed(0)))
     assert module.weight.shape == (8 + offset, 4)
     assert 0.01 < module.weight.std() < 0.03
     position = torch.tensor([[HOLE, HOLE, 0, 1], [4, 5, 6, 7]])
@@ -75,7 +75,7 @@ def test_learned_positions_read_their_row(offset: int):
 
 def test_positions_beyond_the_table_are_refused():
     module = LearnedPositionSpec(size=4, offset=2).build(4)
-    module.initialise(torch.Generator().manual_seed(0))
+    module.initialise(Draw(torch.Generator().manual_seed(0)))
     module(plain(1, 4))
     for tokens in (plain(1, 5), Tokens(torch.tensor([[HOLE, 0, 4]]), torch.zeros(1, 3, dtype=torch.int64))):
         with pytest.raises(LaminaError, match="position 4 is beyond this model: it has learned 4 positions"):

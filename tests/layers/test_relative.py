@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lamina.errors import LaminaError
-from lamina.layers import Call, ShawSpec, SinusoidalPositionSpec, TransformerXLSpec
+from lamina.layers import Call, Draw, ShawSpec, SinusoidalPositionSpec, TransformerXLSpec
 from lamina.patterns import Causal, Everything
 from lamina.tokens import Tokens, plain
 from tests import small
@@ -115,7 +115,7 @@ def test_gradients_reach_every_table():
 def test_initial_values_and_checks():
     for relative in (ShawSpec(clip=40), TransformerXLSpec()):
         module = relative.build(64, 4, 32)
-        module.initialise(torch.Generator().manual_seed(0))
+        module.initialise(Draw(torch.Generator().manual_seed(0)))
         for parameter in module.parameters():
             assert 0.015 < parameter.std() < 0.025
     with pytest.raises(LaminaError, match="clip"):

@@ -10,7 +10,17 @@ from functools import partial
 from typing import Any, Literal
 
 from lamina.families.bert import labels
-from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, need, parts, special_config, the
+from lamina.families.family import (
+    ACTIVATIONS,
+    Family,
+    Fields,
+    activation_name,
+    initial_config,
+    need,
+    parts,
+    special_config,
+    the,
+)
 from lamina.layers import (
     AttentionSpec,
     CrossAttentionSpec,
@@ -88,6 +98,7 @@ def spec(fields: Fields, flavour: Flavour, bias: str = "all") -> ModelSpec:
         labels=label.get(kind),
         context=rows["decoder"],
         special=special,
+        initial=fields.initial("init_std"),
     )
 
 
@@ -200,6 +211,7 @@ def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
         "scale_embedding": spec.embedding.scale == "root",
         "dropout": parts(spec)[0].dropout,
         "tie_word_embeddings": spec.head is None or spec.head.tied,
+        **initial_config(spec, "init_std"),
         **special_config(spec.special),
         "decoder_start_token_id": spec.special.decoder_start,
     }

@@ -20,6 +20,7 @@ from lamina.families.family import (
     Fields,
     activation_name,
     in_turn,
+    initial_config,
     need,
     parts,
     special_config,
@@ -67,6 +68,7 @@ class Flavour:
     pair: str = "cls.seq_relationship"  # which sentence comes next
     prefix: str = ""  # of what is not a head, where it is not the model type
     answers: str = "qa_outputs"
+    truncated: bool = True  # nothing of an initial weight is beyond twice its deviation
     decodes: bool = False  # whether there is a decoder of the same layers (CAUSAL) too
 
     @property
@@ -92,7 +94,7 @@ class Flavour:
 BERT_FLAVOUR = Flavour(
     "bert", "Bert", (None, None, 0), 512, "cls.predictions.", ("transform.dense", "transform.LayerNorm")
 )
-ROBERTA_FLAVOUR = Flavour("roberta", "Roberta", (0, 2, 1), 512, "lm_head.", ("dense", "layer_norm"))
+ROBERTA_FLAVOUR = Flavour("roberta", "Roberta", (0, 2, 1), 512, "lm_head.", ("dense", "layer_norm"), truncated=False)
 
 
 def spec(fields: Fields, flavour: Flavour) -> ModelSpec:
@@ -153,6 +155,7 @@ def spec(fields: Fields, flavour: Flavour) -> ModelSpec:
         labels=None if task is None else labels(fields, task, labels_rate),
         context=rows - offset,
         special=special,
+        initial=fields.initial(truncated=flavour.truncated),
     )
 
 
@@ -221,6 +224,7 @@ def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
         "type_vocab_size": the(SegmentSpec, stack.segment, f"{side}.segment").count,
         "layer_norm_eps": the(LayerNormSpec, stack.input_norm, f"{side}.input_norm").eps,
         "tie_word_embeddings": spec.head is None or spec.head.tied,
+        **initial_config(spec),
         **special_config(spec.special),
     }
     if causal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamina.families.family import QKV, Family, Fields, in_turn, parts, special_config, the
+from lamina.families.family import QKV, Family, Fields, in_turn, initial_config, parts, special_config, the
 from lamina.layers import (
     AlibiSpec,
     AttentionSpec,
@@ -49,6 +49,7 @@ def spec(fields: Fields) -> ModelSpec:
         head=None if fields.headless() else LanguageHeadSpec(tied=fields.flag("tie_word_embeddings", True)),
         context=fields.count("seq_length") if "seq_length" in fields else None,
         special=fields.special(1, 2),
+        initial=fields.initial(),
     )
 
 
@@ -66,6 +67,7 @@ def config(spec: ModelSpec) -> dict[str, Any]:
         "hidden_dropout": stack.layers[0].steps[0].dropout,
         "attention_dropout": attention.dropout,
         "tie_word_embeddings": spec.head is None or spec.head.tied,
+        **initial_config(spec),
         **special_config(spec.special),
     }
     return said if spec.context is None else said | {"seq_length": spec.context}

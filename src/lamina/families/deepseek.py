@@ -234,20 +234,23 @@ def _yarn(factor: float, scale: float) -> dict[str, Any]:
     return {"rope_scaling": said | {"beta_slow": 1, "mscale": scale, "mscale_all_dim": scale}}
 
 
+INITIAL = {"initializer_range": 0.006}
+"""The papers' (arXiv:2405.04434, section 3.1.2; 2412.19437, section 4.2); the released files have 0.02."""
+
 BALANCED = {"aux_loss_alpha": 0.001, "seq_aux": True}
 V2_SIZES = {
     "deepseek-v2/lite": llama.size(
         27, 2048, 16, 16, 10944, 102400, 163840, q_lora_rank=None, first_k_dense_replace=1, moe_intermediate_size=1408,
-        num_experts_per_tok=6, **_yarn(40, 0.707), **BALANCED,
+        num_experts_per_tok=6, **_yarn(40, 0.707), **BALANCED, **INITIAL,
     ),
     "deepseek-v2/236b": llama.size(
         60, 5120, 128, 128, 12288, 102400, 163840, first_k_dense_replace=1, moe_intermediate_size=1536,
         n_routed_experts=160, num_experts_per_tok=6, topk_method="group_limited_greedy", n_group=8, topk_group=3,
-        routed_scaling_factor=16.0, **_yarn(40, 0.707), **BALANCED,
+        routed_scaling_factor=16.0, **_yarn(40, 0.707), **BALANCED, **INITIAL,
     ),
 }  # fmt: skip
 V3_SIZES = {
-    "deepseek-v3/671b": llama.size(61, 7168, 128, 128, 18432, 129280, 163840, **_yarn(40, 1.0), **BALANCED),
+    "deepseek-v3/671b": llama.size(61, 7168, 128, 128, 18432, 129280, 163840, **_yarn(40, 1.0), **BALANCED, **INITIAL),
 }
 
 V2 = _family("deepseek_v2", "DeepseekV2", V2_SIZES, newer=False, dense=0, context=2048, special=(1, 2, None))

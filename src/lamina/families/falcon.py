@@ -16,6 +16,7 @@ from lamina.families.family import (
     activation_name,
     in_parallel,
     in_turn,
+    initial_config,
     parts,
     special_config,
     the,
@@ -86,6 +87,7 @@ def spec(fields: Fields) -> ModelSpec:
         head=None if fields.headless() else LanguageHeadSpec(tied=fields.flag("tie_word_embeddings", True)),
         context=fields.count("max_position_embeddings", 2048),
         special=fields.special(11, 11),
+        initial=fields.initial(),
     )
 
 
@@ -117,6 +119,7 @@ def config(spec: ModelSpec) -> dict[str, Any]:
         "hidden_dropout": steps[-1].dropout,
         "attention_dropout": attention.dropout if parallel else steps[0].dropout,
         "tie_word_embeddings": spec.head is None or spec.head.tied,
+        **initial_config(spec),
         **special_config(spec.special),
     }
     if attention.rotary is not None:

@@ -18,6 +18,7 @@ from lamina.layers import (
     FeedForwardSpec,
     LayerNormSpec,
     LayerSpec,
+    NormalInitialSpec,
     RMSNormSpec,
     StackSpec,
     StepSpec,
@@ -145,6 +146,17 @@ class Fields:
             self._id("eos_token_id", one)
         return SpecialTokens(start=self.token("bos_token_id", start), end=ends, pad=self.token("pad_token_id", pad))
 
+    def initial(self, name: str = "initializer_range", **more: Any) -> NormalInitialSpec:
+        """What new weights are drawn from; `more` is what the family has beside the deviation that the field names."""
+        return NormalInitialSpec(std=self.deviation(name, 0.02), **more)
+
+    def deviation(self, name: str, default: float) -> float:
+        """A number that is not negative."""
+        value = self.number(name, default)
+        if value < 0:
+            raise CheckpointError(f"{self.where}: {name} is {value}; a standard deviation is at least 0")
+        return value
+
     def token(self, name: str, default: int | None = None) -> int | None:
         """A token id; null and -1 mean that there is none."""
         value = self.config.get(name, default)
@@ -197,6 +209,12 @@ def special_config(special: SpecialTokens) -> dict[str, Any]:
     """bos, eos and pad ids as config.json has them."""
     end: Any = list(special.end) if len(special.end) > 1 else special.end[0] if special.end else None
     return {"bos_token_id": special.start, "eos_token_id": end, "pad_token_id": special.pad}
+
+
+def initial_config(spec: ModelSpec, name: str = "initializer_range") -> dict[str, Any]:
+    """The deviation as config.json has it; nothing where it is not one for all weights. No weight of a file depends on
+    it, so that it keeps no model from being written."""
+    return {name: spec.initial.std} if isinstance(spec.initial, NormalInitialSpec) else {}
 
 
 def activation_name(act: str) -> str:

@@ -16,6 +16,7 @@ from lamina.families.family import (
     Fields,
     activation_name,
     in_turn,
+    initial_config,
     need,
     parts,
     special_config,
@@ -130,6 +131,7 @@ def spec(fields: Fields, *, defaults: dict[str, Any], generation: int) -> ModelS
         ),
         context=fields.count("max_position_embeddings"),
         special=fields.special(),
+        initial=fields.initial(),
     )
 
 
@@ -179,6 +181,7 @@ def config(spec: ModelSpec, *, generation: int) -> dict[str, Any]:
         "attention_bias": attention.bias == "all",
         "attention_dropout": attention.dropout,
         "tie_word_embeddings": spec.head is None or spec.head.tied,
+        **initial_config(spec),
         **special_config(spec.special),
     }
     if spec.head is None:

@@ -13,6 +13,7 @@ from lamina.layers import (
     CapacitySpec,
     EmbeddingSpec,
     ExpertsSpec,
+    FanInInitialSpec,
     FeedForwardSpec,
     LanguageHeadSpec,
     LayerSpec,
@@ -46,6 +47,7 @@ def spec(fields: Fields) -> ModelSpec:
         decoder=StackSpec(layers=tuple(layers), norm=norm, score_bias=BucketBiasSpec(heads=heads, bidirectional=False)),
         head=LanguageHeadSpec(tied=True),
         context=fields.count("context", 1024),
+        initial=FanInInitialSpec(embedding=width**-0.5, relative=width**-0.5),
     )
 
 
@@ -73,6 +75,7 @@ GLAM = Family(
     notes={
         "glam": "the paper's counts fit 32,000 tokens in the small models and 256,000 in the largest, its 20 billion of"
         " 1.7b-32e fit neither; its position bias is called Transformer-XL's, the public code has T5's, which stands"
-        " here; eps, which layers have experts and how gates are scaled are not published: 1e-6, every second, to 1"
+        " here; eps, which layers have experts and how gates are scaled are not published: 1e-6, every second, to 1;"
+        " nor are the initial values: by fan-in, with width^-0.5 for the table, so that the logits begin at size one"
     },
 )

@@ -5,6 +5,7 @@ GPT-3 (arXiv:2005.14165) has this shape, and no published weights.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lamina.families.family import (
@@ -14,6 +15,7 @@ from lamina.families.family import (
     Fields,
     activation_name,
     in_turn,
+    initial_config,
     parts,
     special_config,
     the,
@@ -25,6 +27,7 @@ from lamina.layers import (
     LanguageHeadSpec,
     LayerNormSpec,
     LearnedPositionSpec,
+    NormalInitialSpec,
     StackSpec,
 )
 from lamina.model import ModelSpec
@@ -66,7 +69,15 @@ def spec(fields: Fields) -> ModelSpec:
         head=None if fields.headless() else LanguageHeadSpec(tied=fields.flag("tie_word_embeddings", True)),
         context=context,
         special=fields.special(50256, 50256),
+        initial=_initial(fields),
     )
+
+
+def _initial(fields: Fields) -> NormalInitialSpec:
+    """The paper's section 2.3 divides what ends in the residual stream by the root of the 2 L additions to it. The
+    positions are those of the released code, which shows no such division; transformers has 0.02 for them."""
+    std = fields.deviation("initializer_range", 0.02)
+    return fields.initial(residual=std / math.sqrt(2 * fields.layers("n_layer")), position=0.01)
 
 
 def config(spec: ModelSpec) -> dict[str, Any]:
@@ -88,6 +99,7 @@ def config(spec: ModelSpec) -> dict[str, Any]:
         "layer_norm_epsilon": the(LayerNormSpec, stack.norm, "decoder.norm").eps,
         "scale_attn_weights": attention.scale is None,
         "tie_word_embeddings": spec.head is None or spec.head.tied,
+        **initial_config(spec),
         **special_config(spec.special),
     }
 

@@ -3,6 +3,7 @@ norm, or one after the other; rotary positions on a part of each head; q, k and 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lamina.families.family import (
@@ -13,6 +14,7 @@ from lamina.families.family import (
     activation_name,
     in_parallel,
     in_turn,
+    initial_config,
     parts,
     special_config,
     the,
@@ -24,6 +26,7 @@ from lamina.layers import (
     FeedForwardSpec,
     LanguageHeadSpec,
     LayerNormSpec,
+    NormalInitialSpec,
     StackSpec,
 )
 from lamina.model import ModelSpec
@@ -72,7 +75,15 @@ def spec(fields: Fields) -> ModelSpec:
         head=None if fields.headless() else LanguageHeadSpec(tied=tied),
         context=fields.count("max_position_embeddings"),
         special=fields.special(0, 2),
+        initial=_initial(fields),
     )
+
+
+def _initial(fields: Fields) -> NormalInitialSpec:
+    """What ends in the residual stream has 2 / (L sqrt(d)), the rest "small init", sqrt(2 / (5 d)) (arXiv:2204.06745,
+    section 2.1), which `_size` says; transformers has 0.02 everywhere, and the released files say so."""
+    layers, width = fields.layers(), fields.count("hidden_size")
+    return fields.initial(residual=2 / (layers * math.sqrt(width)))
 
 
 def config(spec: ModelSpec) -> dict[str, Any]:
@@ -95,6 +106,7 @@ def config(spec: ModelSpec) -> dict[str, Any]:
         "layer_norm_eps": the(LayerNormSpec, stack.norm, "decoder.norm").eps,
         "rope_parameters": {"partial_rotary_factor": 1.0, **rotary_config(attention.rotary, attention.head_dim)},
         "tie_word_embeddings": spec.head is not None and spec.head.tied,
+        **initial_config(spec),
         **special_config(spec.special),
     }
 
@@ -119,7 +131,8 @@ def fused(spec: ModelSpec) -> tuple[Rule, ...]:
 
 def _size(layers: int, width: int, heads: int, vocabulary: int = 50304, **more: Any) -> dict[str, Any]:
     shape = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
-    return {**shape, "intermediate_size": 4 * width, "vocab_size": vocabulary, "eos_token_id": 0, **more}
+    small = {"initializer_range": math.sqrt(2 / (5 * width))}
+    return {**shape, "intermediate_size": 4 * width, "vocab_size": vocabulary, "eos_token_id": 0, **small, **more}
 
 
 GPT_NEOX = Family(

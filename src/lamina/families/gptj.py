@@ -5,7 +5,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, in_parallel, parts, special_config, the
+from lamina.families.family import (
+    ACTIVATIONS,
+    Family,
+    Fields,
+    activation_name,
+    in_parallel,
+    initial_config,
+    parts,
+    special_config,
+    the,
+)
 from lamina.layers import (
     AttentionSpec,
     EmbeddingSpec,
@@ -55,6 +65,7 @@ def spec(fields: Fields) -> ModelSpec:
         head=None if fields.headless() else LanguageHeadSpec(tied=tied, bias=True),
         context=fields.count("n_positions"),
         special=fields.special(50256, 50256),
+        initial=fields.initial(),
     )
 
 
@@ -79,6 +90,7 @@ def config(spec: ModelSpec) -> dict[str, Any]:
         "attn_pdrop": attention.dropout,
         "layer_norm_epsilon": the(LayerNormSpec, stack.norm, "decoder.norm").eps,
         "tie_word_embeddings": spec.head is not None and spec.head.tied,
+        **initial_config(spec),
         **special_config(spec.special),
     }
 

@@ -12,7 +12,17 @@ from functools import partial
 from typing import Any
 
 from lamina.errors import CheckpointError
-from lamina.families.family import ACTIVATIONS, Family, Fields, activation_name, in_turn, parts, special_config, the
+from lamina.families.family import (
+    ACTIVATIONS,
+    Family,
+    Fields,
+    activation_name,
+    in_turn,
+    initial_config,
+    parts,
+    special_config,
+    the,
+)
 from lamina.families.rope import rotary, rotary_config
 from lamina.layers import (
     AttentionSpec,
@@ -78,6 +88,7 @@ def spec(
         head=None if fields.headless() else LanguageHeadSpec(tied=fields.flag("tie_word_embeddings", False)),
         context=fields.count("max_position_embeddings", context),
         special=fields.special(*special),
+        initial=fields.initial(),
     )
 
 
@@ -100,6 +111,7 @@ def config(spec: ModelSpec, *, model_type: str, name: str) -> dict[str, Any]:
         "rope_parameters": rotary_config(attention.rotary, attention.head_dim),
         "attention_dropout": attention.dropout,
         "tie_word_embeddings": spec.head is not None and spec.head.tied,
+        **initial_config(spec),
         **special_config(spec.special),
     }
 

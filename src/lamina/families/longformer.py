@@ -17,7 +17,7 @@ from lamina.model import ModelSpec
 from lamina.specs import edit
 from lamina.weights.rules import pairs
 
-FLAVOUR = bert.Flavour("longformer", "Longformer", (0, 2, 1), 512, "lm_head.", ("dense", "layer_norm"))
+FLAVOUR = bert.Flavour("longformer", "Longformer", (0, 2, 1), 512, "lm_head.", ("dense", "layer_norm"), truncated=False)
 SEPARATOR = 2
 
 

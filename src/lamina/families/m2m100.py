@@ -7,7 +7,7 @@ from typing import Any
 
 from lamina.errors import CheckpointError
 from lamina.families import bart
-from lamina.families.family import Family, Fields, special_config, the
+from lamina.families.family import Family, Fields, initial_config, special_config, the
 from lamina.layers import EmbeddingSpec, LanguageHeadSpec, LayerNormSpec, SinusoidalPositionSpec, StackSpec
 from lamina.model import ModelSpec
 from lamina.weights.rules import Rule, pairs
@@ -48,6 +48,7 @@ def spec(fields: Fields, named: str = "M2M100") -> ModelSpec:
         head=LanguageHeadSpec(tied=fields.flag("tie_word_embeddings", True)) if kind == KINDS[0] else None,
         context=fields.count("max_position_embeddings"),
         special=special.replace(decoder_start=fields.token("decoder_start_token_id", 2)),
+        initial=fields.initial("init_std"),
     )
 
 
@@ -83,6 +84,7 @@ def config(spec: ModelSpec, named: str = "M2M100") -> dict[str, Any]:
         "scale_embedding": spec.embedding.scale == "root",
         **said,
         "tie_word_embeddings": spec.head is None or spec.head.tied,
+        **initial_config(spec, "init_std"),
         **special_config(spec.special),
         "decoder_start_token_id": spec.special.decoder_start,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lamina.families.family import QKV, Family, Fields, in_turn, parts, special_config, the
+from lamina.families.family import QKV, Family, Fields, in_turn, initial_config, parts, special_config, the
 from lamina.layers import (
     AlibiSpec,
     AttentionSpec,
@@ -62,6 +62,7 @@ def spec(fields: Fields) -> ModelSpec:
         head=None if fields.headless() else LanguageHeadSpec(tied=fields.flag("tie_word_embeddings", True)),
         context=context,
         special=fields.special(),
+        initial=fields.initial(),
     )
 
 
@@ -86,6 +87,7 @@ def config(spec: ModelSpec) -> dict[str, Any]:
         "layer_norm_epsilon": the(LayerNormSpec, stack.norm, "decoder.norm").eps,
         "attn_config": inner,
         "tie_word_embeddings": spec.head is None or spec.head.tied,
+        **initial_config(spec),
         **special_config(spec.special),
     }
 

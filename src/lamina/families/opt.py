@@ -5,6 +5,7 @@ The norms stand before each step, or after it as in OPT-350m, whose table of tok
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lamina.families.family import (
@@ -13,6 +14,7 @@ from lamina.families.family import (
     Fields,
     activation_name,
     in_turn,
+    initial_config,
     parts,
     special_config,
     the,
@@ -24,6 +26,7 @@ from lamina.layers import (
     LanguageHeadSpec,
     LayerNormSpec,
     LearnedPositionSpec,
+    NormalInitialSpec,
     StackSpec,
     TransformSpec,
 )
@@ -81,7 +84,13 @@ def spec(fields: Fields) -> ModelSpec:
         head=None if fields.headless() else head,
         context=context,
         special=special,
+        initial=_initial(fields),
     )
+
+
+def _initial(fields: Fields) -> NormalInitialSpec:
+    """As Megatron: what ends in the residual stream is divided by sqrt(2 L) (arXiv:2205.01068, section 2.2)."""
+    return fields.initial("init_std", residual=fields.deviation("init_std", 0.02) / math.sqrt(2 * fields.layers()))
 
 
 def config(spec: ModelSpec) -> dict[str, Any]:
@@ -108,6 +117,7 @@ def config(spec: ModelSpec) -> dict[str, Any]:
         "enable_bias": attention.bias == "all",
         "layer_norm_elementwise_affine": norm.weight,
         "tie_word_embeddings": spec.head is None or spec.head.tied,
+        **initial_config(spec, "init_std"),
         **special_config(spec.special),
     }
 
@@ -125,7 +135,7 @@ PARTS = {
 
 def _size(layers: int, width: int, heads: int, **more: Any) -> dict[str, Any]:
     shape = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
-    return {**shape, "ffn_dim": 4 * width, **more}
+    return {**shape, "ffn_dim": 4 * width, "init_std": 0.006, **more}
 
 
 OPT = Family(

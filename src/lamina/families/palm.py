@@ -9,6 +9,7 @@ from lamina.families.family import Family, Fields, in_parallel
 from lamina.layers import (
     AttentionSpec,
     EmbeddingSpec,
+    FanInInitialSpec,
     FeedForwardSpec,
     LanguageHeadSpec,
     LayerNormSpec,
@@ -36,6 +37,7 @@ def spec(fields: Fields) -> ModelSpec:
         decoder=StackSpec(layers=(layer,) * fields.layers("layers"), norm=norm),
         head=LanguageHeadSpec(scale=width**-0.5),
         context=fields.count("context", 2048),
+        initial=FanInInitialSpec(),
     )
 
 

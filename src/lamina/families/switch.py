@@ -7,12 +7,13 @@ nothing is dropped (`CapacitySpec(evaluation=...)` is what asks for it).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lamina.errors import CheckpointError
 from lamina.families import t5
 from lamina.families.family import Family, Fields, experts_of, need, stacked, the, with_experts
-from lamina.layers import CapacitySpec, ExpertsSpec, RouterLossSpec, StackSpec, TopKSpec
+from lamina.layers import CapacitySpec, ExpertsSpec, FanInInitialSpec, RouterLossSpec, StackSpec, TopKSpec
 from lamina.model import ModelSpec
 from lamina.specs import edit
 from lamina.weights.rules import Rule
@@ -53,7 +54,14 @@ def spec(fields: Fields) -> ModelSpec:
             pairs = zip(stack.layers, sparse, strict=True)
             layers = (with_experts(layer, **more) if there else layer for layer, there in pairs)
             dense = dense.replace(**{side: stack.replace(layers=tuple(layers))})
-    return dense
+    return dense.replace(initial=_initial(fields, dense.width))
+
+
+def _initial(fields: Fields, width: int) -> FanInInitialSpec:
+    """Matrices, routers too, are drawn from a truncated normal distribution, and published sizes have a tenth of T5's
+    variance (section 2.4); what is looked up is as in T5. transformers' routers have the factor itself."""
+    factor = fields.deviation("initializer_factor", 1.0)
+    return FanInInitialSpec(factor=factor, relative=width**-0.5, truncated=True)
 
 
 def _sparse(layers: int, count: int) -> list[bool]:
@@ -105,6 +113,7 @@ def experts(spec: ModelSpec) -> tuple[Rule, ...]:
 def _size(shape: tuple[int, int, int, int, int], count: int, **more: Any) -> dict[str, Any]:
     """`shape` as T5's; every second layer has experts."""
     half = {f"num_sparse_{side}_layers": shape[0] // 2 for side in t5.PLACES}
+    more = {"initializer_factor": math.sqrt(0.1), **more}
     return t5.size(*shape, num_decoder_layers=shape[0], num_experts=count, **half) | more
 
 

@@ -15,6 +15,7 @@ from lamina.layers import (
     BucketBiasSpec,
     CrossAttentionSpec,
     EmbeddingSpec,
+    FanInInitialSpec,
     FeedForwardSpec,
     LanguageHeadSpec,
     LayerSpec,
@@ -81,7 +82,16 @@ def spec(fields: Fields, flavour: Flavour) -> ModelSpec:
         head=_head(fields, flavour, width) if headed else None,
         context=fields.count("n_positions") if "n_positions" in fields else None,  # trained at; it can read more
         special=fields.special(None, 1, 0).replace(decoder_start=fields.token("decoder_start_token_id", 0)),
+        initial=_initial(fields, width),
     )
+
+
+def _initial(fields: Fields, width: int) -> FanInInitialSpec:
+    """As Mesh TensorFlow: a head of its own by its inputs (1.0 in transformers), norms at 1 whatever the factor. Its
+    code cuts the networks and that head at twice the deviation and the biases are uniform; here they are normal, with
+    transformers' d^-0.5."""
+    factor = fields.deviation("initializer_factor", 1.0)
+    return FanInInitialSpec(factor=factor, embedding=factor, relative=factor * width**-0.5)
 
 
 def _parts(fields: Fields, flavour: Flavour) -> tuple[bool, bool]:
@@ -133,6 +143,7 @@ def config(spec: ModelSpec, flavour: Flavour) -> dict[str, Any]:
         "layer_norm_epsilon": the(RMSNormSpec, stack.norm, "encoder.norm").eps,
         "tie_word_embeddings": spec.head is None or spec.head.tied,
         **({"scale_decoder_outputs": spec.head is None or spec.head.scale != 1.0} if flavour.scales else {}),
+        **({"initializer_factor": spec.initial.factor} if isinstance(spec.initial, FanInInitialSpec) else {}),
         **special_config(spec.special),
         "decoder_start_token_id": spec.special.decoder_start,
     }

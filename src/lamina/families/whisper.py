@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from lamina.families import bart
-from lamina.families.family import Family, Fields, special_config, the
+from lamina.families.family import Family, Fields, initial_config, special_config, the
 from lamina.layers import (
     ConvolutionStemSpec,
     EmbeddingSpec,
@@ -50,6 +50,7 @@ def spec(fields: Fields) -> ModelSpec:
         head=LanguageHeadSpec(tied=fields.flag("tie_word_embeddings", True)) if kind == KINDS[0] else None,
         context=context,
         special=special.replace(decoder_start=fields.token("decoder_start_token_id", 50257)),
+        initial=fields.initial("init_std"),
     )
 
 
@@ -69,6 +70,7 @@ def config(spec: ModelSpec) -> dict[str, Any]:
         "num_mel_bins": stem.bins,
         **said,
         "tie_word_embeddings": spec.head is None or spec.head.tied,
+        **initial_config(spec, "init_std"),
         **special_config(spec.special),
         "decoder_start_token_id": spec.special.decoder_start,
     }

@@ -26,6 +26,7 @@ from lamina.layers.head import (
     TransformSpec,
     mean_of,
 )
+from lamina.layers.initial import Draw, FanInInitialSpec, InitialSpec, NormalInitialSpec
 from lamina.layers.latent import LatentAttention, LatentAttentionSpec
 from lamina.layers.longformer import Longformer, LongformerSpec
 from lamina.layers.norm import LayerNorm, LayerNormSpec, NormSpec, RMSNorm, RMSNormSpec
@@ -60,15 +61,18 @@ __all__ = [
     "CrossAttentionSpec",
     "Differential",
     "DifferentialSpec",
+    "Draw",
     "DynamicNTKScaling",
     "Embedding",
     "EmbeddingSpec",
     "ExpertChoiceSpec",
     "Experts",
     "ExpertsSpec",
+    "FanInInitialSpec",
     "FeedForward",
     "FeedForwardSpec",
     "GroupLimitSpec",
+    "InitialSpec",
     "LabelHead",
     "LabelHeadSpec",
     "LabelStepSpec",
@@ -88,6 +92,7 @@ __all__ = [
     "LongformerSpec",
     "NTKScaling",
     "NormSpec",
+    "NormalInitialSpec",
     "Pooler",
     "PoolerSpec",
     "RMSNorm",

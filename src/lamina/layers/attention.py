@@ -13,6 +13,7 @@ from lamina.attend import Request, attend, weights
 from lamina.errors import LaminaError
 from lamina.layers.cached import retained, with_cache
 from lamina.layers.call import Call
+from lamina.layers.initial import Draw
 from lamina.layers.linear import Linear, together
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.layers.relative import ShawSpec, TransformerXLSpec
@@ -76,6 +77,10 @@ class Attention(nn.Module):
         self.sink = nn.Parameter(torch.zeros(spec.heads)) if spec.sink else None
         self.o = Linear(spec.heads * spec.head_dim, width, bias=spec.bias in ("all", "qvo"))
 
+    def gains(self) -> dict[str, float]:
+        """What queries have in their initial deviation where scores are not divided by sqrt(head_dim): T5."""
+        return {"q": self.spec.head_dim**-0.5 / self.spec.scale} if self.spec.scale else {}
+
     def retained(self) -> Retained:
         """What a cache has to keep for this layer. Raises UnsupportedError where tokens see later ones."""
         return retained(self.path, self.spec.pattern)
@@ -118,6 +123,6 @@ class Attention(nn.Module):
         """(B, T, heads * D) -> (B, heads, T, D); the count comes from the shape, so a shard of the heads works too."""
         return x.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialise(self, draw: Draw) -> None:
         if self.sink is not None:
             nn.init.zeros_(self.sink)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError
+from lamina.layers.initial import Draw
 from lamina.layers.parameter import parameter
 from lamina.specs import Spec
 from lamina.tokens import Tokens
@@ -98,8 +99,8 @@ class BucketBias(nn.Module):
             memo[name] = (F.embedding(index, self.weight).permute(0, 3, 1, 2), queries, keys)
         return memo[name][0]
 
-    def initialise(self, generator: torch.Generator) -> None:
-        nn.init.normal_(self.weight, std=0.02, generator=generator)
+    def initialise(self, draw: Draw) -> None:
+        draw.table(self.weight, "relative")
 
 
 class Alibi(nn.Module):

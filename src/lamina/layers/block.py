@@ -11,6 +11,7 @@ from lamina.errors import LaminaError
 from lamina.layers.call import Call
 from lamina.layers.cross import CrossAttention
 from lamina.layers.dropout import drop_branch, dropout
+from lamina.layers.initial import Draw
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.specs import Spec
 
@@ -111,7 +112,7 @@ class Step(nn.Module):
         x = (x if spec.residual == 1.0 else x * spec.residual) + h
         return x if self.after is None else self.after(x)
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialise(self, draw: Draw) -> None:
         if self.gate is not None:
             nn.init.zeros_(self.gate)
 

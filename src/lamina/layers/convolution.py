@@ -6,11 +6,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError
 from lamina.layers.feedforward import ACTIVATIONS, Activation
+from lamina.layers.initial import Draw
 from lamina.specs import Spec
 
 
@@ -81,7 +81,7 @@ class ConvolutionStem(nn.Module):
             raise LaminaError("attention_mask has padding before frames; input_features are padded on the right only")
         return None if bool(mask.all()) else mask
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialise(self, draw: Draw) -> None:
         for convolution in self.convolutions:
-            nn.init.normal_(convolution.weight, std=0.02, generator=generator)  # pyright: ignore[reportArgumentType]
+            draw.matrix(convolution.weight, convolution.weight[0].numel())  # pyright: ignore[reportArgumentType]
             nn.init.zeros_(convolution.bias)  # pyright: ignore[reportArgumentType]

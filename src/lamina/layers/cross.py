@@ -65,6 +65,10 @@ class CrossAttention(nn.Module):
         self.k_norm = None if spec.qk_norm is None else spec.qk_norm.build(spec.head_dim)
         self.o = Linear(spec.heads * spec.head_dim, width, bias=spec.bias in ("all", "qvo"))
 
+    def gains(self) -> dict[str, float]:
+        """What queries have in their initial deviation where scores are not divided by sqrt(head_dim): T5."""
+        return {"q": self.spec.head_dim**-0.5 / self.spec.scale} if self.spec.scale else {}
+
     def retained(self) -> Retained:
         """What a cache has to keep for this layer: the memory, whole."""
         return Retained(None, memory=True)

@@ -20,6 +20,7 @@ from lamina.attend import Request, attend, weights
 from lamina.errors import LaminaError
 from lamina.layers.cached import retained, with_cache
 from lamina.layers.call import Call
+from lamina.layers.initial import Draw
 from lamina.layers.linear import Linear
 from lamina.layers.norm import RMSNormSpec
 from lamina.layers.parameter import parameter
@@ -113,9 +114,9 @@ class Differential(nn.Module):
         """(B, T, heads * D) -> (B, heads, T, D)."""
         return x.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialise(self, draw: Draw) -> None:
         for vector in (self.a1, self.b1, self.a2, self.b2):
-            nn.init.normal_(vector, std=0.1, generator=generator)
+            draw.normal(vector, std=0.1)
 
 
 def start_at(depth: int) -> float:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError
+from lamina.layers.initial import Draw
 from lamina.layers.linear import Linear
 from lamina.layers.parameter import parameter
 from lamina.specs import Spec
@@ -56,8 +57,8 @@ class Embedding(nn.Module):
         # A Python number multiplies exactly; a tensor of the dtype has been rounded first: bfloat16(sqrt(3072)) = 55.5
         return x * (self.root if self.spec.scale == "root" else torch.tensor(self.root, dtype=x.dtype, device=x.device))
 
-    def initialise(self, generator: torch.Generator) -> None:
-        nn.init.normal_(self.weight, std=0.02, generator=generator)
+    def initialise(self, draw: Draw) -> None:
+        draw.table(self.weight)
         if self.spec.padding is not None:
             with torch.no_grad():
                 self.weight[self.spec.padding].zero_()
@@ -83,5 +84,5 @@ class Segment(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
 
-    def initialise(self, generator: torch.Generator) -> None:
-        nn.init.normal_(self.weight, std=0.02, generator=generator)
+    def initialise(self, draw: Draw) -> None:
+        draw.table(self.weight)

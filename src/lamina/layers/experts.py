@@ -19,6 +19,7 @@ from lamina.layers.dispatch import Exchange, Groups, dispatch, one, parts, produ
 from lamina.layers.dropout import dropout
 from lamina.layers.expert_choice import ExpertChoiceSpec
 from lamina.layers.feedforward import ACTIVATIONS, FeedForwardSpec
+from lamina.layers.initial import Draw
 from lamina.layers.linear import Linear
 from lamina.layers.parameter import parameter
 from lamina.layers.router import Routing, TopK, TopKSpec
@@ -151,8 +152,8 @@ class Matrices(nn.Module):
         self.weight = parameter(experts, outputs, inputs)
         self.bias = nn.Parameter(torch.zeros(experts, outputs)) if bias else None
 
-    def initialise(self, generator: torch.Generator) -> None:
-        nn.init.normal_(self.weight, std=0.02, generator=generator)
+    def initialise(self, draw: Draw) -> None:
+        draw.matrix(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

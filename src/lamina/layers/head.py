@@ -12,6 +12,7 @@ from lamina.errors import LaminaError
 from lamina.layers.call import Call
 from lamina.layers.dropout import dropout
 from lamina.layers.feedforward import ACTIVATIONS, Activation, FeedForwardSpec
+from lamina.layers.initial import Draw
 from lamina.layers.linear import Linear, linear
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.layers.parameter import parameter
@@ -152,9 +153,9 @@ class LanguageHead(nn.Module):
         cap = self.spec.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialise(self, draw: Draw) -> None:
         if self.weight is not None:
-            nn.init.normal_(self.weight, std=0.02, generator=generator)
+            draw.matrix(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError
+from lamina.layers.initial import Draw
 from lamina.specs import Spec
 
 
@@ -63,7 +64,7 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.width, self.weight, self.bias, self.eps)
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialise(self, draw: Draw) -> None:
         if self.weight is not None:
             nn.init.ones_(self.weight)
         if self.bias is not None:
@@ -92,6 +93,6 @@ class RMSNorm(nn.Module):
             return (wide * (1.0 + weight if spec.plus_one else weight)).to(x.dtype)
         return wide.to(x.dtype) * (1.0 + self.weight if spec.plus_one else self.weight)
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialise(self, draw: Draw) -> None:
         if self.weight is not None:
             nn.init.constant_(self.weight, 0.0 if self.spec.plus_one else 1.0)

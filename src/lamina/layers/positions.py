@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError
+from lamina.layers.initial import Draw
 from lamina.layers.parameter import parameter
 from lamina.specs import Spec
 from lamina.tokens import Tokens
@@ -68,8 +69,8 @@ class LearnedPosition(nn.Module):
             raise LaminaError(f"position {most} is beyond this model: it has learned {size} positions")
         return F.embedding((tokens.position + self.spec.offset).clamp(min=0), self.weight)
 
-    def initialise(self, generator: torch.Generator) -> None:
-        nn.init.normal_(self.weight, std=0.02, generator=generator)
+    def initialise(self, draw: Draw) -> None:
+        draw.table(self.weight, "position")
 
 
 class SinusoidalPosition(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lamina.errors import LaminaError
 from lamina.layers.bias import distance
+from lamina.layers.initial import Draw
 from lamina.layers.parameter import parameter
 from lamina.layers.positions import SinusoidalPosition, SinusoidalPositionSpec
 from lamina.specs import Spec
@@ -59,10 +60,10 @@ class Shaw(nn.Module):
         bias = by_bucket.gather(3, index[:, None].expand(-1, query.shape[1], -1, -1))
         return query, bias, None if self.value is None else (self.value, index)
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialise(self, draw: Draw) -> None:
         for table in (self.key, self.value):
             if table is not None:
-                nn.init.normal_(table, std=0.02, generator=generator)
+                draw.table(table, "relative")
 
 
 class TransformerXL(nn.Module):
@@ -95,6 +96,7 @@ class TransformerXL(nn.Module):
         sin, cos = wave[:, 0::2], wave[:, 1::2]
         return torch.cat([sin * index.sign()[:, None], cos], dim=-1)
 
-    def initialise(self, generator: torch.Generator) -> None:
-        for table in (self.content, self.position, self.project.weight):
-            nn.init.normal_(table, std=0.02, generator=generator)
+    def initialise(self, draw: Draw) -> None:
+        for table in (self.content, self.position):
+            draw.table(table, "relative")
+        draw.matrix(self.project.weight)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lamina.errors import LaminaError
 from lamina.layers.call import Call
+from lamina.layers.initial import Draw
 from lamina.layers.parameter import parameter
 from lamina.specs import Spec
 
@@ -111,8 +112,8 @@ class Router(nn.Module):
         self.weight = parameter(experts, width)
         self.bias = nn.Parameter(torch.zeros(experts)) if bias else None
 
-    def initialise(self, generator: torch.Generator) -> None:
-        nn.init.normal_(self.weight, std=0.02, generator=generator)
+    def initialise(self, draw: Draw) -> None:
+        draw.matrix(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -133,8 +134,8 @@ class TopK(Router):
         self.noise = parameter(spec.experts, width) if spec.noise else None
         self.correction = nn.Parameter(torch.zeros(spec.experts), requires_grad=False) if spec.correction else None
 
-    def initialise(self, generator: torch.Generator) -> None:
-        super().initialise(generator)
+    def initialise(self, draw: Draw) -> None:
+        super().initialise(draw)
         if self.noise is not None:
             nn.init.zeros_(self.noise)  # as published: at the start all experts have about the same chance
         if self.correction is not None:
