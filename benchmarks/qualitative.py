@@ -64,6 +64,9 @@ LAYERS, HEADS, WIDTH, LENGTH, BATCH, STEPS = 4, 4, 128, 64, 12, 600
 HELD = 30 * 64  # sequences that the validation loss is the mean of
 TEXTS = CausalLM(documents=False, aligned=False)
 
+NORM = LayerNormSpec()
+PLAIN = FeedForwardSpec(hidden=4 * WIDTH, act="gelu", gated=False)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
@@ -72,8 +75,8 @@ class Decoder:
     position: LearnedPositionSpec | None = None
     rotary: RotarySpec | None = None
     alibi: AlibiSpec | None = None
-    norm: LayerNormSpec | RMSNormSpec = LayerNormSpec()
-    network: FeedForwardSpec | ExpertsSpec = FeedForwardSpec(hidden=4 * WIDTH, act="gelu", gated=False)
+    norm: LayerNormSpec | RMSNormSpec = NORM
+    network: FeedForwardSpec | ExpertsSpec = PLAIN
     wiring: str = "pre"
 
     def spec(self, vocabulary: int) -> ModelSpec:
@@ -350,7 +353,9 @@ def judged(claim: Claim, runs: Runs) -> Figures | None:
     gap = statistics.mean(high) - statistics.mean(low)
     spread = max(low) - min(low) + max(high) - min(high)
     worst = min(high) - max(low)
-    if abs(gap) <= spread:
+    if min(len(_seeds(side, runs)) for side in (claim.low, claim.high)) < 2:
+        verdict = "one seed only"
+    elif abs(gap) <= spread:
         verdict = "inside the noise"
     elif worst > 0 and worst >= claim.margin:
         verdict = "holds"
