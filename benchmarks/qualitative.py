@@ -338,6 +338,7 @@ CLAIMS = (
     Claim("top-1: the busiest expert has half of the tokens at most", ("top-1", "highest load"), 0.5),
     Claim("one layer of attention has no induction", ("induction, 1 layer", "accuracy"), 0.2),
     Claim("two layers have", 0.95, ("induction, 2 layers", "accuracy")),
+    Claim("two layers above one by half", ("induction, 1 layer", "accuracy"), ("induction, 2 layers", "accuracy"), 0.5),
     Claim("with one period for all one layer is enough", 0.95, ("induction, 1 layer, one period", "accuracy")),
     Claim("a small T5 copies 12 symbols after 3,000 steps", 0.8, ("T5 copy", "exact")),
 )
