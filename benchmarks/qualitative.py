@@ -336,10 +336,10 @@ CLAIMS = (
     Claim("top-2: the busiest expert has half of the tokens at most", ("top-2", "highest load"), 0.5),
     Claim("top-1: the idlest expert has a tenth of the tokens", 0.1, ("top-1", "lowest load")),
     Claim("top-1: the busiest expert has half of the tokens at most", ("top-1", "highest load"), 0.5),
-    Claim("one layer of attention has no induction", ("induction, 1 layer", "accuracy"), 0.2),
-    Claim("two layers have", 0.95, ("induction, 2 layers", "accuracy")),
-    Claim("two layers above one by half", ("induction, 1 layer", "accuracy"), ("induction, 2 layers", "accuracy"), 0.5),
-    Claim("with one period for all one layer is enough", 0.95, ("induction, 1 layer, one period", "accuracy")),
+    Claim("induction in one layer: a fifth right at most", ("induction, 1 layer", "accuracy"), 0.2),
+    Claim("induction in two layers: 95 % right", 0.95, ("induction, 2 layers", "accuracy")),
+    Claim("induction: two layers above one by half", ("induction, 1 layer", "accuracy"), ("induction, 2 layers", "accuracy"), 0.5),
+    Claim("one period for all: one layer is enough, 95 % right", 0.95, ("induction, 1 layer, one period", "accuracy")),
     Claim("a small T5 copies 12 symbols after 3,000 steps", 0.8, ("T5 copy", "exact")),
 )
 
@@ -386,17 +386,29 @@ def prepared(text: Path, directory: Path) -> tuple[Prepared, Prepared]:
     return open_prepared(directory / "train"), open_prepared(directory / "validation")
 
 
-def table(document: Figures) -> list[str]:
-    lines = []
-    for name, seeds in document["runs"].items():
-        for figure in ("loss", LONG, "accuracy", "exact"):
+FIGURES = ("loss", LONG, "lowest load", "highest load", "accuracy", "exact")
+
+
+def markdown(document: Figures) -> list[str]:
+    """The two tables of docs/qualitative.md: figures by seed, and verdicts."""
+    lines = ["| recipe | parameters | figure | by seed |", "|---|---|---|---|"]
+    for name in RECIPES:
+        seeds = document["runs"].get(name, {})
+        for figure in FIGURES:
             values = [one[figure] for one in seeds.values() if figure in one]
             if values:
+                size = next(iter(seeds.values()))["parameters"]
                 said = " ".join(f"{value:.4f}" for value in values)
-                lines.append(f"{name if figure != LONG else '':32}{figure:20}{said}")
-    lines.append("")
-    for claim in document["claims"]:
-        lines.append(f"{claim['claim']:58}{claim['gap']:+.4f} (spread {claim['spread']:.4f})  {claim['verdict']}")
+                lines.append(f"| {name} | {size:,} | {figure} | {said} |")
+    lines += [
+        "",
+        "| claim | by at least | gap of the means | worst pair | spread | verdict |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in document["claims"]:
+        margin = f"{one['margin']:g}" if one["margin"] else ""
+        figures = " | ".join(f"{one[name]:+.4f}" for name in ("gap", "worst"))
+        lines.append(f"| {one['claim']} | {margin} | {figures} | {one['spread']:.4f} | {one['verdict']} |")
     return lines
 
 
@@ -430,7 +442,7 @@ def main() -> None:
                 print(f"{name}, seed {seed}: {json.dumps(figures)}", flush=True)
                 if options.json:
                     options.json.write_text(json.dumps(document, indent=1) + "\n")
-    print("\n".join(table(document)))
+    print("\n".join(markdown(document)))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import qualitative
-from benchmarks.qualitative import DECODERS, Claim, Repeated, judged, language, prepared
+from benchmarks.qualitative import CLAIMS, DECODERS, Claim, Repeated, judged, language, markdown, prepared
 
+ROOT = Path(__file__).parent.parent.parent
 WIDTH, LAYERS, VOCABULARY, LENGTH = 128, 4, 65, 64
 ATTENTION, TABLES, NORMS = 4 * WIDTH * WIDTH, (VOCABULARY + LENGTH) * WIDTH, (2 * LAYERS + 1) * WIDTH
 
@@ -39,7 +41,7 @@ def test_the_models_are_of_one_size():
 def test_a_language_model_is_trained_and_measured(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(qualitative, "HELD", 64)
     text = tmp_path / "text.txt"
-    text.write_text((Path(__file__).parent.parent.parent / "CHANGELOG.md").read_text(), encoding="utf-8")
+    text.write_text((ROOT / "CHANGELOG.md").read_text(), encoding="utf-8")
     figures = language(DECODERS[name], 0, prepared(text, tmp_path / "data"), steps=2)
     assert 1 < figures["loss"] < 6 and 1 < figures["training loss"] < 6
     assert ("loss at 4 x length" in figures) == (name != "top-2")
@@ -80,3 +82,12 @@ def test_a_claim_may_be_about_a_number():
     runs = {"a": {"0": {"accuracy": 0.97}, "1": {"accuracy": 0.99}}}
     found = judged(Claim("a above 0.95", 0.95, ("a", "accuracy")), runs)
     assert found is not None and found["verdict"] == "holds" and found["worst"] == pytest.approx(0.02)
+
+
+def test_the_page_says_what_was_measured():
+    document = json.loads((ROOT / "benchmarks/results/qualitative.json").read_text())
+    again = [one for claim in CLAIMS if (one := judged(claim, document["runs"])) is not None]
+    assert document["claims"] == again
+    page = (ROOT / "docs/qualitative.md").read_text(encoding="utf-8")
+    for line in markdown(document):
+        assert line in page, f"docs/qualitative.md lacks: {line}"
