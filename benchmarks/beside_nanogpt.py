@@ -91,7 +91,7 @@ def figures(directory: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--nanogpt", type=Path, required=True, help="a folder with nanoGPT's code")
     parser.add_argument("--text", type=Path, required=True, help="Tiny Shakespeare, or any other text")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/beside-nanogpt"), help="directory of the runs")

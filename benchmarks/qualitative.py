@@ -86,8 +86,8 @@ class Decoder:
             branches = tuple(BranchSpec(name=name, op=op) for name, op in ops.items())
             steps = (StepSpec(name="parallel", op=SumSpec(branches=branches), pre=self.norm),)
         else:
-            norms = {"pre" if self.wiring == "pre" else "after": self.norm}
-            steps = tuple(StepSpec(name=name, op=op, **norms) for name, op in ops.items())
+            pre, after = (self.norm, None) if self.wiring == "pre" else (None, self.norm)
+            steps = tuple(StepSpec(name=name, op=op, pre=pre, after=after) for name, op in ops.items())
         return ModelSpec(
             width=WIDTH,
             embedding=EmbeddingSpec(vocabulary=vocabulary),
@@ -338,7 +338,12 @@ CLAIMS = (
     Claim("top-1: the busiest expert has half of the tokens at most", ("top-1", "highest load"), 0.5),
     Claim("induction in one layer: a fifth right at most", ("induction, 1 layer", "accuracy"), 0.2),
     Claim("induction in two layers: 95 % right", 0.95, ("induction, 2 layers", "accuracy")),
-    Claim("induction: two layers above one by half", ("induction, 1 layer", "accuracy"), ("induction, 2 layers", "accuracy"), 0.5),
+    Claim(
+        "induction: two layers above one by half",
+        ("induction, 1 layer", "accuracy"),
+        ("induction, 2 layers", "accuracy"),
+        0.5,
+    ),
     Claim("one period for all: one layer is enough, 95 % right", 0.95, ("induction, 1 layer, one period", "accuracy")),
     Claim("a small T5 copies 12 symbols after 3,000 steps", 0.8, ("T5 copy", "exact")),
 )
@@ -413,7 +418,7 @@ def markdown(document: Figures) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--text", type=Path, required=True, help="Tiny Shakespeare, or any text of a million characters"
     )
