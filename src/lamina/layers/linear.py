@@ -74,14 +74,15 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
 def _joins(x: Tensor, layers: Sequence[nn.Module]) -> bool:
     if not torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    if x.numel() <= FEW[torch.float32] * x.shape[-1] or not all(type(layer) is Linear for layer in layers):
-        return False  # another class, such as one with a low-rank change, has its own forward
-    weights = [layer.weight for layer in layers]
+    plain = [layer for layer in layers if type(layer) is Linear]  # another class has a forward of its own: LowRank
+    if x.numel() <= FEW[torch.float32] * x.shape[-1] or len(plain) < len(layers):
+        return False
+    weights = [layer.weight for layer in plain]
     if sum(weight.numel() for weight in weights) > JOINED or not all(weight.requires_grad for weight in weights):
         return False
-    return len({layer.bias is None for layer in layers}) == 1 and not any(
-        layer._forward_hooks or layer._forward_pre_hooks for layer in layers
-    )
+    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in plain):
+        return False
+    return len({layer.bias is None for layer in plain}) == 1
 
 
 def _serves(x: Tensor, weight: Tensor) -> bool:
