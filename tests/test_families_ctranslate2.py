@@ -138,8 +138,8 @@ def test_every_tensor_and_every_size_comes_back(theirs: Any, tmp_path: Path, dty
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     theirs.save_pretrained(tmp_path / "theirs")
     assert model.spec == lamina.spec(directory / "model.bin")
-    theirs = lamina.spec(tmp_path / "theirs")  # whose init_std the converter has no place for
-    assert model.spec == theirs.replace(initial=model.spec.initial)
+    whole = lamina.spec(tmp_path / "theirs")  # whose init_std the converter has no place for
+    assert model.spec == whole.replace(initial=model.spec.initial)
     reference = lamina.load(tmp_path / "theirs").to(dtype)
     for (name, one), (other, parameter) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
         assert name == other and torch.equal(one, parameter)

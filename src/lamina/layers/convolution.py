@@ -83,5 +83,6 @@ class ConvolutionStem(nn.Module):
 
     def initialise(self, draw: Draw) -> None:
         for convolution in self.convolutions:
-            draw.matrix(convolution.weight, convolution.weight[0].numel())  # pyright: ignore[reportArgumentType]
+            weight: Tensor = convolution.weight  # pyright: ignore[reportAssignmentType]
+            draw.matrix(weight, weight[0].numel())
             nn.init.zeros_(convolution.bias)  # pyright: ignore[reportArgumentType]
