@@ -48,6 +48,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "families/diffllama.py": ("tests/test_families_latent.py",),
     "families/llama.py": ("tests/test_families_latent.py",),
     "layers/stack.py": (*MODEL, "tests/test_encoder_decoder.py"),
+    "layers/linear.py": ("tests/layers/test_together.py",),
     "layers/cross.py": ("tests/test_encoder_decoder.py",),
     "layers/embedding.py": ("tests/test_encoder_decoder.py",),
     "layers/head.py": ("tests/test_encoder_decoder.py", "tests/test_families_bert.py"),
@@ -1326,13 +1327,9 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("adapter: the balance of experts stays", "self.balances = not self.adapts and any(", "self.balances = any("),
     ],
     "layers/linear.py": [
-        (
-            "linear: joined layers with hooks",
-            "layer._forward_hooks or layer._forward_pre_hooks for layer",
-            "False for layer",
-        ),
+        ("linear: joined layers with hooks", "layer._forward_hooks or layer._forward_pre_hooks", "False"),
         ("linear: joined frozen layers", "not all(weight.requires_grad for weight in weights)", "False"),
-        ("linear: another class is joined", "not all(type(layer) is Linear for layer in layers)", "False"),
+        ("linear: another class is joined", "len(plain) < len(layers)", "False"),
         ("few rows: bias", "added = None if bias is None else", "added = None if True else"),
         ("few rows: scale", "factor = None if scale is None else", "factor = None if True else"),
         ("few rows: dtype of the result", "return out if x.dtype == torch.float32 else out.to(x.dtype)", "return out"),

@@ -97,7 +97,12 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, data: Path):
     held = [one for one in records(run) if "validation" in one]
     assert [one["step"] for one in held] == [5, 10, 12]
     assert result.validation is not None and held[-1]["validation"]["loss"] == result.validation.loss
-    assert 0 < held[-1]["validation"]["bits_per_byte"] < 20
+    from lamina.data import open_prepared
+
+    column = open_prepared(data / "validation").column("text")
+    text = lamina.tokenizer(data / "validation").decode(column.slice(0, column.tokens).tolist())
+    bits = held[-1]["validation"]["loss"] * column.tokens / np.log(2) / len(text.encode())
+    assert held[-1]["validation"]["bits_per_byte"] == pytest.approx(bits)
     assert sorted(path.name for path in (run / "checkpoints").glob("step-*")) == ["step-12", "step-8"]
     assert decode(TrainSpec, parse((run / "config.yaml").read_text(), "c")) == spec
     page = (run / "report.html").read_text()

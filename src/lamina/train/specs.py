@@ -60,7 +60,6 @@ class LoopSpec(Spec):
     clip: float | None = 1.0  # of the norm of the gradient
     average: float | None = None  # decay of the moving average of the weights, which is then what is evaluated and kept
     recompute: bool = False  # layers run again in the backward: less memory for a third more arithmetic
-    compile: bool = False  # layers go through torch.compile
     max_skips: int = 3  # steps in a row whose gradient may be not finite
 
     def check(self) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -301,10 +302,15 @@ class _Around:
         """Figures of an evaluation beside the loss."""
         figures = {name: value for name, value in found.parts.items() if name != "next_token"}
         if self.held is not None and self.held.kind == "text" and "next_token" in found.parts:
-            size = sum(source.bytes for source in self.held.manifest.sources)
-            if size:
-                figures["bits_per_byte"] = found.loss / math.log(2) * self.held.tokens / size
+            figures["bits_per_byte"] = found.loss / math.log(2) / self.bytes_per_token
         return figures
+
+    @cached_property
+    def bytes_per_token(self) -> float:
+        """How much text a held-out token stands for, in up to a million of them."""
+        assert self.held is not None
+        ids = self.held.column("text").slice(0, min(self.held.tokens, 1_000_000)).tolist()
+        return max(len(self.held.tokenizer().decode(ids).encode("utf-8", "replace")), 1) / len(ids)
 
     def _samples(self) -> Iterator[str]:
         model, words = self.trainer.model, self.data.tokenizer()
