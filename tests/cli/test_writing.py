@@ -227,7 +227,8 @@ def test_beams_give_the_likeliest_texts_and_their_scores(run, t5, penalty, early
         length_penalty=float(penalty), early_stopping=theirs_early, return_dict_in_generate=True, output_scores=True,
     )  # fmt: skip
     assert status == 0, err
-    assert [each["score"] for each in document["texts"]] == pytest.approx(theirs.sequences_scores.tolist(), abs=1e-5)
+    close = 7 * 1e-5 / 7**penalty  # 1e-5 for each of up to seven log-probabilities, which are summed and divided
+    assert [each["score"] for each in document["texts"]] == pytest.approx(theirs.sequences_scores.tolist(), abs=close)
     for each, ids in zip(document["texts"], theirs.sequences[:, 1:].tolist(), strict=True):
         assert each["ids"] == ids[: len(each["ids"])] and set(ids[len(each["ids"]) :]) <= {256}
         assert each["text"] == tokenizer.decode(each["ids"])
