@@ -81,3 +81,10 @@ def test_mistakes(kind: str, more: dict, words: str):
     for each in ("characters", "bpe"):
         with pytest.raises(LaminaError, match="no text to learn from"):
             train(each, ["", " "], size=300 if each == "bpe" else None)
+
+
+def test_characters_that_a_vocabulary_lacks_are_said():
+    """They vanish without a token, since there is no unknown one: nothing else would tell."""
+    words = train("characters", ["abc def\n"])
+    assert words.decode(words.encode("aé b\tdß?a")) == "a bda"
+    assert words.lost("aé b\tdß?a") == ["é", "\t", "ß", "?"] and words.lost("fed cab\n") == []

@@ -117,6 +117,11 @@ class Tokenizer:
             missing = self.missing_bytes
             return [c for c in dict.fromkeys(sound(text)) if missing.intersection(c.encode())] if missing else []
         unknown = self.backend.token_to_id(self.unk_of_model() or "")
+        if unknown is None:  # characters without a token vanish; spaces between words may belong to none
+            each = list(dict.fromkeys(sound(text)))
+            found = zip(each, self.encode_batch(each, special=False), strict=True)
+            known = "".join(self.tokens)
+            return [c for c, ids in found if not ids and not (c.isspace() and c in known)]
         with rust(self.name):
             encoding = self.backend.encode(sound(text), add_special_tokens=False)
         pairs = zip(encoding.ids, encoding.offsets, strict=True)

@@ -141,7 +141,8 @@ def flops(spec: TrainSpec, architecture: ModelSpec) -> int:
     the adapter's own products, rank / width of the others, are not counted."""
     length = min(spec.data.length, architecture.context or spec.data.length)
     cost = account(architecture, 1, length)
-    return cost.flops_train_per_token if spec.adapter is None else 2 * cost.flops_prefill // length
+    total = cost.flops_train_per_token if spec.adapter is None else 2 * cost.flops_prefill // length
+    return total // 2 if architecture.two_stacks else total  # what is read and what is written both count as tokens
 
 
 def fits(spec: TrainSpec, model: Model) -> None:
@@ -203,7 +204,7 @@ def plan(spec: TrainSpec) -> dict[str, Any]:
     examples = len(spec.objective.examples(data, spec.data.length))
     if not examples:
         raise LaminaError(f"{spec.data.train}: holds no example of {spec.data.length} tokens")
-    tokens = spec.loop.steps * spec.loop.batch * spec.data.length
+    tokens = spec.loop.steps * spec.loop.batch * spec.data.length * (2 if architecture.two_stacks else 1)
     counts = sum(weight.numel() for weight in made.parameters()), sum(weight.numel() for _, weight in learning)
     half = 2 if spec.loop.precision != "float32" else 0
     return {
