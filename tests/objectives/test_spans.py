@@ -23,7 +23,7 @@ from tests.tiny import GPT2, T5, spec
     "length, size, target", [(64, 70, 14), (128, 141, 29), (256, 284, 58), (512, 568, 114), (1024, 1137, 229)]
 )
 def test_the_sizes_of_t5(length: int, size: int, target: int):
-    """FACTS: computed with the helper of T5's preprocessors."""
+    """Computed with the function of T5's own preprocessors."""
     spans = SpanCorruption()
     assert spans.text(length) == size
     noise, count = spans.counts(size)

@@ -1,4 +1,4 @@
-"""RELIABILITY 6.A, case 14: the metadata of a checkpoint in parts is a pickle, and nothing in it is run."""
+"""The metadata of a checkpoint in parts is a pickle, and nothing in it is run."""
 
 from __future__ import annotations
 

@@ -278,7 +278,7 @@ def three(rank: int, folder: Path) -> None:
 
 
 def hang(rank: int, folder: Path) -> None:
-    """RELIABILITY 6.D: a rank that does not come is named within its time."""
+    """A rank that does not come is named within its time."""
     from lamina.parallel import MeshSpec, RankError, open_mesh
 
     mesh = open_mesh(MeshSpec(shard=-1), same.MODELS["gpt2"]())
@@ -295,7 +295,7 @@ def hang(rank: int, folder: Path) -> None:
 
 
 def die(rank: int, folder: Path) -> None:
-    """RELIABILITY 6.D: a rank that is killed stops the others, with its name. They exchange tensors meanwhile."""
+    """A rank that is killed stops the others, with its name. They exchange tensors meanwhile."""
     import torch.distributed as dist
 
     from lamina.parallel import MeshSpec, RankError, open_mesh

@@ -378,7 +378,7 @@ def test_an_adapter_learns_one_batch():
 
 
 def test_the_loss_falls_on_one_batch():
-    """FACTS E23: any model learns a batch by heart."""
+    """Any model learns a batch by heart."""
 
     class Same:
         def __getitem__(self, position: int) -> int:
