@@ -21,7 +21,7 @@ from lamina.objectives.objective import (
     Example,
     Examples,
     Objective,
-    mask_of,
+    inputs_of,
     needs_encoder,
     padded,
     vocabulary_losses,
@@ -117,10 +117,7 @@ class MaskedLM(Objective):
         return ByIndex(len(places) - 1, packed)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        rows = [one["input_ids"] for one in examples]
-        inputs = {"input_ids": padded(rows, 0)}
-        if (mask := mask_of(rows)) is not None:
-            inputs["attention_mask"] = mask
+        inputs = inputs_of([one["input_ids"] for one in examples])
         labels = {"masked": padded([one["labels"] for one in examples], IGNORE)}
         if self.next_sentence:
             inputs["token_type_ids"] = padded([one["segments"] for one in examples], 0)

@@ -234,6 +234,12 @@ def padded(rows: Sequence[np.ndarray], value: int) -> Tensor:
     return torch.from_numpy(out)
 
 
+def inputs_of(rows: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    """What one stack is given to read: the ids (B, longest), and the mask where there is padding."""
+    inputs, mask = {"input_ids": padded(rows, 0)}, mask_of(rows)
+    return inputs if mask is None else {**inputs, "attention_mask": mask}
+
+
 def mask_of(rows: Sequence[np.ndarray]) -> Tensor | None:
     """(B, longest): 1 for tokens, 0 for padding; None where there is none."""
     lengths = torch.tensor([len(row) for row in rows])

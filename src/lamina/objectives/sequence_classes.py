@@ -19,8 +19,7 @@ from lamina.objectives.objective import (
     Examples,
     Objective,
     class_losses,
-    mask_of,
-    padded,
+    inputs_of,
 )
 from lamina.objectives.rows import Longer, Texts, kept
 
@@ -58,10 +57,7 @@ class SequenceClassification(Objective):
         return ByIndex(len(read), make)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        rows = [one["input_ids"] for one in examples]
-        inputs = {"input_ids": padded(rows, 0)}
-        if (mask := mask_of(rows)) is not None:
-            inputs["attention_mask"] = mask
+        inputs = inputs_of([one["input_ids"] for one in examples])
         return Batch(inputs, {"class": torch.tensor([int(one["label"]) for one in examples])})
 
     def losses(self, model: Model, batch: Batch, out: Output) -> dict[str, Losses]:

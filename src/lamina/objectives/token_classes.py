@@ -18,7 +18,7 @@ from lamina.objectives.objective import (
     Examples,
     Objective,
     class_losses,
-    mask_of,
+    inputs_of,
     padded,
 )
 from lamina.objectives.rows import Longer, Texts, kept
@@ -61,10 +61,7 @@ class TokenClassification(Objective):
         return ByIndex(len(read), make)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        rows = [one["input_ids"] for one in examples]
-        inputs = {"input_ids": padded(rows, 0)}
-        if (mask := mask_of(rows)) is not None:
-            inputs["attention_mask"] = mask
+        inputs = inputs_of([one["input_ids"] for one in examples])
         return Batch(inputs, {"class": padded([one["labels"] for one in examples], IGNORE)})
 
     def losses(self, model: Model, batch: Batch, out: Output) -> dict[str, Losses]:
