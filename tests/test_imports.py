@@ -36,6 +36,7 @@ ROWS = (
     "cache",
     "patterns",
     "marks data",
+    "native",
     "specs tokens weights text packaged machine",
     "errors",
 )

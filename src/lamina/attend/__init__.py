@@ -8,12 +8,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lamina.attend import blocks, dense, flex, sdpa, varlen
+from lamina.attend import blocks, dense, flex, products, sdpa, varlen
 from lamina.attend.request import Request
 from lamina.errors import UnsupportedError
 from lamina.specs import unknown
 
-BACKENDS = {"blocks": blocks, "varlen": varlen, "flex": flex, "sdpa": sdpa, "dense": dense}
+BACKENDS = {
+    "blocks": blocks,
+    "varlen": varlen,
+    "flex": flex,
+    "products": products,
+    "sdpa": sdpa,
+    "dense": dense,
+}
 """In order of preference. Each module has `refuses(request) -> str | None`, `suits(request) -> bool` (whether it is
 to be taken where nobody asks for another), and `attend(request) -> Tensor`."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lamina.errors import LaminaError
 from lamina.layers.call import Call
 from lamina.layers.dropout import dropout
+from lamina.layers.gelu import gelu_tanh
 from lamina.layers.linear import Linear, together
 from lamina.specs import Spec
 
@@ -21,7 +22,7 @@ Activation = Literal["relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu_sq
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,  # x Phi(x), exact
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": gelu_tanh,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "silu": F.silu,
     "relu_squared": lambda x: F.relu(x).square(),  # Primer, arXiv:2109.08668

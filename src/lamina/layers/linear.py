@@ -1,19 +1,13 @@
 """The linear layer, y = x W^T + b, at the speed of the machine also for the few rows of a decoding step.
 
 torch multiplies one row on one thread, and some tens of rows at a third to two thirds of what the machine can do. For
-them a small kernel (rows.c) reads the weight once, with all threads. It is built by the machine's C compiler when it is
-first needed, in about a second, and kept in the cache directory. Without a compiler, and wherever gradients, other
-devices or other dtypes are asked for, torch does it all.
+them a small kernel (rows.c) reads the weight once, with all threads. Without a C compiler, and wherever gradients,
+other devices or other dtypes are asked for, torch does it all.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -23,12 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lamina.packaged import cache_directory, processor
+from lamina.native import library
 
 FEW = {torch.float32: 256, torch.bfloat16: 8, torch.int8: 64}
 """Up to so many rows the kernel is faster than torch's product, which has the machine's instructions for bfloat16."""
-
-FLAGS = ("-O2", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared")
 
 NAMES = {torch.float32: "rows_f32", torch.bfloat16: "rows_bf16", torch.int8: "rows_int8"}
 
@@ -120,30 +112,14 @@ def _few(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -
 @cache
 def kernels() -> dict[torch.dtype, Any] | None:
     """The kernels by dtype of the weight; None where there is no C compiler (`lamina doctor` says which)."""
-    source = Path(__file__).with_name("rows.c")
-    made_from = "\n".join((source.read_text(), *FLAGS, *processor()))
-    path = cache_directory() / f"rows-{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.so"
-    try:
-        if not path.is_file():
-            _compile(source, path)
-        library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError):
+    built = library(Path(__file__).with_name("rows.c"), "-O2")
+    if built is None:
         return None
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     found: dict[torch.dtype, Any] = {}
     for dtype, name in NAMES.items():
-        function = getattr(library, name)
+        function = getattr(built, name)
         function.argtypes = [pointer] * 5 + [count] * 3 + [ctypes.c_int]
         function.restype = None
         found[dtype] = function
     return found
-
-
-def _compile(source: Path, path: Path) -> None:
-    """Build aside and move into place: two processes may do it at once, and a kill leaves nothing broken."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        made = Path(scratch) / "rows.so"
-        compiler = os.environ.get("CC", "cc" if platform.system() != "Linux" else "gcc")
-        subprocess.run([compiler, *FLAGS, str(source), "-o", str(made)], check=True, capture_output=True)
-        os.replace(made, path)

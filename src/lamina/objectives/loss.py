@@ -59,10 +59,10 @@ def cross_entropy(
     def score(scores: Tensor, start: int, sums: tuple[Tensor, Tensor], need: bool) -> Tensor | None:
         total, nats = sums
         labels = wanted[start : start + len(scores), None]
-        highest = scores.max(dim=-1, keepdim=True)
         probability = scores.softmax(dim=-1)
         # The largest probability is at least 1 / V, so its logarithm is safe where that of the label's may not be.
-        log_z = highest.values - probability.gather(1, highest.indices).log()
+        # Two maxima without their places take a tenth of the time of one with it.
+        log_z = scores.amax(dim=-1, keepdim=True) - probability.amax(dim=-1, keepdim=True).log()
         lost = (log_z - scores.gather(1, labels)).sum()
         nats += lost
         total += (1 - smoothing) * lost + z_loss * log_z.square().sum()
