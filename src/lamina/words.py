@@ -21,6 +21,7 @@ from lamina.layers import (
     ExpertChoiceSpec,
     ExpertsSpec,
     FeedForwardSpec,
+    InfiniSpec,
     LabelHeadSpec,
     LanguageHeadSpec,
     LatentAttentionSpec,
@@ -28,6 +29,8 @@ from lamina.layers import (
     LayerSpec,
     LearnedPositionSpec,
     LongformerSpec,
+    MemorizingSpec,
+    MemoryAttentionSpec,
     PoolerSpec,
     RMSNormSpec,
     RotarySpec,
@@ -168,6 +171,21 @@ def _differential(spec: DifferentialSpec) -> str:
     parts += [say(spec.rotary)] if spec.rotary is not None else []
     parts += [f"scale {spec.scale:g}"] if spec.scale is not None else []
     return ", ".join(parts + (["biases"] if spec.bias else []))
+
+
+def _infini(spec: InfiniSpec) -> str:
+    return f"Infini memory by segments of {spec.length}, {spec.update}, {_gate(spec.gate)}"
+
+
+def _memorizing(spec: MemorizingSpec) -> str:
+    search = "" if spec.clusters is None else f", searched in {spec.probes} of {spec.clusters} clusters"
+    return (
+        f"the nearest {spec.count} of {spec.size} stored keys by segments of {spec.length}{search}, {_gate(spec.gate)}"
+    )
+
+
+def _gate(kind: str) -> str:
+    return "gated from zero" if kind == "zero" else "gated"
 
 
 def _cross(spec: CrossAttentionSpec) -> str:
@@ -340,6 +358,7 @@ WORDS: dict[type, Callable[[Any], str]] = {
     ExpertsSpec: _experts,
     FeedForwardSpec: _feedforward,
     Global: _pattern,
+    InfiniSpec: _infini,
     LabelHeadSpec: _labels,
     LanguageHeadSpec: _head,
     LatentAttentionSpec: _latent,
@@ -347,6 +366,8 @@ WORDS: dict[type, Callable[[Any], str]] = {
     LayerSpec: lambda spec: " and ".join(step.name for step in spec.steps),
     LongformerSpec: _longformer,
     LearnedPositionSpec: lambda spec: f"learned positions, {spec.size}",
+    MemorizingSpec: _memorizing,
+    MemoryAttentionSpec: lambda spec: f"{say(spec.attention)}, {say(spec.memory)}",
     PoolerSpec: lambda spec: f"{spec.act} of the {spec.token} token",
     Prefix: _pattern,
     RMSNormSpec: _rms_norm,

@@ -24,6 +24,8 @@ TWO = {
     "longformer": "tensor",
     "latent": "tensor context",
     "differential": "tensor context",
+    "infini": "tensor",
+    "memorizing": "tensor context",
     "qk-norm": "tensor context",
     "alibi": "tensor context",
     "shaw": "tensor context",

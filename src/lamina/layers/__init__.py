@@ -26,9 +26,12 @@ from lamina.layers.head import (
     TransformSpec,
     mean_of,
 )
+from lamina.layers.infini import InfiniSpec
 from lamina.layers.initial import Draw, FanInInitialSpec, InitialSpec, NormalInitialSpec
 from lamina.layers.latent import LatentAttention, LatentAttentionSpec
 from lamina.layers.longformer import Longformer, LongformerSpec
+from lamina.layers.memorizing import MemorizingSpec
+from lamina.layers.memory_attention import MemoryAttention, MemoryAttentionSpec
 from lamina.layers.norm import LayerNorm, LayerNormSpec, NormSpec, RMSNorm, RMSNormSpec
 from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
 from lamina.layers.relative import ShawSpec, TransformerXLSpec
@@ -72,6 +75,7 @@ __all__ = [
     "FeedForward",
     "FeedForwardSpec",
     "GroupLimitSpec",
+    "InfiniSpec",
     "InitialSpec",
     "LabelHead",
     "LabelHeadSpec",
@@ -90,6 +94,9 @@ __all__ = [
     "LongRopeScaling",
     "Longformer",
     "LongformerSpec",
+    "MemorizingSpec",
+    "MemoryAttention",
+    "MemoryAttentionSpec",
     "NTKScaling",
     "NormSpec",
     "NormalInitialSpec",
