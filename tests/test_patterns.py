@@ -78,6 +78,7 @@ PATTERNS = {
     "segments, none before": Causal() & SegmentWindow(length=4, back=0),
     "earlier segments": SegmentWindow(length=3, back=2, gap=0),
     "older segments": SegmentWindow(length=2, back=5, gap=2),
+    "segments to come": SegmentWindow(length=3, back=-1, gap=-5),
     "segments and what is near": (Causal() & Window(back=2)) | SegmentWindow(length=4, back=6, gap=0),
     "beyond a window": Without(first=SegmentWindow(length=3, back=6, gap=0), second=Causal() & Window(back=4)),
     "bigbird encoder": BlockWindow(size=2, back=2, ahead=1) | Global() | RandomBlocks(size=2, count=1, blocks=6),
@@ -235,6 +236,7 @@ def test_what_no_backend_could_mean_is_refused():
         lambda: SegmentWindow(length=0, back=1),
         lambda: SegmentWindow(length=1, back=-1),
         lambda: SegmentWindow(length=1, back=2, gap=2),
+        lambda: SegmentWindow(length=0, back=2, gap=1),
         lambda: RandomBlocks(size=1, count=0),
         lambda: RandomBlocks(size=1, count=1, blocks=0),
         lambda: RandomBlocks(size=1, count=1, limit=0),
@@ -281,6 +283,7 @@ def test_joining_tokens():
         (Causal() & (Window(back=3) | Sinks(count=2)), False),
         (SegmentWindow(length=3, back=2), True),
         (SegmentWindow(length=3, back=2, gap=0), False),
+        (SegmentWindow(length=3, back=2, gap=-1), True),
         (Without(first=Causal(), second=Window(back=2)), False),
     ],
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lamina.layers import (
     AttentionSpec,
+    CompressiveSpec,
     EmbeddingSpec,
     FeedForwardSpec,
     InfiniSpec,
@@ -16,6 +17,7 @@ from lamina.layers import (
     LayerSpec,
     MemorizingSpec,
     MemoryAttentionSpec,
+    RecurrenceSpec,
     RMSNormSpec,
     RotarySpec,
     StackSpec,
@@ -30,12 +32,21 @@ OWN = Causal() & BlockWindow(size=LENGTH, back=1)  # the token's own segment
 NEAR = Causal() & Window(back=2)
 
 MEMORIES: dict[str, tuple[Any, Pattern]] = {
+    "recurrence": (RecurrenceSpec(length=LENGTH, size=4), Causal()),
+    "recurrence, short": (RecurrenceSpec(length=LENGTH, size=2), NEAR),
+    "compressive": (CompressiveSpec(length=4, size=2, count=3, rate=2), Causal()),
+    "compressive, mean": (CompressiveSpec(length=3, size=3, count=2, rate=3, by="mean"), Causal()),
+    "compressive, max": (CompressiveSpec(length=2, size=4, count=2, rate=2, by="max"), NEAR),
     "infini": (InfiniSpec(length=LENGTH), OWN),
     "infini, delta": (InfiniSpec(length=LENGTH, update="delta"), OWN),
     "infini beside all keys": (InfiniSpec(length=LENGTH), Causal()),
     "memorizing": (MemorizingSpec(length=LENGTH, size=5, count=2, sharpness=3.0), OWN),
     "memorizing beyond a window": (MemorizingSpec(length=LENGTH, size=7, count=3, sharpness=3.0), NEAR),
 }
+UNBOUNDED = ("infini beside all keys",)
+"""Those whose own keys reach everything."""
+NO_FIXED = {"infini": "sums up what has passed", "compressive": "sums up|compresses what has passed"}
+"""What a fixed cache says of a kind of memory."""
 
 
 def spec(memory: Any, pattern: Pattern, layers: int = 2, **fields: Any) -> ModelSpec:

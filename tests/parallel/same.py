@@ -13,6 +13,7 @@ from torch import Tensor
 import lamina
 from lamina.layers import (
     BranchSpec,
+    CompressiveSpec,
     DifferentialSpec,
     EmbeddingSpec,
     ExpertsSpec,
@@ -24,6 +25,7 @@ from lamina.layers import (
     LayerSpec,
     MemorizingSpec,
     MemoryAttentionSpec,
+    RecurrenceSpec,
     RMSNormSpec,
     RotarySpec,
     RouterLossSpec,
@@ -117,6 +119,14 @@ MODELS: dict[str, Callable[[], lamina.ModelSpec]] = {
         MemoryAttentionSpec(
             attention=small.attention(rotary=ROTARY, pattern=Causal() & Window(back=2)),
             memory=MemorizingSpec(length=3, size=6, count=2),
+        )
+    ),
+    "recurrence": lambda: layers(
+        MemoryAttentionSpec(attention=small.attention(rotary=ROTARY), memory=RecurrenceSpec(length=3, size=4))
+    ),
+    "compressive": lambda: layers(
+        MemoryAttentionSpec(
+            attention=small.attention(rotary=ROTARY), memory=CompressiveSpec(length=2, size=2, count=2, rate=2)
         )
     ),
     "qk-norm": lambda: layers(

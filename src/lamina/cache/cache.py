@@ -109,8 +109,12 @@ class Cache:
             raise UnsupportedError(f"{path} goes by positions, which a sinks cache renumbers; cache='auto' keeps them")
         if retained.summed and self.kind == "fixed":
             raise UnsupportedError(f"{path} sums up what has passed, which a fixed cache cannot; cache='auto' can")
+        if retained.every > 1 and self.kind == "fixed":
+            raise UnsupportedError(f"{path} compresses what has passed, which a fixed cache cannot; cache='auto' can")
         if retained.memory:
             key: object = "memory"
+        elif retained.every > 1:  # whatever the kind: its tokens are not the text's
+            key = ("ring", retained.recent, retained.every)
         elif retained.summed:
             key = ("summed", retained.segment)
         elif self.kind == "sinks":

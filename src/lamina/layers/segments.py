@@ -16,13 +16,14 @@ from lamina.tokens import Tokens
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Whose each token is. Groups are in order: by document, then by position."""
+    """Whose each token is. Groups are in order: by document, the one that ends last at the end, then by position."""
 
     group: Tensor  # (B, S): 0, ..., count - 1; `count` for holes
     place: Tensor  # (B, S): the position within the segment
     count: int  # of the row that has most
     length: int
     document: Tensor  # (B, count) of each group; where a row has fewer, that of no token
+    number: Tensor  # (B, count): which segment of its document each group is
 
     def laid_out(self, x: Tensor, last: int | None = None) -> Tensor:
         """(B, G, S, D) -> (B, G, count, length, D): each token at its place, zeros where there is none.
@@ -62,10 +63,11 @@ def _segments(tokens: Tokens, length: int) -> Segments:
     segment, place = tokens.position // length, tokens.position % length
     if tokens.span is not None:
         first, count = tokens.span[0] // length, (tokens.span[1] - 1) // length - tokens.span[0] // length + 1
-        return Segments(segment - first, place, count, length, tokens.document[:, :1].expand(-1, count))
+        number = torch.arange(first, first + count, device=segment.device).expand(segment.shape[0], -1)
+        return Segments(segment - first, place, count, length, tokens.document[:, :1].expand(-1, count), number)
     # Sorted by segment, then by document, then with the holes last: stable sorts, the least important first.
     order = segment.argsort(dim=1, stable=True)
-    for key in (tokens.document, (~tokens.real).to(torch.int8)):
+    for key in (_ends(tokens.document), (~tokens.real).to(torch.int8)):
         order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
     real, document, ordered = (x.gather(1, order) for x in (tokens.real, tokens.document, segment))
     new = (document[:, 1:] != document[:, :-1]) | (ordered[:, 1:] != ordered[:, :-1])
@@ -78,4 +80,15 @@ def _segments(tokens: Tokens, length: int) -> Segments:
     group = torch.empty_like(number).scatter_(1, order, number)
     none = torch.iinfo(torch.int64).min
     documents = torch.full((group.shape[0], count + 1), none, dtype=torch.int64, device=group.device)
-    return Segments(group, place, count, length, documents.scatter(1, group, tokens.document)[:, :count])
+    documents = documents.scatter(1, group, tokens.document)[:, :count]
+    numbers = torch.zeros((group.shape[0], count + 1), dtype=torch.int64, device=group.device)
+    return Segments(group, place, count, length, documents, numbers.scatter(1, group, segment)[:, :count])
+
+
+def _ends(document: Tensor) -> Tensor:
+    """(B, S): the last column of each token's document."""
+    order = document.argsort(dim=1, stable=True)
+    ordered = document.gather(1, order)
+    run = torch.nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True).cumsum(1) - 1
+    last = torch.zeros_like(order).scatter_reduce(1, run, order, "amax")
+    return torch.empty_like(order).scatter_(1, order, last.gather(1, run))

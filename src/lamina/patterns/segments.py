@@ -22,7 +22,7 @@ class SegmentWindow(Pattern):
     start - back <= key, and key < start - gap where a gap is given.
 
     Transformer-XL is Causal() & SegmentWindow(length=L, back=M) (arXiv:1901.02860, section 3.2). With gap=0 the query's
-    own segment is left out.
+    own segment is left out. A back or gap below 0 counts positions after the segment's start.
     """
 
     length: int
@@ -30,12 +30,12 @@ class SegmentWindow(Pattern):
     gap: int | None = None  # positions before the segment that are left out, and the segment itself; None: neither
 
     def check(self) -> None:
-        if self.length < 1 or self.back < 0:
+        if self.length < 1 or (self.gap is None and self.back < 0):
             raise LaminaError(
                 f"SegmentWindow(length={self.length}, back={self.back}): length must be 1 or more, back 0 or more"
             )
-        if self.gap is not None and not 0 <= self.gap < self.back:
-            raise LaminaError(f"SegmentWindow.gap is {self.gap}; it must lie within 0 and back={self.back}, or be None")
+        if self.gap is not None and self.gap >= self.back:
+            raise LaminaError(f"SegmentWindow.gap is {self.gap}; it must be below back={self.back}, or None")
 
     def _start(self, position: Any) -> Any:
         return position // self.length * self.length
@@ -60,7 +60,7 @@ class SegmentWindow(Pattern):
         return torch.where(last > (key.position + self.gap) // self.length, end, -1)
 
     def looks_ahead(self) -> bool:
-        return self.gap is None  # within the query's own segment: decoders combine it with Causal
+        return self.gap is None or self.gap < 0  # within the query's own segment: decoders combine it with Causal
 
     def retained(self) -> Retained:
         return Retained(self.back + self.length)
