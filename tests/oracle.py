@@ -20,10 +20,12 @@ from lamina.patterns import (
     Pattern,
     Prefix,
     RandomBlocks,
+    SegmentWindow,
     Sinks,
     Strided,
     Summary,
     Window,
+    Without,
 )
 from lamina.tokens import HOLE, Tokens, plain
 
@@ -66,6 +68,11 @@ def sees(pattern: Pattern, query: int, key: int, marked: bool = False, asker: bo
             among = range(block if pattern.blocks is None else pattern.blocks)
             assert len(set(drawn)) == len(drawn) == min(pattern.count, len(among)) and set(drawn) <= set(among)
             return key // size in drawn
+        case SegmentWindow(length=length, back=back, gap=gap):
+            before = next(at for at in range(query, query - length, -1) if at % length == 0) - key
+            return before <= back and (gap is None or before > gap)
+        case Without(first=first, second=second):
+            return sees(first, query, key, marked, asker) and not sees(second, query, key, marked, asker)
         case Both(first=first, second=second):
             return sees(first, query, key, marked, asker) and sees(second, query, key, marked, asker)
         case Either(first=first, second=second):

@@ -24,10 +24,12 @@ from lamina.patterns import (
     Prefix,
     RandomBlocks,
     Retained,
+    SegmentWindow,
     Sinks,
     Strided,
     Summary,
     Window,
+    Without,
     allowed,
     bigbird,
     fixed,
@@ -72,6 +74,13 @@ PATTERNS = {
     "bigbird": bigbird(size=2, random_blocks=1, seed=3),
     "bigbird to a limit": bigbird(size=1, random_blocks=2, seed=3, limit=4),
     "random blocks": RandomBlocks(size=2, count=2, blocks=4),
+    "segments": Causal() & SegmentWindow(length=3, back=4),
+    "segments, none before": Causal() & SegmentWindow(length=4, back=0),
+    "earlier segments": SegmentWindow(length=3, back=2, gap=0),
+    "older segments": SegmentWindow(length=2, back=5, gap=2),
+    "segments to come": SegmentWindow(length=3, back=-1, gap=-5),
+    "segments and what is near": (Causal() & Window(back=2)) | SegmentWindow(length=4, back=6, gap=0),
+    "beyond a window": Without(first=SegmentWindow(length=3, back=6, gap=0), second=Causal() & Window(back=4)),
     "bigbird encoder": BlockWindow(size=2, back=2, ahead=1) | Global() | RandomBlocks(size=2, count=1, blocks=6),
 }
 
@@ -182,6 +191,8 @@ def test_lasts_is_no_more_than_it_needs_to_be():
     assert lasts(Window(back=1) | Global(positions=(1, 4))) == [4, -2, 4, 4, -2, 5]
     assert lasts(BlockWindow(size=2, back=2)) == [3, 3, 5, 5, 7, 7]
     assert lasts(Summary(stride=3, count=1)) == [-1, -1, -2, -1, -1, -2]
+    assert lasts(SegmentWindow(length=3, back=2)) == [2, 5, 5, 5, 8, 8]
+    assert lasts(SegmentWindow(length=3, back=2, gap=1)) == [-1, 5, -1, -1, 8, -1]
     assert lasts(Prefix(length=1)) == [-2, -1, -1, -1, -1, -1]
     assert lasts(BlockTable(size=2, table=((0,), (0,), (2,)))) == [3, 3, -1, -1, 5, 5]
     assert lasts(RandomBlocks(size=3, count=9, limit=2)) == [5, 5, 5, -1, -1, -1]  # block 1 draws block 0, and no more
@@ -202,6 +213,9 @@ def test_retained_is_no_more_than_it_needs_to_be():
     assert (streaming & Window(back=3)).retained() == (Window(back=3) & streaming).retained() == Retained(3)
     assert (Prefix(length=4) | Causal()).retained().recent is None
     assert (Causal() | Window(back=3)).retained().recent is None
+    assert (
+        SegmentWindow(length=3, back=2).retained() == SegmentWindow(length=3, back=2, gap=0).retained() == Retained(5)
+    )
     assert Prefix(length=4).retained() == Sinks(count=4).retained() == Retained(0, 4)
 
 
@@ -219,6 +233,10 @@ def test_what_no_backend_could_mean_is_refused():
         lambda: BlockWindow(size=0, back=1),
         lambda: BlockWindow(size=1, back=0),
         lambda: BlockWindow(size=1, back=1, ahead=-1),
+        lambda: SegmentWindow(length=0, back=1),
+        lambda: SegmentWindow(length=1, back=-1),
+        lambda: SegmentWindow(length=1, back=2, gap=2),
+        lambda: SegmentWindow(length=0, back=2, gap=1),
         lambda: RandomBlocks(size=1, count=0),
         lambda: RandomBlocks(size=1, count=1, blocks=0),
         lambda: RandomBlocks(size=1, count=1, limit=0),
@@ -263,6 +281,10 @@ def test_joining_tokens():
         (Causal() | Window(back=3, ahead=1), True),
         (Prefix(length=2) | Causal(), False),
         (Causal() & (Window(back=3) | Sinks(count=2)), False),
+        (SegmentWindow(length=3, back=2), True),
+        (SegmentWindow(length=3, back=2, gap=0), False),
+        (SegmentWindow(length=3, back=2, gap=-1), True),
+        (Without(first=Causal(), second=Window(back=2)), False),
     ],
 )
 def test_what_looks_ahead_has_no_cache(pattern: Pattern, ahead: bool) -> None:

@@ -73,6 +73,8 @@ def tests_of(file: str) -> tuple[str, ...]:
             "stack": "block",
             "call": "attention",
             "cached": "attention",
+            "gated_memory": "infini",
+            "segments": "infini",
         }
         return (f"tests/layers/test_{shared.get(name, name)}.py",)
     if folder == "parallel":

@@ -49,6 +49,14 @@ ALSO: dict[str, tuple[str, ...]] = {
     "families/nllb_moe.py": ("tests/test_families_nllb.py", "tests/test_families_m2m100.py"),
     "families/diffllama.py": ("tests/test_families_latent.py",),
     "families/llama.py": ("tests/test_families_latent.py",),
+    "layers/gated_memory.py": ("tests/layers/test_memory_attention.py",),
+    "layers/infini.py": ("tests/layers/test_memory_attention.py",),
+    "layers/compressive.py": ("tests/layers/test_memory_attention.py",),
+    "layers/recurrence.py": ("tests/layers/test_memory_attention.py",),
+    "layers/memorizing.py": ("tests/layers/test_memory_attention.py",),
+    "layers/segments.py": ("tests/layers/test_memory_attention.py",),
+    "cache/summed.py": ("tests/layers/test_memory_attention.py",),
+    "patterns/segments.py": ("tests/test_patterns.py",),
     "layers/stack.py": (*MODEL, "tests/test_encoder_decoder.py"),
     "layers/linear.py": ("tests/layers/test_together.py",),
     "layers/cross.py": ("tests/test_encoder_decoder.py",),
@@ -921,6 +929,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             'self.kind in ("auto", "ring") and windowed and',
             'self.kind == "ring" and windowed and',
         ),
+        ("segments are not renumbered", 'if retained.segment is not None and self.kind == "sinks":', "if False:"),
+        ("sums are not for a fixed cache", 'if retained.summed and self.kind == "fixed":', "if False:"),
+        ("compressed keys are not for a fixed cache", 'if retained.every > 1 and self.kind == "fixed":', "if False:"),
+        ("compressed keys have rings of their own", "elif retained.every > 1:", "elif False:"),
+        ("detached", "            slot.detach()", "            pass"),
         ("what a pattern forgets is forgotten", 'elif self.kind == "auto" and forgets(retained):', "elif False:"),
         ("sinks beside a window are forgotten", 'elif self.kind in ("auto", "ring") and windowed:', "elif False:"),
         ("sinks of a pattern are kept", "windowed and retained.first == 0", "windowed"),
@@ -1506,19 +1519,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("qk-norm", "query, key = self.q_norm(query), self.k_norm(key)", "pass"),
         (
             "qk-norm before the phases",
+            "        return self._request(query, key, value, queries, keys, call)\n",
             (
-                "            query, key = self.q_norm(query), self.k_norm(key)\n"
-                "        query, key, value, queries, keys = with_cache(\n"
-                "            self.path, call, query, key, value, self.spec.rotary, self.spec.head_dim\n"
-                "        )\n"
-            ),
-            (
-                "            pass\n"
-                "        query, key, value, queries, keys = with_cache(\n"
-                "            self.path, call, query, key, value, self.spec.rotary, self.spec.head_dim\n"
-                "        )\n"
                 "        if self.q_norm is not None and self.k_norm is not None:\n"
                 "            query, key = self.q_norm(query), self.k_norm(key)\n"
+                "        return self._request(query, key, value, queries, keys, call)\n"
             ),
         ),
         (
@@ -1542,7 +1547,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("bias of q, k, v", 'bias = spec.bias != "none"', 'bias = spec.bias == "all"'),
         ("bias of o", 'bias=spec.bias in ("all", "qvo"))', 'bias=spec.bias != "none")'),
-        ("heads side by side", "self.o(out.transpose(1, 2).flatten(2))", "self.o(out.reshape(*x.shape[:2], -1))"),
+        (
+            "heads side by side",
+            "self.o(heads.transpose(1, 2).flatten(2))",
+            "self.o(heads.reshape(heads.shape[0], heads.shape[2], -1))",
+        ),
         ("what a cache keeps", "return retained(self.path, self.spec.pattern)", "return Retained(2)"),
     ],
     "layers/cached.py": [
@@ -1600,6 +1609,148 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "spec.heads * spec.value_dim, width, bias=False)",
         ),
         ("what a cache keeps", "return retained(self.path, self.spec.pattern)", "return Retained(2)"),
+    ],
+    "layers/infini.py": [
+        ("infini: read before the update", "same.tril(-1)", "same.tril()"),
+        ("infini: documents apart", "same.tril(-1)", "torch.ones_like(same).tril(-1)"),
+        ("infini: phi", "x.clamp(min=0) + x.clamp(max=0).exp()", "x.exp()"),
+        ("infini: normaliser", "numerator / torch.where(some, denominator[..., None], 1.0)", "numerator"),
+        ("infini: delta", "(value[:, :, i - 1] - known)", "value[:, :, i - 1]"),
+        (
+            "infini: a new document in delta",
+            "torch.where(same[:, i, i - 1, None, None, None], past,",
+            "torch.where(True, past,",
+        ),
+        (
+            "infini: whose state it is",
+            "held = None if slot is None else groups.document == slot.ledger.held",
+            "held = None if slot is None else torch.ones_like(groups.document).bool()",
+        ),
+        (
+            "infini: the state of the last segment",
+            "_at(before, _last(groups, tokens))",
+            "_at(before, 0 * _last(groups, tokens))",
+        ),
+        ("infini: a state of the past", "state = slot.state or None", "state = None"),
+        ("infini: wide state", "torch.promote_types(query.dtype, torch.float32)", "query.dtype"),
+        (
+            "infini: holes are not summed",
+            "torch.where(there, phi(groups.laid_out(key)), 0.0)",
+            "phi(groups.laid_out(key))",
+        ),
+    ],
+    "layers/recurrence.py": [
+        (
+            "recurrence: no gradient to keys",
+            "torch.cat([request.key, request.key.detach()], dim=2)",
+            "torch.cat([request.key, request.key], dim=2)",
+        ),
+        (
+            "recurrence: no gradient to values",
+            "torch.cat([request.value, request.value.detach()], dim=2)",
+            "torch.cat([request.value, request.value], dim=2)",
+        ),
+        ("recurrence: own keys once", "Without(first=own, second=Prefix()) |", "own |"),
+        ("recurrence: earlier keys once", "(earlier & Prefix())", "earlier"),
+        (
+            "recurrence: the layer's own pattern",
+            "attention.pattern & SegmentWindow(length=spec.length, back=0)",
+            "SegmentWindow(length=spec.length, back=spec.length) & attention.pattern",
+        ),
+        ("recurrence: how far back", "back=spec.size, gap=0", "back=spec.size + 1, gap=0"),
+        ("recurrence: biases twice", "torch.cat([bias, bias], dim=-1)", "torch.cat([bias, 0 * bias], dim=-1)"),
+        ("recurrence: marks are refused", "        refuse_marks(attention.pattern)", "        pass"),
+    ],
+    "layers/compressive.py": [
+        (
+            "compressive: a group is over",
+            "over[:, :-1] = groups.document[:, 1:] == groups.document[:, :-1]",
+            "over[:] = True",
+        ),
+        ("compressive: as old as that", "gap=size - FAR", "gap=size - FAR - 1"),
+        (
+            "compressive: how many",
+            "reach = spec.length, spec.size, spec.rate * spec.count",
+            "reach = spec.length, spec.size, spec.rate * spec.count + spec.rate",
+        ),
+        ("compressive: what a cache keeps", "spec.count + (spec.size + spec.length) // spec.rate", "spec.count"),
+        ("compressive: for the mask alone", "torch.where(made.real, made.position + FAR, HOLE)", "made.position"),
+        ("compressive: mean of what there is", "/ there.sum(dim=2).clamp(min=1)", "/ self.spec.rate"),
+        ("compressive: its inputs are constant", "x.detach(), call)", "x, call)"),
+        ("compressive: its weights are constant", "name: p.detach() for", "name: p for"),
+        ("compressive: loss", "self.spec.loss * self._reconstruction", "self._reconstruction"),
+        ("compressive: what is evicted", "back=size + length, gap=size)", "back=size + length, gap=0)"),
+        (
+            "compressive: queries that lose something",
+            "torch.where(some, error, 0.0).sum() / some.sum().clamp(min=1)",
+            "error.mean()",
+        ),
+        ("compressive: phases", "key = turn(key, made, layer.spec.rotary, layer.spec.head_dim, call.memo)", "pass"),
+        ("compressive: in training only", "if layer.training and", "if"),
+    ],
+    "layers/memorizing.py": [
+        ("memorizing: keys of length 1", "F.normalize(key.detach(), dim=-1)", "key.detach()"),
+        ("memorizing: queries of length 1", "F.normalize(query, dim=-1), F.normalize(key", "query, F.normalize(key"),
+        ("memorizing: no gradient to keys", "F.normalize(key.detach(), dim=-1)", "F.normalize(key, dim=-1)"),
+        ("memorizing: no gradient to values", "value.detach()", "value"),
+        ("memorizing: what the local pattern sees", "Without(first=earlier, second=attention.pattern)", "earlier"),
+        ("memorizing: sharpness", "* self.sharpness[:, None, None]", ""),
+        (
+            "memorizing: how many",
+            "scores.topk(min(count, key.shape[2]), dim=-1)",
+            "scores.topk(min(count + 1, key.shape[2]), dim=-1)",
+        ),
+        ("memorizing: fewer than asked for", ".softmax(dim=-1).masked_fill(missing, 0.0)", ".softmax(dim=-1)"),
+        ("memorizing: what a cache keeps", "Retained(self.spec.size + self.spec.length,", "Retained(self.spec.size,"),
+        ("memorizing: clusters that are probed", "inside & rows.gather(3, candidate)", "rows.gather(3, candidate)"),
+        ("memorizing: the mask of a clustered search", "inside & rows.gather(3, candidate)", "inside"),
+    ],
+    "layers/gated_memory.py": [
+        ("gate: zero", 'self.gate.tanh() if self.kind == "zero"', 'self.gate.tanh() if self.kind == "none"'),
+        ("gate: an empty memory", "torch.where(some, change, 0.0)", "change"),
+        ("gate: at the start", "nn.init.zeros_(self.gate)", "nn.init.ones_(self.gate)"),
+    ],
+    "layers/memory_attention.py": [
+        ("memory: what looks ahead", "if self.attention.pattern.looks_ahead():", "if False:"),
+    ],
+    "layers/segments.py": [
+        ("segments: by document", "(document[:, 1:] != document[:, :-1]) | (ordered", "(ordered"),
+        ("segments: the last document last", "_ends(tokens.document), (~", "tokens.document, (~"),
+        ("segments: where a plain span begins", "segment - first, place, count", "segment, place, count"),
+        (
+            "segments: holes last",
+            "for key in (_ends(tokens.document), (~tokens.real).to(torch.int8)):",
+            "for key in (_ends(tokens.document),):",
+        ),
+    ],
+    "cache/summed.py": [
+        ("summed: the open segment", "& (seen.position // self.length == position // self.length)", ""),
+        ("summed: of the last document", "& (seen.document == document) & (seen", "& (seen"),
+        ("summed: chosen rows of the state", "self.state = tuple(part[index] for part in self.state)", "pass"),
+        ("summed: chosen rows of the documents", "self.document = self.document[index]", "pass"),
+        ("summed: detached", "self.state = tuple(part.detach() for part in self.state)", "pass"),
+        (
+            "summed: bytes",
+            "super().bytes() + sum(part.numel() * part.element_size() for part in self.state)",
+            "super().bytes()",
+        ),
+    ],
+    "patterns/segments.py": [
+        (
+            "segments: how far back",
+            "seen = key.position >= start - self.back",
+            "seen = key.position > start - self.back",
+        ),
+        ("segments: gap", "seen & (key.position < start - self.gap)", "seen & (key.position <= start - self.gap)"),
+        ("segments: until when", "end = (last + 1) * self.length - 1", "end = last * self.length"),
+        (
+            "segments: blocks",
+            "key.last >= first - self.back, key.first >= last - self.back",
+            "key.last >= first - self.back, key.first >= first - self.back",
+        ),
+        ("segments: what is kept", "Retained(self.back + self.length)", "Retained(self.back)"),
+        ("without", "self.first(query, key) & ~self.second(query, key)", "self.first(query, key)"),
+        ("without: blocks", "a[0] & (b[1] ^ True), a[1] & (b[0] ^ True)", "a[0] & (b[1] ^ True), a[1] & (b[1] ^ True)"),
     ],
     "layers/differential.py": [
         ("the second map", "first - self.mix().to(x.dtype) * second", "first"),

@@ -14,6 +14,7 @@ from lamina.layers import (
     BranchSpec,
     BucketBiasSpec,
     CapacitySpec,
+    CompressiveSpec,
     ConvolutionStemSpec,
     CrossAttentionSpec,
     DifferentialSpec,
@@ -21,6 +22,7 @@ from lamina.layers import (
     ExpertChoiceSpec,
     ExpertsSpec,
     FeedForwardSpec,
+    InfiniSpec,
     LabelHeadSpec,
     LanguageHeadSpec,
     LatentAttentionSpec,
@@ -28,7 +30,10 @@ from lamina.layers import (
     LayerSpec,
     LearnedPositionSpec,
     LongformerSpec,
+    MemorizingSpec,
+    MemoryAttentionSpec,
     PoolerSpec,
+    RecurrenceSpec,
     RMSNormSpec,
     RotarySpec,
     RouterLossSpec,
@@ -43,7 +48,19 @@ from lamina.layers import (
     TransformSpec,
 )
 from lamina.model import ModelSpec
-from lamina.patterns import Both, Causal, Either, Everything, Global, Pattern, Prefix, Sinks, Window
+from lamina.patterns import (
+    Both,
+    Causal,
+    Either,
+    Everything,
+    Global,
+    Pattern,
+    Prefix,
+    SegmentWindow,
+    Sinks,
+    Window,
+    Without,
+)
 from lamina.specs import Spec
 
 
@@ -170,6 +187,26 @@ def _differential(spec: DifferentialSpec) -> str:
     return ", ".join(parts + (["biases"] if spec.bias else []))
 
 
+def _infini(spec: InfiniSpec) -> str:
+    return f"Infini memory by segments of {spec.length}, {spec.update}, {_gate(spec.gate)}"
+
+
+def _memorizing(spec: MemorizingSpec) -> str:
+    search = "" if spec.clusters is None else f", searched in {spec.probes} of {spec.clusters} clusters"
+    return (
+        f"the nearest {spec.count} of {spec.size} stored keys by segments of {spec.length}{search}, {_gate(spec.gate)}"
+    )
+
+
+def _compressive(spec: CompressiveSpec) -> str:
+    old = f"{spec.count} compressed {spec.rate} to 1 by {spec.by}"
+    return f"segments of {spec.length}, the {spec.size} before them and {old}"
+
+
+def _gate(kind: str) -> str:
+    return "gated from zero" if kind == "zero" else "gated"
+
+
 def _cross(spec: CrossAttentionSpec) -> str:
     heads = f"{spec.heads}" if spec.key_heads == spec.heads else f"{spec.heads}/{spec.key_heads}"
     parts = [f"cross-attention, {heads} heads of {spec.head_dim}"]
@@ -188,6 +225,11 @@ def _pattern(spec: Pattern) -> str:
         return f"{say(spec.first)} and {say(spec.second)}"
     if isinstance(spec, Either):
         return f"({say(spec.first)}) or ({say(spec.second)})"
+    if isinstance(spec, SegmentWindow):
+        near = f"{spec.back} positions before segments of {spec.length}"
+        return near + (" and the segment" if spec.gap is None else f", but the last {spec.gap}" if spec.gap else "")
+    if isinstance(spec, Without):
+        return f"({say(spec.first)}) without ({say(spec.second)})"
     if isinstance(spec, Window):
         near = f"window {spec.back - 1} back" + ("" if spec.ahead is None else f", {spec.ahead} ahead")
         return near + (f", {spec.dilation} apart" if spec.dilation > 1 else "")
@@ -330,6 +372,7 @@ WORDS: dict[type, Callable[[Any], str]] = {
     BucketBiasSpec: _bucket_bias,
     CapacitySpec: _capacity,
     Causal: lambda spec: "causal",
+    CompressiveSpec: _compressive,
     ConvolutionStemSpec: _stem,
     CrossAttentionSpec: _cross,
     DifferentialSpec: _differential,
@@ -340,6 +383,7 @@ WORDS: dict[type, Callable[[Any], str]] = {
     ExpertsSpec: _experts,
     FeedForwardSpec: _feedforward,
     Global: _pattern,
+    InfiniSpec: _infini,
     LabelHeadSpec: _labels,
     LanguageHeadSpec: _head,
     LatentAttentionSpec: _latent,
@@ -347,13 +391,17 @@ WORDS: dict[type, Callable[[Any], str]] = {
     LayerSpec: lambda spec: " and ".join(step.name for step in spec.steps),
     LongformerSpec: _longformer,
     LearnedPositionSpec: lambda spec: f"learned positions, {spec.size}",
+    MemorizingSpec: _memorizing,
+    MemoryAttentionSpec: lambda spec: f"{say(spec.attention)}, {say(spec.memory)}",
     PoolerSpec: lambda spec: f"{spec.act} of the {spec.token} token",
     Prefix: _pattern,
+    RecurrenceSpec: lambda spec: f"segments of {spec.length} and the {spec.size} before them",
     RMSNormSpec: _rms_norm,
     RotarySpec: _rotary,
     RouterLossSpec: _router_losses,
     SegmentSpec: lambda spec: f"{spec.count} segments",
     ShawSpec: lambda spec: f"Shaw positions to {spec.clip}",
+    SegmentWindow: _pattern,
     Sinks: _pattern,
     SinusoidalPositionSpec: lambda spec: f"sinusoidal positions ({spec.order})",
     StepSpec: residual,
@@ -361,5 +409,6 @@ WORDS: dict[type, Callable[[Any], str]] = {
     TopKSpec: _top_k,
     TransformerXLSpec: lambda spec: "Transformer-XL positions",
     Window: _pattern,
+    Without: _pattern,
 }
 """The words for each class of spec. A class without a row is shown by `fields`."""

@@ -13,14 +13,19 @@ from torch import Tensor
 import lamina
 from lamina.layers import (
     BranchSpec,
+    CompressiveSpec,
     DifferentialSpec,
     EmbeddingSpec,
     ExpertsSpec,
     FeedForwardSpec,
+    InfiniSpec,
     LanguageHeadSpec,
     LatentAttentionSpec,
     LayerNormSpec,
     LayerSpec,
+    MemorizingSpec,
+    MemoryAttentionSpec,
+    RecurrenceSpec,
     RMSNormSpec,
     RotarySpec,
     RouterLossSpec,
@@ -29,7 +34,7 @@ from lamina.layers import (
     SumSpec,
     TopKSpec,
 )
-from lamina.patterns import Causal, Window
+from lamina.patterns import BlockWindow, Causal, Window
 from tests import small, tiny
 
 ROWS, LENGTH, PADDING = 4, 11, 17
@@ -103,6 +108,26 @@ MODELS: dict[str, Callable[[], lamina.ModelSpec]] = {
     ),
     "differential": lambda: layers(
         DifferentialSpec(heads=4, key_heads=2, head_dim=4, start=0.3, rotary=ROTARY, norm=RMSNormSpec())
+    ),
+    "infini": lambda: layers(
+        MemoryAttentionSpec(
+            attention=small.attention(rotary=ROTARY, pattern=Causal() & BlockWindow(size=3, back=1)),
+            memory=InfiniSpec(length=3, update="delta"),
+        )
+    ),
+    "memorizing": lambda: layers(
+        MemoryAttentionSpec(
+            attention=small.attention(rotary=ROTARY, pattern=Causal() & Window(back=2)),
+            memory=MemorizingSpec(length=3, size=6, count=2),
+        )
+    ),
+    "recurrence": lambda: layers(
+        MemoryAttentionSpec(attention=small.attention(rotary=ROTARY), memory=RecurrenceSpec(length=3, size=4))
+    ),
+    "compressive": lambda: layers(
+        MemoryAttentionSpec(
+            attention=small.attention(rotary=ROTARY), memory=CompressiveSpec(length=2, size=2, count=2, rate=2)
+        )
     ),
     "qk-norm": lambda: layers(
         small.attention(qk_norm=RMSNormSpec(), rotary=ROTARY, sink=True, bias="all", pattern=Causal() & Window(back=5))

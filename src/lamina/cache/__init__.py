@@ -15,6 +15,7 @@ from lamina.cache.memory import MemoryLedger, MemorySlot
 from lamina.cache.ring import RingLedger
 from lamina.cache.sinks import SinksLedger
 from lamina.cache.slot import Ledger, Slot
+from lamina.cache.summed import SummedLedger, SummedSlot
 
 KINDS = ("auto", "growing", "fixed", "ring", "sinks")
 """auto: a ring where the layer's pattern is a window; one that forgets what no later token can see where the pattern
@@ -33,4 +34,6 @@ __all__ = [
     "RingLedger",
     "SinksLedger",
     "Slot",
+    "SummedLedger",
+    "SummedSlot",
 ]

@@ -12,6 +12,7 @@ from lamina.cache.memory import MemoryLedger
 from lamina.cache.ring import RingLedger
 from lamina.cache.sinks import SinksLedger
 from lamina.cache.slot import Ledger, Slot
+from lamina.cache.summed import SummedLedger
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.patterns import Pattern, Retained
 from lamina.tokens import Tokens, plain
@@ -93,14 +94,29 @@ class Cache:
         self.length = length
         self.next_position.fill_(length)
 
+    def detach(self) -> None:
+        """Let no gradient go further back than this (truncated backpropagation over consecutive pieces of a text)."""
+        for slot in self.slots.values():
+            slot.detach()
+
     def bytes(self) -> int:
         """Bytes that all slots hold now."""
         return sum(slot.bytes() for slot in self.slots.values())
 
     def _ledger(self, path: str, retained: Retained) -> Ledger:
         windowed = retained.recent is not None
+        if retained.segment is not None and self.kind == "sinks":
+            raise UnsupportedError(f"{path} goes by positions, which a sinks cache renumbers; cache='auto' keeps them")
+        if retained.summed and self.kind == "fixed":
+            raise UnsupportedError(f"{path} sums up what has passed, which a fixed cache cannot; cache='auto' can")
+        if retained.every > 1 and self.kind == "fixed":
+            raise UnsupportedError(f"{path} compresses what has passed, which a fixed cache cannot; cache='auto' can")
         if retained.memory:
             key: object = "memory"
+        elif retained.every > 1:  # whatever the kind: its tokens are not the text's
+            key = ("ring", retained.recent, retained.every)
+        elif retained.summed:
+            key = ("summed", retained.segment)
         elif self.kind == "sinks":
             key = "sinks"
         elif self.kind == "fixed":
@@ -132,6 +148,8 @@ class Cache:
         if isinstance(key, Pattern):
             return ExpiringLedger(self.batch, key, self.device)
         assert retained.recent is not None
+        if retained.summed:
+            return SummedLedger(self.batch, retained.recent, self.device)
         return RingLedger(self.batch, retained.recent, self.device)
 
 

@@ -96,6 +96,11 @@ class Slot(ABC):
     def trim(self, length: int) -> None:  # noqa: B027 - most slots look at the ledger's length only
         """Forget all but the first `length` columns."""
 
+    def detach(self) -> None:
+        """Keep the values and drop how they were computed: no gradient goes further back."""
+        self.key = None if self.key is None else self.key.detach()
+        self.value = None if self.value is None else self.value.detach()
+
     def bytes(self) -> int:
         """Bytes that are allocated now."""
         return sum(t.numel() * t.element_size() for t in (self.key, self.value) if t is not None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lamina.catalogue.kind import Correction, Counted, Example, Kind, Source, Variant, has, named, planned
+from lamina.catalogue.kind import Correction, Counted, Example, Kind, Source, Variant, by_class, has, named, planned
 from lamina.patterns import Window
 
 
@@ -33,14 +33,21 @@ MEMORY = Kind(
         ("k", "rows that a head reads: 32 in the paper"),
         ("V", "(n^2, d), the values"),
     ),
-    files=("layers/memory.py",),
-    used=named("MemorySpec", "ProductKeySpec", "ProductKeysSpec"),
+    files=(
+        "layers/memory_attention.py",
+        "layers/recurrence.py",
+        "layers/compressive.py",
+        "layers/memorizing.py",
+        "layers/infini.py",
+    ),
+    used=named("MemoryAttentionSpec", "MemorySpec", "ProductKeySpec", "ProductKeysSpec"),
     variants=(
         planned("product keys", "the k best of n^2 keys, values trained"),
         planned("Memory+", "the same, one table for several layers, times SiLU(W x)"),
-        planned("Transformer-XL", "keys and values of the segment before, without gradients"),
-        planned("memorising", "the k nearest of stored keys, mixed in by a gate a head"),
-        planned("Infini-attention", "a matrix for all that left the window"),
+        by_class("Transformer-XL", "keys and values before the segment, without gradients", "RecurrenceSpec"),
+        by_class("compressive", "what leaves those, c positions as one key", "CompressiveSpec"),
+        by_class("memorizing", "the k nearest of stored keys, mixed in by a gate a head", "MemorizingSpec"),
+        by_class("Infini-attention", "a matrix for all that left the segment", "InfiniSpec"),
         planned("recurrent (RMT)", "trained tokens carried from segment to segment"),
     ),
     cost="n^2 d parameters in the values: 1.07 billion for n = d = 1024. Arithmetic for 2 n scores and k rows a head.",
@@ -48,7 +55,7 @@ MEMORY = Kind(
         "The k best of each half hold the k best of all n^2 sums: the search is exact, not an approximation.",
         "Values are touched rarely; they want a larger learning rate of their own.",
         (
-            "In the memorising Transformer local and memory attention are two softmaxes mixed by a gate, not one"
+            "In the Memorizing Transformer local and memory attention are two softmaxes mixed by a gate, not one"
             " joint one."
         ),
     ),
@@ -64,7 +71,9 @@ MEMORY = Kind(
         Source("Large Memory Layers with Product Keys", "arXiv:1907.05242", "section 3"),
         Source("Memory Layers at Scale", "arXiv:2412.09764"),
         Source("Transformer-XL", "arXiv:1901.02860", "section 3"),
+        Source("Compressive Transformers", "arXiv:1911.05507", "section 3"),
         Source("Memorizing Transformers", "arXiv:2203.08913", "section 3"),
+        Source("Infini-attention", "arXiv:2404.07143", "section 2.1"),
     ),
     example=Example(
         "The 4 best of 100 x 100 sums, found among 4 x 4: a pair among the best of all has both halves among the best.",

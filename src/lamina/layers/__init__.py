@@ -8,6 +8,7 @@ from lamina.layers.bigbird import BigBird, BigBirdSpec
 from lamina.layers.block import BranchSpec, Layer, LayerSpec, StepSpec, SumSpec
 from lamina.layers.call import Call, Record
 from lamina.layers.capacity import CapacitySpec
+from lamina.layers.compressive import CompressiveSpec
 from lamina.layers.convolution import ConvolutionStem, ConvolutionStemSpec
 from lamina.layers.cross import CrossAttention, CrossAttentionSpec
 from lamina.layers.differential import Differential, DifferentialSpec
@@ -26,11 +27,15 @@ from lamina.layers.head import (
     TransformSpec,
     mean_of,
 )
+from lamina.layers.infini import InfiniSpec
 from lamina.layers.initial import Draw, FanInInitialSpec, InitialSpec, NormalInitialSpec
 from lamina.layers.latent import LatentAttention, LatentAttentionSpec
 from lamina.layers.longformer import Longformer, LongformerSpec
+from lamina.layers.memorizing import MemorizingSpec
+from lamina.layers.memory_attention import MemoryAttention, MemoryAttentionSpec
 from lamina.layers.norm import LayerNorm, LayerNormSpec, NormSpec, RMSNorm, RMSNormSpec
 from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
+from lamina.layers.recurrence import RecurrenceSpec
 from lamina.layers.relative import ShawSpec, TransformerXLSpec
 from lamina.layers.rotary import (
     DynamicNTKScaling,
@@ -55,6 +60,7 @@ __all__ = [
     "BucketBiasSpec",
     "Call",
     "CapacitySpec",
+    "CompressiveSpec",
     "ConvolutionStem",
     "ConvolutionStemSpec",
     "CrossAttention",
@@ -72,6 +78,7 @@ __all__ = [
     "FeedForward",
     "FeedForwardSpec",
     "GroupLimitSpec",
+    "InfiniSpec",
     "InitialSpec",
     "LabelHead",
     "LabelHeadSpec",
@@ -90,6 +97,9 @@ __all__ = [
     "LongRopeScaling",
     "Longformer",
     "LongformerSpec",
+    "MemorizingSpec",
+    "MemoryAttention",
+    "MemoryAttentionSpec",
     "NTKScaling",
     "NormSpec",
     "NormalInitialSpec",
@@ -98,6 +108,7 @@ __all__ = [
     "RMSNorm",
     "RMSNormSpec",
     "Record",
+    "RecurrenceSpec",
     "RotarySpec",
     "RouterLossSpec",
     "Segment",

@@ -86,16 +86,27 @@ class Attention(nn.Module):
         return retained(self.path, self.spec.pattern)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        query, key, value = map(self._split, together(x, (self.q, self.k, self.v)))  # (B, H or G, T, D)
+        request = self.request(*self.project(x), call)
+        call.record.keep(f"{self.path}.weights", lambda: weights(request))
+        return self.joined(attend(request, call.backend))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, D), keys and values (B, G, T, D), without rotary phases."""
+        query, key, value = map(self._split, together(x, (self.q, self.k, self.v)))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
+        return query, key, value
+
+    def request(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Request:
+        """What the new queries ask of all keys there are, those of the cache too."""
         query, key, value, queries, keys = with_cache(
             self.path, call, query, key, value, self.spec.rotary, self.spec.head_dim
         )
-        request = self._request(query, key, value, queries, keys, call)
-        call.record.keep(f"{self.path}.weights", lambda: weights(request))
-        out = attend(request, call.backend)  # (B, H, T, D)
-        return self.o(out.transpose(1, 2).flatten(2))
+        return self._request(query, key, value, queries, keys, call)
+
+    def joined(self, heads: Tensor) -> Tensor:
+        """(B, H, T, D) -> (B, T, width)."""
+        return self.o(heads.transpose(1, 2).flatten(2))
 
     def _request(self, query: Tensor, key: Tensor, value: Tensor, queries: Tokens, keys: Tokens, call: Call) -> Request:
         bias = None if call.bias is None else call.bias(queries, keys, call.memo)

@@ -33,16 +33,17 @@ def with_cache(
     slot = None if call.cache is None else call.cache.slot(path)
     queries = keys = call.tokens
     if slot is None or not slot.late:
-        query, key = (_turn(x, queries, rotary, size, call.memo) for x in (query, key))
+        query, key = (turn(x, queries, rotary, size, call.memo) for x in (query, key))
     if slot is not None:
         key, value, keys = slot.extend(key, value, call.tokens)
     if slot is not None and slot.late:
         queries = slot.ledger.queries(call.tokens)
-        query, key = _turn(query, queries, rotary, size, call.memo), _turn(key, keys, rotary, size, call.memo)
+        query, key = turn(query, queries, rotary, size, call.memo), turn(key, keys, rotary, size, call.memo)
     return query, key, value, queries, keys
 
 
-def _turn(x: Tensor, tokens: Tokens, rotary: RotarySpec | None, size: int, memo: dict[Any, Any]) -> Tensor:
+def turn(x: Tensor, tokens: Tokens, rotary: RotarySpec | None, size: int, memo: dict[Any, Any]) -> Tensor:
+    """The last `size` features of x (B, H, T, D) turned by the positions of its tokens."""
     if rotary is None:
         return x
     cos, sin = phases(rotary, size, tokens, x.dtype, memo)

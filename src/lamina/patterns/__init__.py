@@ -18,6 +18,7 @@ from lamina.patterns.pattern import (
     allowed,
     extent,
 )
+from lamina.patterns.segments import SegmentWindow, Without
 from lamina.patterns.strided import Strided, Summary, fixed, strided
 
 __all__ = [
@@ -37,11 +38,13 @@ __all__ = [
     "RandomBlocks",
     "Reach",
     "Retained",
+    "SegmentWindow",
     "Sinks",
     "Span",
     "Strided",
     "Summary",
     "Window",
+    "Without",
     "allowed",
     "bigbird",
     "extent",

@@ -1,0 +1,166 @@
+"""Compressive memory against a loop over segments, and its own loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lamina.errors import LaminaError
+from lamina.layers import AttentionSpec, Call, CompressiveSpec, MemoryAttentionSpec
+from lamina.tokens import plain
+from tests import small
+from tests.layers.memories import heads_of, random
+
+WIDTH, SIZE = 10, 4
+
+
+def layers_of(by: str, heads: int = 4, key_heads: int = 2, seed: int = 0, **fields: Any) -> list[Any]:
+    attention = AttentionSpec(heads=heads, key_heads=key_heads, head_dim=SIZE)
+    memory = CompressiveSpec(**({"length": 4, "size": 2, "count": 3, "rate": 2, "by": by} | fields))
+    made = [MemoryAttentionSpec(attention=attention, memory=memory).build(WIDTH).double().eval() for _ in range(2)]
+    for i, layer in enumerate(made):
+        small.shake(layer, seed + i)
+    return made
+
+
+def ours(layers: list[Any], x: Tensor, call: Call) -> Tensor:
+    for layer in layers:
+        x = x + layer(x, call)
+    return x
+
+
+def shorter(layer: Any, h: Tensor) -> Tensor:
+    """(rate, width) -> (width,)."""
+    by = layer.memory.spec.by
+    if by == "convolution":
+        one = layer.memory.compress.convolution
+        return one.weight @ h.flatten() + one.bias
+    return h.mean(0) if by == "mean" else h.amax(0)
+
+
+def written_out(layers: list[Any], x: Tensor) -> Tensor:
+    """One row (T, width), a segment and a query at a time (arXiv:1911.05507, section 3.1); memories are detached."""
+    spec = layers[0].memory.spec
+    memories: list[list[Tensor]] = [[] for _ in layers]  # inputs of a layer
+    compressed: list[list[Tensor]] = [[] for _ in layers]
+    out = []
+    for start in range(0, len(x), spec.length):
+        h = x[start : start + spec.length]
+        for layer, memory, older in zip(layers, memories, compressed, strict=True):
+            while len(memory) > spec.size:  # evicted, as many at a time as become one
+                older.append(shorter(layer, torch.stack(memory[: spec.rate])))
+                del memory[: spec.rate]
+            del older[: -spec.count]
+            query, key, value = heads_of(layer, h)
+            past = [one.detach() for one in older + memory]
+            if past:
+                _, past_key, past_value = (part.detach() for part in heads_of(layer, torch.stack(past)))
+            rows = []
+            for i in range(len(h)):
+                result = []
+                for n in range(layer.spec.heads):
+                    keys, values = key[n, : i + 1], value[n, : i + 1]
+                    if past:
+                        keys, values = torch.cat([past_key[n], keys]), torch.cat([past_value[n], values])  # pyright: ignore
+                    result.append((keys @ query[n, i] * SIZE**-0.5).softmax(0) @ values)
+                rows.append(torch.cat(result))
+            memory += list(h.detach())
+            h = h + torch.stack(rows) @ layer.o.weight.T
+        out.append(h)
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("by", ["mean", "max", "convolution"])
+@pytest.mark.parametrize(("heads", "key_heads"), [(3, 3), (4, 2), (2, 1)])
+def test_a_loop_over_segments(by: str, heads: int, key_heads: int):
+    for seed, fields in enumerate(({}, {"length": 3, "size": 6, "rate": 3, "count": 1})):
+        made = layers_of(by, heads, key_heads, seed, **fields)
+        x = random(2, 19, WIDTH, seed=seed).requires_grad_()
+        parameters = [x, *(p for layer in made for n, p in layer.named_parameters() if "compress" not in n)]
+        found, expected = ours(made, x, Call(tokens=plain(2, 19))), torch.stack([written_out(made, row) for row in x])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+        pairs = (torch.autograd.grad(one.square().sum(), parameters) for one in (found, expected))
+        for mine, theirs in zip(*pairs, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-8 * float(theirs.abs().max()))
+
+
+def test_only_the_compression_learns_from_its_loss_and_from_nothing_else():
+    made = layers_of("convolution")
+    for layer in made:
+        layer.train()
+    names = [(i, name) for i, layer in enumerate(made) for name, _ in layer.named_parameters()]
+    parameters = [p for layer in made for p in layer.parameters()]
+    for i, layer in enumerate(made):
+        layer.memory.path = f"layers.{i}.memory"
+    call = Call(tokens=plain(1, 15))
+    out = ours(made, random(1, 15, WIDTH), call)
+    assert list(call.record.losses) == ["layers.0.memory.reconstruction", "layers.1.memory.reconstruction"]
+    moved = lambda loss: {  # noqa: E731
+        name
+        for name, gradient in zip(names, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True)
+        if gradient is not None and bool((gradient != 0).any())
+    }
+    own = {(i, f"memory.compress.convolution.{leaf}") for i in (0, 1) for leaf in ("weight", "bias")}
+    assert moved(sum(call.record.losses.values())) == own
+    assert moved(out.square().sum()) == set(names) - own
+
+
+def test_the_loss_is_what_the_compression_loses():
+    """arXiv:1911.05507, algorithm 2, a query at a time: segments of 4, memory of 2, so 4 are evicted at a time."""
+    layer = layers_of("convolution", loss=0.5)[0].train()
+    x = random(2, 14, WIDTH, seed=3)
+    call = Call(tokens=plain(2, 14))
+    layer(x, call)
+    errors = []
+    for row in x:
+        query, key, value = heads_of(layer, row)
+        for t in range(14):
+            start = t // 4 * 4
+            old = [j for j in range(start - 6, start - 2) if j >= 0]
+            if not old:
+                continue
+            short = torch.stack([shorter(layer, row[j : j + 2]) for j in old[::2]])
+            _, short_key, short_value = heads_of(layer, short)
+            for h in range(4):
+                full = (key[h, old] @ query[h, t] * SIZE**-0.5).softmax(0) @ value[h, old]
+                less = (short_key[h] @ query[h, t] * SIZE**-0.5).softmax(0) @ short_value[h]
+                errors.append((full - less).square().mean())
+    found = call.record.losses[".reconstruction"]
+    torch.testing.assert_close(found, 0.5 * torch.stack(errors).mean(), rtol=1e-10, atol=0)
+
+
+def test_its_loss_falls_when_it_is_trained():
+    layer = layers_of("convolution")[0].train()
+    x = random(8, 14, WIDTH, seed=5)
+    optimiser = torch.optim.Adam(layer.memory.compress.parameters(), lr=0.02)
+    losses = []
+    for _ in range(40):
+        call = Call(tokens=plain(8, 14))
+        layer(x, call)
+        losses.append(call.record.losses[".reconstruction"])
+        optimiser.zero_grad()
+        losses[-1].backward()
+        optimiser.step()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@torch.no_grad()
+def test_in_evaluation_and_without_parameters_there_is_no_loss():
+    for by, training in (("convolution", False), ("mean", True), ("max", True)):
+        layer, call = layers_of(by)[0].train(training), Call(tokens=plain(1, 14))
+        layer(random(1, 14, WIDTH), call)
+        assert not call.record.losses
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(LaminaError, match=r"CompressiveSpec.count is 0; it must be at least 1"):
+        CompressiveSpec(length=4, size=6, count=0, rate=2)
+    with pytest.raises(LaminaError, match=r"CompressiveSpec.size is 5; it must be a multiple of rate=2"):
+        CompressiveSpec(length=4, size=5, count=1, rate=2)
+    with pytest.raises(LaminaError, match=r"CompressiveSpec.length is 5; it must be a multiple of rate=2"):
+        CompressiveSpec(length=5, size=4, count=1, rate=2)
+    with pytest.raises(LaminaError, match=r"CompressiveSpec.rate is 1; it must be at least 2"):
+        CompressiveSpec(length=4, size=4, count=1, rate=1)
