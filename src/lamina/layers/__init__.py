@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lamina.layers.attention import Attention, AttentionSpec
+from lamina.layers.batch_norm import BatchNorm, BatchNormSpec
 from lamina.layers.bias import AlibiSpec, BucketBiasSpec
 from lamina.layers.bigbird import BigBird, BigBirdSpec
 from lamina.layers.block import BranchSpec, Layer, LayerSpec, StepSpec, SumSpec
@@ -31,6 +32,7 @@ from lamina.layers.latent import LatentAttention, LatentAttentionSpec
 from lamina.layers.longformer import Longformer, LongformerSpec
 from lamina.layers.norm import LayerNorm, LayerNormSpec, NormSpec, RMSNorm, RMSNormSpec
 from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
+from lamina.layers.product_keys import ProductKeys, ProductKeySpec
 from lamina.layers.relative import ShawSpec, TransformerXLSpec
 from lamina.layers.rotary import (
     DynamicNTKScaling,
@@ -49,6 +51,8 @@ __all__ = [
     "AlibiSpec",
     "Attention",
     "AttentionSpec",
+    "BatchNorm",
+    "BatchNormSpec",
     "BigBird",
     "BigBirdSpec",
     "BranchSpec",
@@ -95,6 +99,8 @@ __all__ = [
     "NormalInitialSpec",
     "Pooler",
     "PoolerSpec",
+    "ProductKeySpec",
+    "ProductKeys",
     "RMSNorm",
     "RMSNormSpec",
     "Record",
