@@ -10,6 +10,7 @@ from typing import Any
 from lamina.layers import (
     AlibiSpec,
     AttentionSpec,
+    BatchNormSpec,
     BigBirdSpec,
     BranchSpec,
     BucketBiasSpec,
@@ -33,6 +34,7 @@ from lamina.layers import (
     MemorizingSpec,
     MemoryAttentionSpec,
     PoolerSpec,
+    ProductKeySpec,
     RecurrenceSpec,
     RMSNormSpec,
     RotarySpec,
@@ -305,6 +307,15 @@ def _router_losses(spec: RouterLossSpec) -> str:
     return " and ".join(f"{name} loss {value:g}" for name, value in kinds.items() if value) or "no losses"
 
 
+def _product_keys(spec: ProductKeySpec) -> str:
+    parts = [f"product-key memory, {spec.heads} heads read {spec.chosen} of {spec.keys**2} values each"]
+    parts += [f"keys of {spec.key_dim}"]
+    parts += [f"query {say(spec.norm)}"] if spec.norm is not None else []
+    parts += [f"values are {PLAIN.get(spec.act, spec.act)} networks of one feature"] if spec.act is not None else []
+    parts += ["gated by SiLU"] if spec.gated else []
+    return ", ".join(parts + ([f"table {spec.table!r}"] if spec.table is not None else []))
+
+
 def _rms_norm(spec: RMSNormSpec) -> str:
     said = " (1 + weight)" if spec.plus_one else "" if spec.weight else " without weight"
     return f"RMSNorm{said} eps {spec.eps:g}"
@@ -366,6 +377,7 @@ def _alibi(spec: AlibiSpec) -> str:
 WORDS: dict[type, Callable[[Any], str]] = {
     AlibiSpec: _alibi,
     AttentionSpec: _attention,
+    BatchNormSpec: lambda spec: f"BatchNorm eps {spec.eps:g}",
     BigBirdSpec: _bigbird,
     BranchSpec: _branch,
     Both: _pattern,
@@ -396,6 +408,7 @@ WORDS: dict[type, Callable[[Any], str]] = {
     PoolerSpec: lambda spec: f"{spec.act} of the {spec.token} token",
     Prefix: _pattern,
     RecurrenceSpec: lambda spec: f"segments of {spec.length} and the {spec.size} before them",
+    ProductKeySpec: _product_keys,
     RMSNormSpec: _rms_norm,
     RotarySpec: _rotary,
     RouterLossSpec: _router_losses,

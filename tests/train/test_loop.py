@@ -14,10 +14,13 @@ import torch.nn.functional as F
 
 from lamina.adapters import LoRASpec, attach
 from lamina.errors import LaminaError
+from lamina.layers import BatchNormSpec, FeedForwardSpec, ProductKeySpec, Record
+from lamina.layers.product_keys import Values
 from lamina.objectives import IGNORE, CausalLM, Example, MaskedLM
+from lamina.specs import edit
 from lamina.train.loader import Loader
 from lamina.train.loop import Trainer
-from lamina.train.optimiser import AdamW, Group, Muon
+from lamina.train.optimiser import Adafactor, AdamW, Group, Muon
 from lamina.train.schedule import Constant
 from lamina.train.specs import LoopSpec
 from tests.tiny import BERT, spec
@@ -391,3 +394,77 @@ def test_the_loss_falls_on_one_batch():
     for _ in range(299):
         last = one.step().loss
     assert abs(first - np.log(31)) < 0.1 and last < 0.05
+
+
+MEMORY = decoder()
+MEMORY = edit(MEMORY, FeedForwardSpec, lambda path, part: ProductKeySpec(heads=2, keys=12, key_dim=6, chosen=3))
+VALUES = "decoder.layers.0.feedforward.op.values.weight"
+
+
+def test_a_table_of_values_gets_only_the_rows_that_were_read():
+    """Against Adam on those rows, written out; the norm and the clipping count a row that was read twice once."""
+    one = trainer(MEMORY, batch=4, micro=2, rate=1e-2, clip=0.05)
+    table = one.model.get_parameter(VALUES)
+    means, squares, steps, moved = torch.zeros_like(table), torch.zeros_like(table), 0, set()
+    for step in range(3):
+        before, twin = table.detach().clone(), copy.deepcopy(one.model)
+        for part in twin.modules():
+            if isinstance(part, Values):
+                part.sparse = False
+        batches = one.loader.step(step)
+        asked, rows = sum(batch.asked["next_token"] for batch in batches), torch.zeros(len(table), dtype=torch.bool)
+        for batch in batches:
+            record = Record("*layers.0.*.chosen")
+            (one.objective.total(twin, batch, record).kinds["next_token"].total / asked).backward()
+            rows[next(iter(record.values.values())).flatten()] = True
+        grads = [p.grad for p in twin.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        gradient = twin.get_parameter(VALUES).grad
+        assert gradient is not None and not gradient[~rows].any()
+        taken = one.step()
+        assert taken.gradient_norm == pytest.approx(float(norm), rel=1e-5) and float(norm) > 0.05
+        gradient = gradient[rows] * 0.05 / norm
+        steps += 1
+        means[rows] = 0.9 * means[rows] + 0.1 * gradient
+        squares[rows] = 0.95 * squares[rows] + 0.05 * gradient.square()
+        size = 1e-2 * (1 - 0.95**steps) ** 0.5 / (1 - 0.9**steps)
+        expected = before.clone()
+        expected[rows] -= size * means[rows] / (squares[rows].sqrt() + 1e-8)
+        torch.testing.assert_close(table.detach(), expected, rtol=1e-4, atol=2e-6)
+        assert torch.equal(table[~rows], before[~rows]) and bool((~rows).any())
+        moved |= set(rows.nonzero().flatten().tolist())
+    assert len(moved) < len(table)
+
+
+def test_a_run_with_a_table_goes_on_bit_for_bit():
+    one, other = trainer(MEMORY), trainer(MEMORY, model_seed=5)
+    for _ in range(2):
+        one.step()
+    other.load(
+        {file: {n: v.clone() for n, v in part.items()} for file, part in one.tensors().items()}, one.progress.to_dict()
+    )
+    assert [one.step().loss for _ in range(2)] == [other.step().loss for _ in range(2)]
+    assert same(weights(one), weights(other))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"optimiser": AdamW(groups=(Group(roles=("value",), decay=0.1),))},
+        {"optimiser": Adafactor()},
+        {"precision": "bfloat16"},
+    ],
+    ids=["decay", "adafactor", "bfloat16"],
+)
+def test_where_a_table_cannot_be_read_by_rows_its_gradient_is_whole(more: dict[str, Any]):
+    one = trainer(MEMORY, **more)
+    assert not any(isinstance(each, torch.optim.SparseAdam) for each in one.optimiser.optimisers)
+    assert one.step().loss > one.step().loss - 1 and not any(p.is_sparse for p in one.parameters.values())
+
+
+def test_averages_over_batches_move_once_where_layers_are_recomputed():
+    spec = edit(MEMORY, ProductKeySpec, lambda path, part: part.replace(norm=BatchNormSpec()))
+    one, other = trainer(spec), trainer(spec, recompute=True)
+    assert [one.step().loss for _ in range(3)] == [other.step().loss for _ in range(3)]
+    assert same(weights(one), weights(other))
+    assert bool(one.model.get_parameter("decoder.layers.0.feedforward.op.norm.mean").any())

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from lamina.catalogue.kind import Correction, Counted, Example, Kind, Source, Variant, by_class, has, named, planned
+from lamina.layers import ProductKeySpec
 from lamina.patterns import Window
 
 
 def _memory() -> None:
     import torch
 
+    from lamina.layers.product_keys import best_sums
+
     torch.manual_seed(0)
-    n, k = 100, 4  # two lists of n sub-keys stand for n x n keys
-    first, second = torch.randn(n), torch.randn(n)  # q1 . c_i, q2 . d_j
-    (a, i), (b, j) = first.topk(k), second.topk(k)
-    best = (a[:, None] + b).flatten().topk(k).indices  # of k x k sums
-    found = i[best // k] * n + j[best % k]
+    n, k = 100, 4  # two lists of n half keys stand for n x n keys
+    first, second = torch.randn(n), torch.randn(n)  # q_1 . c_i, q_2 . d_j
+    _, found = best_sums(first, second, k)
     every = (first[:, None] + second).flatten().topk(k).indices  # of n x n
-    print(torch.equal(found, every), k * k, n * n)
+    print(torch.equal(found, every), n * n)
 
 
 MEMORY = Kind(
@@ -29,7 +30,7 @@ MEMORY = Kind(
     "score(i, j) = q_1 . c_i + q_2 . d_j: n + n sub-keys stand for n^2 keys",
     symbols=(
         ("q = [q_1, q_2]", "(B, T, heads, 2, D/2), the query in two halves"),
-        ("c, d", "(n, D/2) each, the sub-keys"),
+        ("c, d", "(n, D/2) each, the half keys of a head"),
         ("k", "rows that a head reads: 32 in the paper"),
         ("V", "(n^2, d), the values"),
     ),
@@ -39,21 +40,38 @@ MEMORY = Kind(
         "layers/compressive.py",
         "layers/memorizing.py",
         "layers/infini.py",
+        "layers/product_keys.py",
+        "layers/batch_norm.py",
     ),
-    used=named("MemoryAttentionSpec", "MemorySpec", "ProductKeySpec", "ProductKeysSpec"),
+    used=named("MemoryAttentionSpec", "ProductKeySpec"),
     variants=(
-        planned("product keys", "the k best of n^2 keys, values trained"),
-        planned("Memory+", "the same, one table for several layers, times SiLU(W x)"),
         by_class("Transformer-XL", "keys and values before the segment, without gradients", "RecurrenceSpec"),
         by_class("compressive", "what leaves those, c positions as one key", "CompressiveSpec"),
         by_class("memorizing", "the k nearest of stored keys, mixed in by a gate a head", "MemorizingSpec"),
         by_class("Infini-attention", "a matrix for all that left the segment", "InfiniSpec"),
+        Variant(
+            "product keys",
+            "the k best of n^2 keys, values trained",
+            has(ProductKeySpec, lambda part: not part.gated and part.act is None),
+        ),
+        Variant(
+            "Memory+",
+            "the same, one table for several layers, times SiLU(W x)",
+            has(ProductKeySpec, lambda part: part.gated),
+        ),
+        Variant(
+            "PEER",
+            "a value is a network with one hidden feature",
+            has(ProductKeySpec, lambda part: part.act is not None),
+        ),
         planned("recurrent (RMT)", "trained tokens carried from segment to segment"),
     ),
-    cost="n^2 d parameters in the values: 1.07 billion for n = d = 1024. Arithmetic for 2 n scores and k rows a head.",
+    cost="n^2 d parameters in the values: 1.07 billion for n = d = 1024. Arithmetic for 2 n scores and k rows a head;"
+    " gradients of the rows that were read.",
     pitfalls=(
         "The k best of each half hold the k best of all n^2 sums: the search is exact, not an approximation.",
         "Values are touched rarely; they want a larger learning rate of their own.",
+        "Batch normalisation of the queries must not count padding, and in training lets a token see later ones.",
         (
             "In the Memorizing Transformer local and memory attention are two softmaxes mixed by a gate, not one"
             " joint one."
@@ -69,7 +87,8 @@ MEMORY = Kind(
     ),
     sources=(
         Source("Large Memory Layers with Product Keys", "arXiv:1907.05242", "section 3"),
-        Source("Memory Layers at Scale", "arXiv:2412.09764"),
+        Source("Memory Layers at Scale", "arXiv:2412.09764", "section 3"),
+        Source("Mixture of A Million Experts (PEER)", "arXiv:2407.04153", "section 2"),
         Source("Transformer-XL", "arXiv:1901.02860", "section 3"),
         Source("Compressive Transformers", "arXiv:1911.05507", "section 3"),
         Source("Memorizing Transformers", "arXiv:2203.08913", "section 3"),
@@ -78,7 +97,7 @@ MEMORY = Kind(
     example=Example(
         "The 4 best of 100 x 100 sums, found among 4 x 4: a pair among the best of all has both halves among the best.",
         _memory,
-        "True 16 10000\n",
+        "True 10000\n",
     ),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lamina.layers.attention import Attention, AttentionSpec
+from lamina.layers.batch_norm import BatchNorm, BatchNormSpec
 from lamina.layers.bias import AlibiSpec, BucketBiasSpec
 from lamina.layers.bigbird import BigBird, BigBirdSpec
 from lamina.layers.block import BranchSpec, Layer, LayerSpec, StepSpec, SumSpec
@@ -35,6 +36,7 @@ from lamina.layers.memorizing import MemorizingSpec
 from lamina.layers.memory_attention import MemoryAttention, MemoryAttentionSpec
 from lamina.layers.norm import LayerNorm, LayerNormSpec, NormSpec, RMSNorm, RMSNormSpec
 from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
+from lamina.layers.product_keys import ProductKeys, ProductKeySpec
 from lamina.layers.recurrence import RecurrenceSpec
 from lamina.layers.relative import ShawSpec, TransformerXLSpec
 from lamina.layers.rotary import (
@@ -54,6 +56,8 @@ __all__ = [
     "AlibiSpec",
     "Attention",
     "AttentionSpec",
+    "BatchNorm",
+    "BatchNormSpec",
     "BigBird",
     "BigBirdSpec",
     "BranchSpec",
@@ -105,6 +109,8 @@ __all__ = [
     "NormalInitialSpec",
     "Pooler",
     "PoolerSpec",
+    "ProductKeySpec",
+    "ProductKeys",
     "RMSNorm",
     "RMSNormSpec",
     "Record",

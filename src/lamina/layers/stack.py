@@ -17,6 +17,7 @@ from lamina.layers.expert_choice import ExpertChoiceSpec
 from lamina.layers.linear import Linear
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
+from lamina.layers.product_keys import check_tables, share_tables
 from lamina.patterns import Pattern
 from lamina.specs import Spec
 
@@ -42,6 +43,7 @@ class StackSpec(Spec):
             raise LaminaError(f"repeat={self.repeat} and input_width={self.input_width} must be at least 1")
         if not 0 <= self.layer_dropout < 1:
             raise LaminaError(f"layer_dropout={self.layer_dropout} must be from 0 to below 1")
+        check_tables(self)
         chooses = [part for _, part in self.walk() if isinstance(part, ExpertChoiceSpec) and not part.causal]
         patterns = [part.pattern for _, part in self.walk() if isinstance(getattr(part, "pattern", None), Pattern)]  # pyright: ignore[reportAttributeAccessIssue]
         if chooses and not all(pattern.looks_ahead() for pattern in patterns):
@@ -68,6 +70,7 @@ class Stack(nn.Module):
         self.input = None if spec.input_width is None else Linear(inner, width)
         self.score_bias = None if spec.score_bias is None else spec.score_bias.build()
         self.layers = nn.ModuleList([layer.build(width) for layer in spec.layers])
+        self.tables = share_tables(self.layers)  # of product-key memories
         self.norm = None if spec.norm is None else spec.norm.build(width)
 
     def forward(self, x: Tensor, call: Call, segments: Tensor | None = None) -> Tensor:

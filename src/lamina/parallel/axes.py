@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.layers import CapacitySpec, ExpertChoiceSpec, ExpertsSpec, FeedForwardSpec, LongformerSpec, RotarySpec
+from lamina.layers import (
+    BatchNormSpec,
+    CapacitySpec,
+    ExpertChoiceSpec,
+    ExpertsSpec,
+    FeedForwardSpec,
+    LongformerSpec,
+    RotarySpec,
+)
 from lamina.model import ModelSpec
 from lamina.specs import Spec
 
@@ -55,6 +63,8 @@ def plan(mesh: MeshSpec, world: int, model: ModelSpec) -> MeshSpec:
     if mesh.ranks != world:
         raise LaminaError(f"{_product(mesh)}; this run has {world}")
     _experts(mesh, model)
+    if mesh.ranks > 1:
+        _statistics(model)
     if mesh.tensor > 1:
         for path, part in model.walk():
             _shared(path, part, mesh.tensor)
@@ -78,6 +88,16 @@ def _experts(mesh: MeshSpec, model: ModelSpec) -> None:
     for path, part in layers:
         if part.router.experts % mesh.expert:
             raise LaminaError(f"{path}: {part.router.experts} experts cannot be shared by expert = {mesh.expert}")
+
+
+def _statistics(model: ModelSpec) -> None:
+    """Refuse averages over a batch, which each rank would take over its own part of it."""
+    for path, part in model.walk():
+        if isinstance(part, BatchNormSpec):
+            raise UnsupportedError(
+                f"{path}: batch normalisation counts the tokens of a whole batch, and ranks read parts of it; use an"
+                " RMSNormSpec, or no norm"
+            )
 
 
 def _shared(path: str, part: Any, ranks: int) -> None:

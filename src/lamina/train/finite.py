@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lamina.errors import TrainingError
 from lamina.train.directory import NONFINITE
+from lamina.train.ranks import local
 from lamina.train.records import without_infinities
 from lamina.weights.saving import write_file
 
@@ -70,9 +71,10 @@ class Finite:
             if part is not None:
                 return part | {"words": f"the first part whose output is not finite is {part['part']}"}
         for name, parameter in model.named_parameters():
-            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            gradient = None if parameter.grad is None else local([parameter.grad])[0]
+            if gradient is not None and not bool(gradient.isfinite().all()):
                 words = f"the forward pass is finite; the gradient of {name} is not"
-                return {"gradient": name, **_counts(parameter.grad), "words": words}
+                return {"gradient": name, **_counts(gradient), "words": words}
         return {"words": "nothing in the model is, when the batch is read again"}
 
 

@@ -106,7 +106,8 @@ class Trainer:
         self.masters = Masters(model, trained, dtype) if half and self.ranks.world == 1 else None
         self.scale = Scale() if loop.precision == "float16" else None
         self.parameters: Mapping[str, nn.Parameter] = self.masters.masters if self.masters else dict(trained)
-        self.optimiser = Optimiser(optimiser, model, self.parameters.items())
+        alone = self.ranks.world == 1 and self.masters is None
+        self.optimiser = Optimiser(optimiser, model, self.parameters.items(), sparse=alone)
         self.average = Average(self.parameters, loop.average) if loop.average is not None else None
         self.adapts = bool(adapted(model))
         self.balances = not self.adapts and any(
@@ -176,6 +177,9 @@ class Trainer:
 
     def _norm(self) -> float:
         """Of the whole gradient, after the scale of float16 has been taken out."""
+        for one in self.parameters.values():
+            if one.grad is not None and one.grad.is_sparse:  # a row that was read twice stands twice
+                one.grad = one.grad.coalesce()
         if self.scale is not None:
             gradients = local(one.grad for one in self.parameters.values() if one.grad is not None)
             torch._foreach_mul_(gradients, 1 / self.scale.value)  # pyright: ignore

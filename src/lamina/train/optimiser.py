@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError
+from lamina.layers.product_keys import Values
 from lamina.specs import Spec, unknown
 from lamina.train.ranks import local
 from lamina.train.roles import ROLES, role
@@ -22,7 +23,7 @@ Named = tuple[str, nn.Parameter]
 class Group(Spec):
     """Weights with a rate or a decay of their own. Of several groups the first that fits is taken."""
 
-    roles: tuple[str, ...] = ()  # matrix, embedding, head, expert, router, norm, bias, other; none: all
+    roles: tuple[str, ...] = ()  # matrix, embedding, head, expert, router, norm, bias, value, other; none: all
     paths: tuple[str, ...] = ()  # beginnings or patterns of parameter names; none: all
     rate: float = 1.0  # times the optimiser's
     decay: float | None = None  # in place of the optimiser's
@@ -40,13 +41,20 @@ class Group(Spec):
         return (not self.roles or role in self.roles) and (not self.paths or known)
 
 
-STILL = ("norm", "bias", "other")
+STILL = ("norm", "bias", "value", "other")
 """Roles without weight decay where no group says otherwise (GPT-2, BERT, LLaMA: nothing that is no matrix)."""
+
+ROWS = "rows"
+"""The role, for an optimiser, of tables whose gradients have only the rows that were read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Spec):
-    """Adam with decoupled weight decay (arXiv:1711.05101, algorithm 2), in torch's fused form."""
+    """Adam with decoupled weight decay (arXiv:1711.05101, algorithm 2), in torch's fused form.
+
+    Tables of product-key memories get torch's SparseAdam, which changes the rows that were read and no others, in one
+    process, in float32 and without decay: a step costs what was read, and the moments of other rows wait.
+    """
 
     NAME = "adamw"
 
@@ -66,7 +74,14 @@ class AdamW(Spec):
         betas = (self.betas[0], self.betas[1])
         # Lists of DTensors and tensors together have no fused form.
         mixed = any(type(one.data) is not Tensor for group in groups for one in group["params"])
-        return [torch.optim.AdamW(groups, lr=self.rate, betas=betas, eps=self.eps, fused=not mixed)]
+        tables = [group for group in groups if group["role"] == ROWS]
+        others = [group for group in groups if group["role"] != ROWS]
+        made: list[torch.optim.Optimizer] = []
+        if others:
+            made.append(torch.optim.AdamW(others, lr=self.rate, betas=betas, eps=self.eps, fused=not mixed))
+        if tables:
+            made.append(torch.optim.SparseAdam(tables, lr=self.rate, betas=betas, eps=self.eps))
+        return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,17 +145,21 @@ Optimising = AdamW | Adafactor | Muon
 
 
 class Optimiser:
-    """The optimisers of a run as one. `parameters`: what is trained, by name."""
+    """The optimisers of a run as one. `parameters`: what is trained, by name. sparse: gradients of tables of values may
+    have only the rows that were read."""
 
-    def __init__(self, spec: Optimising, model: nn.Module, parameters: Iterable[Named]) -> None:
+    def __init__(self, spec: Optimising, model: nn.Module, parameters: Iterable[Named], sparse: bool = False) -> None:
         self.spec = spec
         self.parameters = dict(parameters)
+        sparse = sparse and not isinstance(spec, Adafactor)  # whose moments are of rows and columns
         groups: dict[tuple[float, float, str], list[nn.Parameter]] = {}
         for name, parameter in self.parameters.items():
             kind = role(model, name)
             own = next((group for group in spec.groups if group.fits(kind, name)), Group())
             decay = own.decay if own.decay is not None else 0.0 if kind in STILL else spec.decay
-            which = "matrix" if kind == "matrix" else "rest"
+            which = "matrix" if kind == "matrix" else ROWS if kind == "value" and sparse and not decay else "rest"
+            if kind == "value":
+                _table(model, name).sparse = which == ROWS
             groups.setdefault((own.rate, decay, which), []).append(parameter)
         for number, group in enumerate(spec.groups):
             if not any(group.fits(role(model, name), name) for name in self.parameters):
@@ -191,10 +210,20 @@ class Optimiser:
                     f"the optimiser's {what} of {name} has shape {tuple(value.shape)};"
                     f" the weight {tuple(parameter.shape)}"
                 )
+            if what == "step" and isinstance(homes[id(parameter)], torch.optim.SparseAdam):
+                homes[id(parameter)].state.setdefault(parameter, {})[what] = int(value)  # it counts in Python
+                continue
             place = torch.zeros_like(parameter, dtype=value.dtype) if value.shape == parameter.shape else value.clone()
             if value.shape == parameter.shape:
                 put(place, value)
             homes[id(parameter)].state.setdefault(parameter, {})[what] = place
+
+
+def _table(model: nn.Module, name: str) -> Values:
+    """The table of values that a parameter belongs to."""
+    table = model.get_submodule(name.rpartition(".")[0])
+    assert isinstance(table, Values)
+    return table
 
 
 class Average:

@@ -63,7 +63,7 @@ class Alone:
         return values
 
     def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        found = local(parameter.grad for parameter in parameters if parameter.grad is not None)
         return torch.nn.utils.get_total_norm(found) if found else torch.zeros(())
 
     def batch(self, batch: Batch) -> Batch:
@@ -133,5 +133,11 @@ class _Whole(dict[str, Tensor]):
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The parts of tensors that lie here."""
-    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]  # pyright: ignore
+    """The parts of tensors that lie here; of sparse ones the rows that they have."""
+    return [_local(tensor) for tensor in tensors]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    if tensor.is_sparse:
+        return tensor.coalesce().values()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore

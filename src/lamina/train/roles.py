@@ -8,20 +8,24 @@ from torch import nn
 
 from lamina.errors import LaminaError
 from lamina.layers import Embedding, LabelHead, LanguageHead, LayerNorm, Pooler, RMSNorm, Segment
+from lamina.layers.batch_norm import BatchNorm
 from lamina.layers.experts import Matrices
 from lamina.layers.positions import LearnedPosition
+from lamina.layers.product_keys import Values
 from lamina.layers.router import Router
 from lamina.specs import unknown
 
-ROLES = ("matrix", "embedding", "head", "expert", "router", "norm", "bias", "other")
-"""`other`: gates, sinks, relative biases, lambdas: small things that belong to no matrix product."""
+ROLES = ("matrix", "embedding", "head", "expert", "router", "norm", "bias", "value", "other")
+"""`value`: the table of a product-key memory. `other`: gates, sinks, relative biases, lambdas, half keys: things that
+belong to no matrix product with hidden states."""
 
 _CLASSES: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((Embedding, Segment, LearnedPosition), "embedding"),
     ((LanguageHead, LabelHead, Pooler), "head"),
-    ((LayerNorm, RMSNorm), "norm"),
+    ((LayerNorm, RMSNorm, BatchNorm), "norm"),
     ((Matrices,), "expert"),
     ((Router,), "router"),
+    ((Values,), "value"),
 )
 
 
