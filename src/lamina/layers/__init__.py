@@ -32,6 +32,14 @@ from lamina.layers.longformer import Longformer, LongformerSpec
 from lamina.layers.norm import LayerNorm, LayerNormSpec, NormSpec, RMSNorm, RMSNormSpec
 from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
 from lamina.layers.relative import ShawSpec, TransformerXLSpec
+from lamina.layers.retrieval import (
+    ChunkedCrossAttention,
+    ChunkedCrossAttentionSpec,
+    NeighbourEncoder,
+    NeighbourEncoderSpec,
+    neighbour_encoder,
+    retrieving,
+)
 from lamina.layers.rotary import (
     DynamicNTKScaling,
     LinearScaling,
@@ -55,6 +63,8 @@ __all__ = [
     "BucketBiasSpec",
     "Call",
     "CapacitySpec",
+    "ChunkedCrossAttention",
+    "ChunkedCrossAttentionSpec",
     "ConvolutionStem",
     "ConvolutionStemSpec",
     "CrossAttention",
@@ -91,6 +101,8 @@ __all__ = [
     "Longformer",
     "LongformerSpec",
     "NTKScaling",
+    "NeighbourEncoder",
+    "NeighbourEncoderSpec",
     "NormSpec",
     "NormalInitialSpec",
     "Pooler",
@@ -113,5 +125,7 @@ __all__ = [
     "TransformerXLSpec",
     "YarnScaling",
     "mean_of",
+    "neighbour_encoder",
     "rebalance",
+    "retrieving",
 ]

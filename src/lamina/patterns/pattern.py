@@ -33,6 +33,7 @@ class Retained:
     recent: int | None
     first: int = 0
     memory: bool = False  # not the text's own keys, but those of what is read beside it: filled once, kept whole
+    found: bool = False  # not the text's own keys, but those of what was retrieved for the last whole chunk
     pattern: Pattern | None = field(default=None, compare=False, repr=False)  # whose `lasts` may say more
 
 
