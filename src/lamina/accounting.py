@@ -23,7 +23,16 @@ from torch.utils.flop_counter import flop_registry
 
 from lamina.cache import Cache, ExpiringLedger, GrowingLedger, RingLedger, Slot
 from lamina.errors import LaminaError
-from lamina.layers import BranchSpec, ExpertsSpec, LayerSpec, StackSpec, StepSpec, SumSpec
+from lamina.layers import (
+    BranchSpec,
+    ChunkedCrossAttentionSpec,
+    ExpertsSpec,
+    LayerSpec,
+    NeighbourEncoderSpec,
+    StackSpec,
+    StepSpec,
+    SumSpec,
+)
 from lamina.model import Model, ModelSpec, Output
 from lamina.source import spec as spec_of
 from lamina.specs import Spec, unknown
@@ -35,6 +44,9 @@ DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+
+NEIGHBOURS = 2
+"""Of each chunk, where a model retrieves, and each two chunks long: as in training (arXiv:2112.04426, section 2.2)."""
 
 
 def _same(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -83,7 +95,8 @@ class Account:
     parameters: int  # tied ones once
     active_parameters: int  # those that a token uses: all, but for experts that were not chosen
     flops_prefill: int  # reading batch x context tokens, with the logits of all of them
-    flops_per_token: int  # one more token at the end of a full context, from the cache; an encoder: prefill by tokens
+    flops_per_token: int  # one more token at the end of a full context, from the cache; an encoder: prefill by tokens.
+    # Where a model retrieves: one that ends no chunk, so that it encodes nothing
     flops_train_per_token: int  # forward and backward, by tokens
     cache_bytes: int  # keys and values of batch x context tokens; windows keep min(context, window)
     weight_bytes: int
@@ -323,6 +336,8 @@ def _run(
         return model(decoder_input_ids=ids, encoder_output=memory, cache=cache)
     two, reads = model.spec.two_stacks, ids if source is None else source
     told = {model.reads: _features(model, ids)} if model.stem is not None else {"input_ids": reads if two else ids}
+    if model.spec.retrieval is not None:
+        told["neighbours"] = _neighbours(ids, model.spec.retrieval.chunk)
     return model(**told, **({"decoder_input_ids": ids} if two else {}), cache=cache)
 
 
@@ -333,6 +348,11 @@ def _features(model: Model, ids: Tensor) -> Tensor:
     size = getattr(model.encoder.spec.position, "size", ids.shape[1])
     shape = (ids.shape[0], model.stem.spec.bins, size * math.prod(model.stem.spec.strides))
     return torch.empty(shape, device="meta", dtype=model.embedding.weight.dtype)
+
+
+def _neighbours(ids: Tensor, chunk: int) -> Tensor:
+    """Those of the chunks that end in so many tokens. A single one ends none, as most do in decoding."""
+    return ids.new_empty(ids.shape[0], ids.shape[1] // chunk, NEIGHBOURS, 2 * chunk)
 
 
 def _scalar(out: Output) -> Tensor:
@@ -399,6 +419,12 @@ def _parts(spec: Any) -> Sequence[tuple[str, str, Any]]:
         return [(name, name, part) for name, part in sides if part is not None]
     if isinstance(spec, SumSpec):
         return [(f"branches.{branch.name}", branch.name, branch) for branch in spec.branches]
+    if isinstance(spec, ChunkedCrossAttentionSpec):
+        sides = [(name, getattr(spec, name)) for name in ("encoder", "attention")]
+        return [(name, name, part) for name, part in sides if part is not None]
+    if isinstance(spec, NeighbourEncoderSpec):
+        layers = [(f"stack.layers.{i}", f"layers.{i}", layer) for i, layer in enumerate(spec.stack.layers)]
+        return [("embedding", "embedding", spec.embedding), *layers, ("stack.norm", "norm", spec.stack.norm)]
     if isinstance(spec, ExpertsSpec):
         sides = [("router", spec.router), ("experts", spec.expert), ("shared", spec.shared)]
         return [(name, name, part) for name, part in sides if part is not None]

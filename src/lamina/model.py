@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from lamina.cache import KINDS, Cache
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import (
     Call,
+    ChunkedCrossAttentionSpec,
     ConvolutionStemSpec,
     CrossAttentionSpec,
     Draw,
@@ -25,8 +27,10 @@ from lamina.layers import (
     Record,
     RotarySpec,
     StackSpec,
+    StepSpec,
 )
 from lamina.marks import AfterToken, BeforeToken, EndBlocks, FirstToken, after_question
+from lamina.patterns import Retained
 from lamina.reading import read
 from lamina.specs import Spec, unknown
 from lamina.tokens import Tokens
@@ -73,13 +77,43 @@ class ModelSpec(Spec):
     def check(self) -> None:
         if self.width < 1 or (self.encoder is None and self.decoder is None):
             raise LaminaError(f"a model needs width >= 1 (it is {self.width}) and an encoder or a decoder")
-        reads = self.decoder is not None and any(
-            isinstance(part, CrossAttentionSpec) for _, part in self.decoder.walk()
-        )
+        reads = self.decoder is not None and reads_memory(self.decoder)
         if self.stem is not None and self.encoder is None:
             raise LaminaError("stem is for an encoder, and this model has none")
         if self.two_stacks and not reads:
             raise LaminaError("the decoder has no CrossAttentionSpec, so it would never read what the encoder gives")
+        if any(isinstance(part, ChunkedCrossAttentionSpec) for _, part in self.walk()):
+            self._check_retrieval(reads)
+
+    def _check_retrieval(self, reads: bool) -> None:
+        stack = self.decoder
+        steps = [step for _, step in ([] if stack is None else stack.walk()) if isinstance(step, StepSpec)]
+        retrieving = [step for step in steps if isinstance(step.op, ChunkedCrossAttentionSpec)]
+        ops = [part for _, part in self.walk() if isinstance(part, ChunkedCrossAttentionSpec)]
+        if stack is None or len(retrieving) < len(ops) or self.encoder is not None or reads:
+            raise LaminaError(
+                "ChunkedCrossAttentionSpec is for steps of a decoder by itself, without CrossAttentionSpec: neighbours"
+                " are its memory"
+            )
+        if [op.encoder is not None for op in ops] != [True] + [False] * (len(ops) - 1):
+            raise LaminaError("the first ChunkedCrossAttentionSpec of a decoder needs an encoder, the others have none")
+        if len({op.chunk for op in ops}) > 1:
+            raise LaminaError(f"the chunks of one decoder have one length, not {sorted({op.chunk for op in ops})}")
+        if stack.repeat > 1 or stack.layer_dropout:
+            raise LaminaError(
+                "layers that repeat or drop out do not go with neighbours, which one layer encodes for all"
+            )
+        for step in retrieving:
+            if step.post is not None or step.after is not None or step.residual != 1.0:
+                raise LaminaError(
+                    f"the step {step.name!r} is to leave tokens that read nothing: post, after and residual"
+                )
+
+    @property
+    def retrieval(self) -> ChunkedCrossAttentionSpec | None:
+        """What reads neighbours, where something does; its `chunk` and its `encoder` are those of all layers."""
+        parts = [] if self.decoder is None else [part for _, part in self.decoder.walk()]
+        return next((part for part in parts if isinstance(part, ChunkedCrossAttentionSpec)), None)
 
     def build(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, seed: int = 0) -> Model:
         """The module, in training mode: without storage on "meta", else initialised from `seed`."""
@@ -91,6 +125,17 @@ class ModelSpec(Spec):
             model = model.to_empty(device=device)
             model.init(seed)
         return model
+
+
+def of_text(spec: Spec) -> Iterator[Spec]:
+    """The parts of a spec that see the text that is read or written, and not what was retrieved beside it."""
+    inner = tuple(f"{path}." for path, part in spec.walk() if isinstance(part, ChunkedCrossAttentionSpec))
+    return (part for path, part in spec.walk() if not (inner and path.startswith(inner)))
+
+
+def reads_memory(spec: Spec) -> bool:
+    """Whether it reads what an encoder gives."""
+    return any(isinstance(part, CrossAttentionSpec) for part in of_text(spec))
 
 
 @dataclass
@@ -169,7 +214,7 @@ class Model(nn.Module):
         for name, module in self.named_modules():
             if hasattr(module, "path"):
                 module.path = name  # pyright: ignore[reportArgumentType]
-        self.reads_memory = any(isinstance(part, CrossAttentionSpec) for _, part in spec.walk())
+        self.reads_memory = reads_memory(spec)
         rotaries = [part for _, part in (spec.decoder or spec).walk() if isinstance(part, RotarySpec)]
         limits = [rotary.limit for rotary in rotaries if rotary.limit]
         self.cache_limit = min(limits, default=None)
@@ -200,10 +245,8 @@ class Model(nn.Module):
         if self.decoder.spec.repeat > 1:
             raise UnsupportedError("a decoder whose layers repeat has no cache: a layer would keep keys for each run")
         cache = Cache(kind, batch, capacity, device=self.embedding.weight.device)
-        for name, module in self.decoder.named_modules():
-            retained = getattr(module, "retained", None)
-            if retained is not None:
-                cache.add(f"decoder.{name}", retained())
+        for path, retained in _retained(self.decoder, "decoder"):
+            cache.add(path, retained)
         return cache
 
     def forward(
@@ -220,6 +263,7 @@ class Model(nn.Module):
         decoder_position_ids: Tensor | None = None,
         decoder_document_ids: Tensor | None = None,
         encoder_output: Tensor | None = None,
+        neighbours: Tensor | None = None,
         marked: Tensor | None = None,
         cache: Cache | None = None,
         record: Record | None = None,
@@ -240,6 +284,10 @@ class Model(nn.Module):
         (B, S, width) instead, and `decoder_input_ids` (B, T) in its decoder; there a document reads the source of the
         same number. A cache that has seen the source keeps it, and needs only the decoder's side from then on. With a
         label head the decoder reads the source too, one place on after the start id, unless it is told otherwise.
+
+        A model that retrieves reads `neighbours` (B, N, k, r) beside the text: of each row the k neighbours, ids of r
+        tokens, of the chunks that end in this forward, in their order; -1 where there is no token. Without them it is
+        the model without retrieval.
 
         A model with a stem reads `input_features` (B, bins, frames) in place of `input_ids`: each row is one text, and
         attention_mask is (B, frames) with padding on the right only. Beside `encoder_output` it is (B, S).
@@ -280,7 +328,12 @@ class Model(nn.Module):
                 " or a multiple of it (beams)"
             )
         call = Call(
-            tokens=tokens, cache=cache, memory=memory, memory_tokens=memory_tokens, backend=backend, record=record
+            tokens=tokens,
+            cache=cache,
+            memory=memory if neighbours is None else self._neighbours(neighbours, x.shape[0]),
+            memory_tokens=memory_tokens,
+            backend=backend,
+            record=record,
         )
         stack = self.encoder if self.decoder is None else self.decoder
         assert stack is not None
@@ -359,6 +412,25 @@ class Model(nn.Module):
         x, tokens = self._embedded(source)
         assert self.encoder is not None
         return self.encoder(x, Call(tokens=tokens, backend=backend, record=record), segments), tokens
+
+    def _neighbours(self, neighbours: Tensor, rows: int) -> Tensor:
+        """Checked ids of neighbours (B, N, k, r)."""
+        retrieval = self.spec.retrieval
+        if retrieval is None or retrieval.encoder is None:
+            raise UnsupportedError("neighbours is for models that retrieve; this one has no ChunkedCrossAttentionSpec")
+        if neighbours.dim() != 4 or neighbours.shape[0] != rows or neighbours.is_floating_point():
+            raise LaminaError(
+                f"neighbours is {neighbours.dtype} {tuple(neighbours.shape)}; expected ids (batch={rows}, chunks,"
+                " neighbours, tokens)"
+            )
+        most = retrieval.encoder.embedding.vocabulary
+        if (
+            not neighbours.is_meta
+            and neighbours.numel()
+            and not -1 <= int(neighbours.min()) <= int(neighbours.max()) < most
+        ):
+            raise LaminaError(f"neighbours holds ids beyond 0 to {most - 1}, and -1 where there is no token")
+        return neighbours
 
     def _shifted(self, source: Given) -> Given:
         """What the decoder of a classifier reads (arXiv:1910.13461, section 3.1): the source, one place on after the
@@ -446,3 +518,15 @@ class Model(nn.Module):
                 f"{cache.length + input_ids.shape[1]} tokens: beyond {self.cache_limit} the rotary phases depend on the"
                 " length, and cached keys would not fit; use cache=None, or a scaling that does not (YaRN, NTK)"
             )
+
+
+def _retained(module: nn.Module, path: str) -> Iterator[tuple[str, Retained]]:
+    """What a cache keeps of each layer, by its path. A layer that says so speaks for what is in it too."""
+    retained = getattr(module, "retained", None)
+    if retained is None:
+        for name, child in module.named_children():
+            yield from _retained(child, f"{path}.{name}")
+        return
+    kept = retained()
+    for below, one in kept.items() if isinstance(kept, dict) else [("", kept)]:
+        yield f"{path}{below}", one

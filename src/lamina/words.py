@@ -15,6 +15,7 @@ from lamina.layers import (
     BranchSpec,
     BucketBiasSpec,
     CapacitySpec,
+    ChunkedCrossAttentionSpec,
     CompressiveSpec,
     ConvolutionStemSpec,
     CrossAttentionSpec,
@@ -33,6 +34,7 @@ from lamina.layers import (
     LongformerSpec,
     MemorizingSpec,
     MemoryAttentionSpec,
+    NeighbourEncoderSpec,
     PoolerSpec,
     ProductKeySpec,
     RecurrenceSpec,
@@ -213,9 +215,15 @@ def _cross(spec: CrossAttentionSpec) -> str:
     heads = f"{spec.heads}" if spec.key_heads == spec.heads else f"{spec.heads}/{spec.key_heads}"
     parts = [f"cross-attention, {heads} heads of {spec.head_dim}"]
     parts += [f"memory of width {spec.memory_width}"] if spec.memory_width is not None else []
+    parts += [say(spec.relative)] if spec.relative is not None else []
     parts += [f"QK-{say(spec.qk_norm)}"] if spec.qk_norm is not None else []
     parts += [f"scale {spec.scale:g}"] if spec.scale is not None else []
     return ", ".join(parts + BIASES[spec.bias] + ([f"dropout {spec.dropout:g}"] if spec.dropout else []))
+
+
+def _chunked(spec: ChunkedCrossAttentionSpec) -> str:
+    parts = [f"neighbours of the chunk of {spec.chunk} tokens before", say(spec.attention)]
+    return ", ".join(parts + ([say(spec.encoder)] if spec.encoder is not None else []))
 
 
 def _pattern(spec: Pattern) -> str:
@@ -383,6 +391,7 @@ WORDS: dict[type, Callable[[Any], str]] = {
     Both: _pattern,
     BucketBiasSpec: _bucket_bias,
     CapacitySpec: _capacity,
+    ChunkedCrossAttentionSpec: _chunked,
     Causal: lambda spec: "causal",
     CompressiveSpec: _compressive,
     ConvolutionStemSpec: _stem,
@@ -405,6 +414,7 @@ WORDS: dict[type, Callable[[Any], str]] = {
     LearnedPositionSpec: lambda spec: f"learned positions, {spec.size}",
     MemorizingSpec: _memorizing,
     MemoryAttentionSpec: lambda spec: f"{say(spec.attention)}, {say(spec.memory)}",
+    NeighbourEncoderSpec: lambda spec: f"encoder of {_layers(spec.stack)}, width {spec.width}",
     PoolerSpec: lambda spec: f"{spec.act} of the {spec.token} token",
     Prefix: _pattern,
     RecurrenceSpec: lambda spec: f"segments of {spec.length} and the {spec.size} before them",

@@ -12,6 +12,7 @@ from lamina.cache.expiring import ExpiringLedger
 from lamina.cache.fixed import FixedLedger
 from lamina.cache.growing import GrowingLedger
 from lamina.cache.memory import MemoryLedger, MemorySlot
+from lamina.cache.neighbours import Found, NeighbourLedger, NeighbourSlot
 from lamina.cache.ring import RingLedger
 from lamina.cache.sinks import SinksLedger
 from lamina.cache.slot import Ledger, Slot
@@ -27,10 +28,13 @@ __all__ = [
     "Cache",
     "ExpiringLedger",
     "FixedLedger",
+    "Found",
     "GrowingLedger",
     "Ledger",
     "MemoryLedger",
     "MemorySlot",
+    "NeighbourLedger",
+    "NeighbourSlot",
     "RingLedger",
     "SinksLedger",
     "Slot",

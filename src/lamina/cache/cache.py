@@ -9,6 +9,7 @@ from lamina.cache.expiring import ExpiringLedger
 from lamina.cache.fixed import FixedLedger
 from lamina.cache.growing import GrowingLedger
 from lamina.cache.memory import MemoryLedger
+from lamina.cache.neighbours import NeighbourLedger
 from lamina.cache.ring import RingLedger
 from lamina.cache.sinks import SinksLedger
 from lamina.cache.slot import Ledger, Slot
@@ -88,7 +89,7 @@ class Cache:
         if not 0 <= length <= self.length:
             raise LaminaError(f"a cache of {self.length} tokens cannot be trimmed to {length}")
         if fixed := [ledger for ledger in self.ledgers.values() if not ledger.trims]:
-            raise UnsupportedError(f"{fixed[0].called} overwrites old keys and cannot be trimmed; a growing cache can")
+            raise UnsupportedError(f"{fixed[0].called} overwrites old keys and cannot be trimmed; {fixed[0].remedy}")
         for part in (*self.ledgers.values(), *self.slots.values()):
             part.trim(length)
         self.length = length
@@ -117,6 +118,12 @@ class Cache:
             key = ("ring", retained.recent, retained.every)
         elif retained.summed:
             key = ("summed", retained.segment)
+        elif retained.found and self.kind == "sinks":
+            raise UnsupportedError(
+                f"{path} counts chunks by position, and a sinks cache renumbers them; 'auto' does not"
+            )
+        elif retained.found:
+            key = "found"
         elif self.kind == "sinks":
             key = "sinks"
         elif self.kind == "fixed":
@@ -143,6 +150,8 @@ class Cache:
             return FixedLedger(self.batch, self.capacity, self.device)
         if key == "memory":
             return MemoryLedger(self.batch)
+        if key == "found":
+            return NeighbourLedger(self.batch, self.device)
         if key == "growing":
             return GrowingLedger()
         if isinstance(key, Pattern):

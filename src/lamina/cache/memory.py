@@ -58,8 +58,8 @@ class MemorySlot(Slot):
 
     ledger: MemoryLedger
 
-    def kept(self) -> tuple[Tensor, Tensor, Tokens] | None:
-        """Keys, values and whose they are, once they are there."""
+    def kept(self, new: Tokens | None) -> tuple[Tensor, Tensor, Tokens] | None:
+        """Keys, values and whose they are, once they are there, whatever is new."""
         if self.key is None or self.value is None or self.ledger.tokens is None:
             return None
         return self.key, self.value, self.ledger.tokens

@@ -19,6 +19,9 @@ class Ledger(ABC):
     called = "this cache"
     """Its name in messages."""
 
+    remedy = "a growing cache can"
+    """What can be trimmed where this cannot."""
+
     late = False
     """True when keys are renumbered inside the cache, so that rotary phases must be applied after `extend`."""
 

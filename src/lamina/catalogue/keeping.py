@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lamina.catalogue.kind import Correction, Counted, Example, Kind, Source, Variant, by_class, has, named, planned
-from lamina.layers import ProductKeySpec
+from lamina.layers import ChunkedCrossAttentionSpec, ProductKeySpec, StepSpec
+from lamina.model import ModelSpec
 from lamina.patterns import Window
 
 
@@ -110,6 +111,11 @@ def _retrieval() -> None:
         print(token, f"{first}-{first + m - 1}" if chunk >= 0 else "nothing")
 
 
+def _retrofitted(spec: ModelSpec) -> bool:
+    steps = [part for _, part in spec.walk() if isinstance(part, StepSpec)]
+    return any(step.gate and isinstance(step.op, ChunkedCrossAttentionSpec) for step in steps)
+
+
 RETRIEVAL = Kind(
     name="retrieval",
     title="Attention over retrieved text",
@@ -124,14 +130,24 @@ RETRIEVAL = Kind(
         ("E_c", "(k r, d'), k neighbours of r tokens: the chunk found and its continuation"),
     ),
     files=("layers/retrieval.py",),
-    used=named("RetrievalSpec", "ChunkedAttentionSpec", "NeighbourSpec"),
+    used=has(ChunkedCrossAttentionSpec),
     variants=(
-        planned("chunked cross-attention", "neighbours of the chunk before (RETRO)"),
+        Variant("chunked cross-attention", "neighbours of the chunk before (RETRO)", has(ChunkedCrossAttentionSpec)),
+        Variant("gated from zero", "new steps beside a pretrained model: nothing changes at first", _retrofitted),
         planned("kNN-LM", "p = l p_kNN + (1 - l) p_LM, at the output alone"),
         planned("in context", "the best neighbour in front of the text (RETRO++, RAG)"),
     ),
     cost="Cross-attention in some layers (every third from the sixth in RETRO) and a small encoder; the database is"
     " no part of the model.",
+    counted=(
+        Counted(
+            "retro/7.5b",
+            ("decoder.layers.*.retrieval.op.attention",),
+            "chunked cross-attention, all layers",
+            ("parameters", "cache"),
+        ),
+        Counted("retro/7.5b", ("decoder.layers.*.retrieval.op.encoder",), "the encoder, its table of tokens included"),
+    ),
     pitfalls=(
         (
             "Neighbours of a chunk may be read from its last token on and not before: they were found with all of"

@@ -13,6 +13,7 @@ import torch
 
 from lamina.conformance import attention, files, tokens, whole
 from lamina.conformance.report import FACTOR, Report, Row
+from lamina.conformance.retrieval import retrieval
 from lamina.model import Model
 
 CHECKS: tuple[Callable[[Model], Iterator[Row]], ...] = (
@@ -24,6 +25,7 @@ CHECKS: tuple[Callable[[Model], Iterator[Row]], ...] = (
     tokens.packing,
     tokens.empty_rows,
     tokens.causality,
+    retrieval,
     attention.reach,
     attention.blindness,
     whole.backends,

@@ -14,7 +14,7 @@ from lamina.conformance.report import Difference, Row, gap, judged, left_out
 from lamina.conformance.trial import TOKENS, SelfAttentionSpec, random_ids, random_sources, read, text_length
 from lamina.errors import UnsupportedError
 from lamina.layers import CrossAttention, ExpertsSpec, Record
-from lamina.model import Model
+from lamina.model import Model, of_text
 from lamina.patterns import allowed
 from lamina.tokens import plain
 
@@ -144,7 +144,7 @@ def causality(model: Model) -> Iterator[Row]:
         return
     length = text_length(model)
     tokens = plain(1, length)
-    for _, part in model.spec.decoder.walk():
+    for part in of_text(model.spec.decoder):
         if isinstance(part, SelfAttentionSpec):
             mask = allowed(part.pattern, tokens.query(), tokens.key()).expand(1, length, length)
             if bool(mask.triu(1).any()):

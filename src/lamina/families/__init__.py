@@ -41,6 +41,7 @@ FAMILIES = {
     "qwen2_moe": "mixtral:QWEN2_MOE",
     "qwen3": "llama:QWEN3",
     "qwen3_moe": "mixtral:QWEN3_MOE",
+    "retro": "retro:RETRO",
     "roberta": "bert:ROBERTA",
     "smollm3": "llama:SMOLLM3",
     "switch_transformers": "switch:SWITCH",

@@ -49,6 +49,8 @@ def prepare(model: Model, *, compile: bool = False, quantize: str | None = None)
             raise UnsupportedError("compile=True is for models that generate: a decoder with a language head")
         if model.encoder is not None:
             raise UnsupportedError("compile=True is for decoders in this version; an encoder-decoder has two stacks")
+        if model.spec.retrieval is not None:
+            raise UnsupportedError("compile=True is not for models that retrieve: a step may bring neighbours or none")
         if model.embedding.weight.device.type != "cpu":
             raise UnsupportedError("compile=True is for the CPU in this version")
         settle_in_large_pages(model)

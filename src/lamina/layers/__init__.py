@@ -39,6 +39,14 @@ from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
 from lamina.layers.product_keys import ProductKeys, ProductKeySpec
 from lamina.layers.recurrence import RecurrenceSpec
 from lamina.layers.relative import ShawSpec, TransformerXLSpec
+from lamina.layers.retrieval import (
+    ChunkedCrossAttention,
+    ChunkedCrossAttentionSpec,
+    NeighbourEncoder,
+    NeighbourEncoderSpec,
+    neighbour_encoder,
+    retrieving,
+)
 from lamina.layers.rotary import (
     DynamicNTKScaling,
     LinearScaling,
@@ -64,6 +72,8 @@ __all__ = [
     "BucketBiasSpec",
     "Call",
     "CapacitySpec",
+    "ChunkedCrossAttention",
+    "ChunkedCrossAttentionSpec",
     "CompressiveSpec",
     "ConvolutionStem",
     "ConvolutionStemSpec",
@@ -105,6 +115,8 @@ __all__ = [
     "MemoryAttention",
     "MemoryAttentionSpec",
     "NTKScaling",
+    "NeighbourEncoder",
+    "NeighbourEncoderSpec",
     "NormSpec",
     "NormalInitialSpec",
     "Pooler",
@@ -130,5 +142,7 @@ __all__ = [
     "TransformerXLSpec",
     "YarnScaling",
     "mean_of",
+    "neighbour_encoder",
     "rebalance",
+    "retrieving",
 ]

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lamina.errors import LaminaError
 from lamina.layers.call import Call
-from lamina.layers.cross import CrossAttention
 from lamina.layers.dropout import drop_branch, dropout
 from lamina.layers.initial import Draw
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
@@ -103,7 +102,8 @@ class Step(nn.Module):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         spec = self.spec
-        if call.memory is None and isinstance(self.op, CrossAttention):
+        reads = getattr(self.op, "reads", None)
+        if reads is not None and not reads(call):
             return x  # a decoder without an encoder, given nothing to read: as if the step were not there
         h = self.op(x if self.pre is None else self.pre(x), call)
         h = h if self.post is None else self.post(h)

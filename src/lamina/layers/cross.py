@@ -9,11 +9,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lamina.attend import Request, attend, weights
-from lamina.cache import MemorySlot
+from lamina.cache import MemorySlot, NeighbourSlot
 from lamina.errors import LaminaError
 from lamina.layers.call import Call
 from lamina.layers.linear import Linear
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
+from lamina.layers.relative import TransformerXLSpec
 from lamina.patterns import Everything, Retained
 from lamina.specs import Spec
 from lamina.tokens import Tokens, plain
@@ -27,6 +28,7 @@ class CrossAttentionSpec(Spec):
     key_heads: int
     head_dim: int
     memory_width: int | None = None  # of what is read, where it is not the model's own
+    relative: TransformerXLSpec | None = None  # positions of what is read count from the same 0: RETRO
     scale: float | None = None  # None: head_dim^-0.5; 1.0 in T5
     qk_norm: LayerNormSpec | RMSNormSpec | None = None  # on each head: Llama 3.2 Vision
     bias: Literal["none", "qkv", "all", "qvo"] = "none"  # "all" in BART; "qvo" in Whisper
@@ -63,6 +65,7 @@ class CrossAttention(nn.Module):
         self.v = Linear(source, spec.key_heads * spec.head_dim, bias=bias)
         self.q_norm = None if spec.qk_norm is None else spec.qk_norm.build(spec.head_dim)
         self.k_norm = None if spec.qk_norm is None else spec.qk_norm.build(spec.head_dim)
+        self.relative = None if spec.relative is None else spec.relative.build(width, spec.heads, spec.head_dim)
         self.o = Linear(spec.heads * spec.head_dim, width, bias=spec.bias in ("all", "qvo"))
 
     def gains(self) -> dict[str, float]:
@@ -73,14 +76,22 @@ class CrossAttention(nn.Module):
         """What a cache has to keep for this layer: the memory, whole."""
         return Retained(None, memory=True)
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
-        query = self._split(self.q(x))  # (B, H, T, D)
+    def reads(self, call: Call) -> bool:
+        """Whether there is anything to read; where there is not, the step is left out."""
+        return call.memory is not None
+
+    def forward(self, x: Tensor, call: Call, apart: tuple[int, int] | None = None) -> Tensor:
+        """x (B n, T, width), n beams of each text. apart: as `TransformerXL` takes it."""
+        query = self._split(self.q(x))  # (B n, H, T, D)
         query = query if self.q_norm is None else self.q_norm(query)
         key, value, keys = self._memory(call)
-        beams = x.shape[0] // key.shape[0]
-        queries = call.tokens
+        beams, queries, bias = x.shape[0] // key.shape[0], call.tokens, None
+        if self.relative is not None and apart is None:
+            apart = self.relative.apart(queries, keys)
         if beams > 1:
-            query, queries = _gather(query, beams), _gathered(queries, beams, call.memo)
+            query, queries = _gather(query, beams), _gathered(queries, beams, self.relative is None, call.memo)
+        if self.relative is not None:
+            query, bias, _ = self.relative(query, queries, keys, self.scale, apart)
         request = Request(
             query=query,
             key=key,
@@ -89,6 +100,7 @@ class CrossAttention(nn.Module):
             keys=keys,
             pattern=Everything(),
             scale=self.scale,
+            bias=bias,
             dropout=self.spec.dropout if self.training else 0.0,
             step=x.shape[1] == 1 and call.cache is not None,
             memo=call.memo,
@@ -100,7 +112,7 @@ class CrossAttention(nn.Module):
     def _memory(self, call: Call) -> tuple[Tensor, Tensor, Tokens]:
         """Keys (B, G, S, D), values, and whose they are."""
         slot = None if call.cache is None else call.cache.slot(self.path)
-        kept = slot.kept() if isinstance(slot, MemorySlot) else None
+        kept = slot.kept(call.memory_tokens) if isinstance(slot, MemorySlot | NeighbourSlot) else None
         if kept is not None:
             return kept
         if call.memory is None or call.memory_tokens is None:
@@ -125,12 +137,12 @@ def _scatter(x: Tensor, beams: int) -> Tensor:
     return x if beams == 1 else x.unflatten(2, (beams, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def _gathered(tokens: Tokens, beams: int, memo: dict[Any, Any]) -> Tokens:
-    """Tokens (B n, T) as (B, n T). Cross-attention asks for their documents only, so plain ones are numbered anew."""
-    name = ("gathered", id(tokens), beams)
+def _gathered(tokens: Tokens, beams: int, anew: bool, memo: dict[Any, Any]) -> Tokens:
+    """Tokens (B n, T) as (B, n T). `anew`: only documents are asked for, so plain ones may be numbered anew."""
+    name = ("gathered", id(tokens), beams, anew)
     if name not in memo:
         rows, length = tokens.position.shape
-        if tokens.span is not None:
+        if anew and tokens.span is not None:
             gathered = plain(rows // beams, beams * length, device=tokens.position.device)
         else:
             position, document = (each.reshape(-1, beams * length) for each in (tokens.position, tokens.document))

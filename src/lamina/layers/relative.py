@@ -79,16 +79,44 @@ class TransformerXL(nn.Module):
         self.position = parameter(heads, size)  # v
 
     def forward(
-        self, query: Tensor, queries: Tokens, keys: Tokens, scale: float
+        self, query: Tensor, queries: Tokens, keys: Tokens, scale: float, apart: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """The query for the content term, the bias (B, H, T, S), and None: values have no term."""
+        """The query for the content term, the bias (B, H, T, S), and None: values have no term.
+
+        apart: between which distances i - j those lie that count, where it is known; other pairs must be masked.
+        """
         behind = -distance(queries, keys).expand(query.shape[0], -1, -1)  # i - j
-        reach = int(behind.abs().max())  # one look at the data: positions may have gaps
-        index = torch.arange(-reach, reach + 1, device=query.device)
-        term = self.project(self._waves(index).to(query.dtype)).unflatten(-1, self.content.shape)  # (distances, H, D)
-        by_distance = (query + self.position[:, None]) @ term.permute(1, 2, 0) * scale  # (B, H, T, distances)
-        bias = by_distance.gather(3, (behind + reach)[:, None].expand(-1, query.shape[1], -1, -1))
+        if apart is None:
+            apart = self.apart(queries, keys)
+        else:
+            behind = behind.clamp(*apart)
+        index = torch.arange(apart[0], apart[1] + 1, device=query.device)
+        by_distance = self._terms(query + self.position[:, None], self._waves(index).to(query.dtype)) * scale
+        bias = by_distance.gather(3, (behind - apart[0])[:, None].expand(-1, query.shape[1], -1, -1))
         return query + self.content[:, None], bias, None
+
+    def apart(self, queries: Tokens, keys: Tokens) -> tuple[int, int]:
+        """The smallest and the largest i - j of queries (B n, T) and keys (B, S): of spans without looking at a tensor,
+        else one look at the data, since positions may have gaps. On the meta device, of tokens that count from 0."""
+        if queries.span is not None and keys.span is not None:
+            return queries.span[0] - keys.span[1] + 1, queries.span[1] - 1 - keys.span[0]
+        query, key = queries.position, keys.position
+        if query.is_meta:
+            return 1 - key.shape[1], query.shape[1] - 1
+        behind = query.unflatten(0, (key.shape[0], -1))[..., None] - key[:, None, None]
+        return int(behind.min()), int(behind.max())
+
+    def _terms(self, query: Tensor, waves: Tensor) -> Tensor:
+        """(q_i + v) . W r for all distances: (B, H, T, D) and (distances, width) -> (B, H, T, distances).
+
+        In whichever order takes fewer products: W r once for all queries, or, for few of them, (q_i + v) W first.
+        """
+        rows, size, (count, width) = query.shape[0] * query.shape[2], query.shape[3], waves.shape
+        few = rows * width * (size + count) < count * size * (width + rows)
+        if few and type(self.project) is nn.Linear:  # what takes its place (an adapter) has more than a weight
+            return query @ self.project.weight.unflatten(0, self.content.shape) @ waves.transpose(0, 1)
+        term = self.project(waves).unflatten(-1, self.content.shape)  # (distances, H, D)
+        return query @ term.permute(1, 2, 0)
 
     def _waves(self, index: Tensor) -> Tensor:
         """[sin | cos] of signed distances (distances, width), as in the paper's code: halves, exponent 2i / width."""

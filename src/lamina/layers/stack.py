@@ -75,6 +75,7 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, call: Call, segments: Tensor | None = None) -> Tensor:
         call = replace(call, bias=self.score_bias)
+        outer = call.record.run  # of the stack that this one is a part of: RETRO's encoder of neighbours
         if self.segment is not None:
             x = x + (self.segment.weight[0] if segments is None else self.segment(segments))
         if self.position is not None:
@@ -90,7 +91,7 @@ class Stack(nn.Module):
             if not self._left_out(call):
                 x = self.layers[layer](x, call)
             call.record.keep(f"{self.path}.layers.{layer}.output", lambda x=x: x)
-        call.record.run = ("", "")
+        call.record.run = outer
         if self.norm is not None:
             x = self.norm(x)
         return dropout(x, self.spec.output_dropout, self.training)

@@ -36,6 +36,7 @@ class Retained:
     segment: int | None = None  # goes by segments of so many positions, which nothing may renumber
     every: int = 1  # tokens of the text that have one key together
     summed: bool = False  # only the keys of the last segment; what came before is summed up in a state
+    found: bool = False  # not the text's own keys, but those of what was retrieved for the last whole chunk
     pattern: Pattern | None = field(default=None, compare=False, repr=False)  # whose `lasts` may say more
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamina.layers import CrossAttention, Record
+from lamina.layers import ChunkedCrossAttention, CrossAttention, Record
 from lamina.model import Model
 
 LAYERS = 4  # shown, evenly spaced
 TOKENS = 96  # the last ones of a longer text
+OTHERS = (CrossAttention, ChunkedCrossAttention)  # they look at another text
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def attention_of(
     names = []  # as a record calls them: by run, where layers run several times
     for i, layer in enumerate(stack.layers):
         found = [name for name, module in layer.named_modules() if hasattr(module, "retained")]
-        found = [name for name in found if not isinstance(layer.get_submodule(name), CrossAttention)]
+        inner = tuple(name for name in found if isinstance(layer.get_submodule(name), OTHERS))
+        found = [name for name in found if not (inner and name.startswith(inner))]
         names += [f"layers.{i * repeat + turn}.{name}" for turn in range(repeat) for name in found]
     side = "decoder" if model.decoder is not None else "encoder"
     count = min(layers, len(names))
