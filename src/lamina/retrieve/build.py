@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -159,23 +160,25 @@ def grow(content: Content, directory: Path, engine: Engine, *, batch: int, repor
     wish = [prepared.hash, content.chunk, content.embedder.to_json(), engine.kind, engine.uri]
     key = hashlib.sha256(json.dumps(wish).encode()).hexdigest()
     with generations.alone(directory) as work:
-        done, content.cut = _journal(work, key)
-        out = writer(engine, work, key, shape, done)
+        journal = _journal(work, key)
+        content.cut, name = journal["cut"], journal["table"]
+        out = writer(engine, work, name, shape, journal["done"])
         try:
             begun = out.done
             for start in range(begun, total, batch):
                 report(Progress("embedding", start, total, begun))
                 out.add(_batch(content, start, min(start + batch, total)))
                 out.commit()
-                write_file(work / JOURNAL, json.dumps({"key": key, "done": out.done, "cut": content.cut}).encode())
+                journal |= {"done": out.done, "cut": content.cut}
+                write_file(work / JOURNAL, json.dumps(journal).encode())
             report(Progress("embedding", total, total, begun))
         finally:
             out.close()
-        table = finish(engine, work, key, shape, lambda what: report(Progress(what, total, total, begun)))
+        table = finish(engine, work, name, shape, lambda what: report(Progress(what, total, total, begun)))
         _write_documents(work, content)
         prepared.tokenizer().save(work / TOKENIZER)
         (work / JOURNAL).unlink()
-        names = [f"{name}.safetensors" for name in FILES] if table is None else []
+        names = [f"{each}.safetensors" for each in FILES] if table is None else []
         names += [DOCUMENTS, *(f"{TOKENIZER}/{path.name}" for path in sorted((work / TOKENIZER).iterdir()))]
         spec = IndexSpec(
             chunk=content.chunk,
@@ -194,8 +197,8 @@ def grow(content: Content, directory: Path, engine: Engine, *, batch: int, repor
             table=table,
             notes=tuple(_notes(content)),
         )
-        for name in names:
-            with open(work / name, "rb") as file:
+        for each in names:
+            with open(work / each, "rb") as file:
                 os.fsync(file.fileno())
         sync(work / TOKENIZER)
         write(work, spec)
@@ -220,16 +223,17 @@ def _batch(content: Content, start: int, stop: int) -> Batch:
     )
 
 
-def _journal(work: Path, key: str) -> tuple[int, int]:
-    """Rows done and texts cut by an earlier run with the same wishes; what another one left is cleared away."""
+def _journal(work: Path, key: str) -> dict[str, Any]:
+    """Where an earlier run with the same wishes stands; what another one left is cleared away."""
     path = work / JOURNAL
     found = read_json(path) if path.is_file() else {}
-    if found.get("key") == key:
-        return found["done"], found["cut"]
-    for each in work.iterdir():
-        remove(each)
-    write_file(path, json.dumps({"key": key, "done": 0, "cut": 0}).encode())
-    return 0, 0
+    if found.get("key") != key:
+        for each in work.iterdir():
+            remove(each)
+        # At a uri the table lies beside those of other databases, and of generations that are read meanwhile.
+        found = {"key": key, "done": 0, "cut": 0, "table": f"lamina-{secrets.token_hex(8)}"}
+        write_file(path, json.dumps(found).encode())
+    return found
 
 
 def _write_documents(work: Path, content: Content) -> None:

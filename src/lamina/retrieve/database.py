@@ -32,7 +32,7 @@ class Database:
         self.spec = layout.load(self.folder)
         self.device, self._embedder = device, embedder
         self.starts, self.keys, self.files = self._documents()
-        self.store = opened(self.folder, self.spec, None, device)
+        self.store = opened(self.folder, self.spec, device)
 
     def __repr__(self) -> str:
         spec = self.spec

@@ -31,36 +31,32 @@ class Engine:
             raise LaminaError(f"uri {self.uri!r}: the engine exact keeps its rows in the directory; use engine lance")
 
 
-def writer(engine: Engine, work: Path, key: str, shape: tuple[int, int, int], done: int) -> Writer:
-    """shape: rows, width, tokens of a row. done: rows that the journal knows of."""
+def writer(engine: Engine, work: Path, name: str, shape: tuple[int, int, int], done: int) -> Writer:
+    """name: of the table of engine lance. shape: rows, width, tokens of a row. done: rows that the journal knows of."""
     rows, width, chunk = shape
     if engine.kind == "exact":
         return ExactWriter(work, rows, width, chunk, done)
     from lamina.retrieve.lance import LanceWriter
 
-    return LanceWriter(engine.uri or str(work), table_name(engine, key), width, chunk)
-
-
-def table_name(engine: Engine, key: str) -> str:
-    """In a place of its own a table may bear any name; at a uri others lie beside it."""
-    return f"lamina-{key[:16]}" if engine.uri else "rows"
+    return LanceWriter(engine.uri or str(work), name, width, chunk, done)
 
 
 def finish(
-    engine: Engine, work: Path, key: str, shape: tuple[int, int, int], report: Callable[[str], None]
+    engine: Engine, work: Path, name: str, shape: tuple[int, int, int], report: Callable[[str], None]
 ) -> TableSpec | None:
     """What is done when all rows are there: the index of the engine lance, and its recall."""
     if engine.kind == "exact":
         return None
     from lamina.retrieve.lance import indexed
 
-    return indexed(engine.uri, engine.uri or str(work), table_name(engine, key), shape, report)
+    return indexed(engine.uri, engine.uri or str(work), name, shape, report)
 
 
-def opened(folder: Path, spec: IndexSpec, gone: torch.Tensor | None, device: torch.device | str) -> Store:
+def opened(folder: Path, spec: IndexSpec, device: torch.device | str) -> Store:
     """The rows of a generation, to be searched."""
+    shape = spec.rows, spec.width, spec.chunk
     if spec.table is None:
-        return Exact(folder, spec.rows, spec.width, spec.chunk, gone, device)
+        return Exact(folder, *shape, device)
     from lamina.retrieve.lance import Lance
 
-    return Lance(spec.table, spec.table.uri or str(folder), (spec.rows, spec.width, spec.chunk), gone)
+    return Lance(spec.table, spec.table.uri or str(folder), shape)

@@ -53,17 +53,15 @@ class Exact:
         rows: int,
         width: int,
         chunk: int,
-        gone: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """gone: (rows,) bool, rows that are not to be found."""
         self.directory, self.rows, self.width = directory, rows, width
         self.stored = mapped(directory, "vectors", torch.float32, (rows, width)).to(device)
         squares = mapped(directory, "squares", torch.float32, (rows,))
         self._tokens = mapped(directory, "tokens", torch.int32, (rows, chunk))
         if not bool(squares.isfinite().all()):
             self._refuse(int((~squares.isfinite()).nonzero()[0]))
-        self.squares = (squares if gone is None else squares.masked_fill(gone, torch.inf)).to(device)
+        self.squares = squares.to(device)
         self._sound: set[int] = set()  # blocks whose vectors were looked at
 
     def search(self, queries: Tensor, count: int, exclude: Tensor | None = None) -> Found:
@@ -81,7 +79,7 @@ class Exact:
 
     def verify(self) -> None:
         for start, vectors, squares in self._blocks():
-            wrong = ((vectors.square().sum(1) - squares).abs() > 1e-3 * squares.abs() + 1e-6) & squares.isfinite()
+            wrong = (vectors.square().sum(1) - squares).abs() > 1e-3 * squares.abs() + 1e-6
             if bool(wrong.any()):
                 row = start + int(wrong.nonzero()[0])
                 raise CheckpointError(

@@ -81,8 +81,8 @@ def nearest(
 ) -> Found:
     """Exact search by squared Euclidean distance, |q|^2 - 2 q x + |x|^2.
 
-    blocks: (number of the first row, vectors (r, width), their |x|^2 (r,), infinite for a row that is not to be
-    found). queries: (n, width) float32. Memory: n times a block.
+    blocks: (number of the first row, vectors (r, width), their |x|^2 (r,)). queries: (n, width) float32. Memory: n
+    times a block.
     """
     device = queries.device
     best = torch.full((len(queries), count), torch.inf, device=device)
