@@ -47,7 +47,9 @@ RESERVED = (
     ("transformers", ()),
     ("safetensors", ("weights",)),
     ("torch.distributed", ("parallel",)),
-    ("pyarrow", ("data",)),
+    ("pyarrow", ("data", "retrieve")),
+    ("lancedb", ("retrieve",)),
+    ("faiss", ("retrieve",)),
     ("datasets", ("data",)),
     ("lm_eval", ("harness",)),
     ("pickle", ("parallel",)),  # an unpickler that knows a list of names, for torch's own metadata
@@ -57,7 +59,7 @@ RESERVED = (
     ("marshal", ()),
 )
 # Names that pip knows by another name than import does.
-PACKAGES = {"yaml": "pyyaml", "lm_eval": "lm-eval"}
+PACKAGES = {"yaml": "pyyaml", "lm_eval": "lm-eval", "faiss": "faiss-cpu"}
 
 
 def home(path: Path) -> str:
@@ -122,7 +124,10 @@ def _is_path(node: ast.AST) -> bool:
 def test_every_package_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    entries = [*project["dependencies"], *extras["data"], *extras["eval"]]
+    entries = [
+        *project["dependencies"],
+        *(each for name in ("data", "eval", "retrieval", "faiss") for each in extras[name]),
+    ]
     declared = {re.split(r"[^\w-]", entry)[0].lower() for entry in entries}
     used = {name.split(".")[0] for path in FILES for _, name in imported(path)}
     foreign = used - sys.stdlib_module_names - {"lamina"}

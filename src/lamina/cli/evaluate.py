@@ -13,7 +13,7 @@ import click
 
 from lamina.cli.output import Output, table
 from lamina.cli.program import command
-from lamina.cli.prompts import load, loading
+from lamina.cli.prompts import load, loading, named
 from lamina.errors import LaminaError
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ def evaluate(
         scores.append(found)
         _progress(out, path, text, None)
         if text.lost:
-            names = ", ".join(f"U+{ord(c):04X}" for c in list(text.lost)[:8])
-            out.note(f"lamina: warning: {path}: this tokenizer has nothing for {names}: the model does not see them")
+            lost = named(text.lost)
+            out.note(f"lamina: warning: {path}: this tokenizer has nothing for {lost}: the model does not see them")
     total = sum(scores, start=Score())
     document = {
         "source": source,

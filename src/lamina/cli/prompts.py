@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -97,9 +97,14 @@ def warn_of_lost(out: Output, tokenizer: Tokenizer, text: str) -> list[str]:
     """Say which characters of `text` the tokenizer cannot express."""
     lost = tokenizer.lost(text)
     if lost:
-        names = ", ".join(f"U+{ord(c):04X}" for c in lost[:8]) + (", ..." if len(lost) > 8 else "")
-        out.note(f"lamina: warning: this tokenizer has nothing for {names}: the model does not see them")
+        out.note(f"lamina: warning: this tokenizer has nothing for {named(lost)}: the model does not see them")
     return lost
+
+
+def named(lost: Iterable[str], most: int = 8) -> str:
+    """The first few of what a tokenizer has nothing for: characters by number, and words that are unknown as a whole."""
+    each = [f"U+{ord(part):04X}" if len(part) == 1 else ascii(part) for part in lost]
+    return ", ".join(each[:most]) + (", ..." if len(each) > most else "")
 
 
 def shown(text: str) -> str:

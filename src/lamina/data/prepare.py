@@ -164,7 +164,8 @@ class _Run:
         report: Callable[[Progress], None],
     ) -> None:
         self.work, self.tokenizer, self.sources, self.spec, self.report = work, tokenizer, sources, spec, report
-        self.counted = [Counted(**each) for each in journal.get("counted", [])]
+        self.journaled: list[dict[str, Any]] = journal.get("counted", [])
+        self.counted = [Counted(**each) for each in self.journaled]
         self.document = journal.get("document", 0)
         self.labels: dict[str, int] = {name: i for i, name in enumerate(journal.get("labels", spec.labels))}
         self.forced = journal.get("forced", 0)  # cuts at which ids may differ from those of the whole
@@ -194,6 +195,7 @@ class _Run:
                 self.progress.bytes += source.bytes
             for source in self.sources[len(self.counted) :]:
                 self._read(source)
+                self.journaled.append(asdict(self.counted[-1]))
                 states = [writer.state() for writer in self.writers]
                 write_whole(
                     self.work / "journal.json",
@@ -201,7 +203,7 @@ class _Run:
                         {
                             "key": key,
                             "tokenizer": True,
-                            "counted": [asdict(each) for each in self.counted],
+                            "counted": self.journaled,
                             "document": self.document,
                             "labels": list(self.labels),
                             "forced": self.forced,

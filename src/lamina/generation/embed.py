@@ -49,7 +49,6 @@ def pooling_of(directory: Path) -> Pooling:
     return Pooling(mode=chosen[0], longest=longest)
 
 
-@torch.inference_mode()
 def embed(
     model: Model, texts: Sequence[str], tokenizer: Encoder, *, pooling: Pooling | None = None, batch: int = 32
 ) -> Tensor:
@@ -57,19 +56,34 @@ def embed(
 
     Raises LaminaError when a text is longer than the model reads; nothing is cut in silence.
     """
-    if pooling is None:
-        located: Any = None if model.origin is None else model.origin.located
-        directory = located.path if located is not None and located.path.is_dir() else None
-        pooling = Pooling() if directory is None else pooling_of(directory)
+    pooling = pooling_for(model) if pooling is None else pooling
     if not texts:
         return torch.empty(0, model.spec.width)
     rows = [tokenizer.encode(text) for text in texts]
-    longest = min(n for n in (pooling.longest, model.spec.source_context, 2**31) if n is not None)
+    longest = longest_for(model, pooling)
     for text, ids in zip(texts, rows, strict=True):
         if not ids:
             raise LaminaError(f"the text {text[:40]!r} has no tokens")
         if len(ids) > longest:
             raise LaminaError(f"the text {text[:40]!r}... has {len(ids)} tokens; this model reads {longest}: split it")
+    return vectors_of(model, rows, pooling, batch)
+
+
+def pooling_for(model: Model) -> Pooling:
+    """The pooling of the directory that a model was loaded from."""
+    located: Any = None if model.origin is None else model.origin.located
+    directory = located.path if located is not None and located.path.is_dir() else None
+    return Pooling() if directory is None else pooling_of(directory)
+
+
+def longest_for(model: Model, pooling: Pooling) -> int:
+    """Tokens of the longest text that is embedded."""
+    return min(n for n in (pooling.longest, model.spec.source_context, 2**31) if n is not None)
+
+
+@torch.inference_mode()
+def vectors_of(model: Model, rows: Sequence[list[int]], pooling: Pooling, batch: int = 32) -> Tensor:
+    """(rows, width) float32: the vectors of texts that are ids already, in order. Rows of like length go together."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     vectors = torch.empty(len(rows), model.spec.width)
     for start in range(0, len(order), batch):

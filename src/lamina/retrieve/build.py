@@ -1,0 +1,252 @@
+"""A database from prepared text: rows in batches, each on the disk before the next, gone on with after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lamina.data import open_prepared
+from lamina.data.prepare import PrepareSpec, prepare
+from lamina.data.prepare import Progress as Reading
+from lamina.data.sources import Source
+from lamina.errors import LaminaError
+from lamina.retrieve import generations
+from lamina.retrieve.chunks import Chunks, Documents, once
+from lamina.retrieve.embedding import Embedder, EmbedderSpec
+from lamina.retrieve.engines import Engine, finish, writer
+from lamina.retrieve.exact import FILES
+from lamina.retrieve.manifest import IndexSpec, Origin, stored, write
+from lamina.retrieve.store import Batch
+from lamina.text import Tokenizer
+from lamina.weights.files import Entry, read_json, write_safetensors
+from lamina.weights.saving import remove, sync, write_file
+
+if TYPE_CHECKING:
+    from lamina.data import Prepared
+
+CHUNK = 64  # tokens, as in RETRO
+BATCH = 1024  # rows that are embedded together and put on the disk
+WISH = "wish.json"  # what a corpus was prepared from, and how
+JOURNAL, DOCUMENTS, TOKENIZER = "journal.json", "documents.safetensors", "tokenizer"
+
+
+@dataclass
+class Progress:
+    """How far a build is. `begun`: rows that were there when it began."""
+
+    what: str
+    rows: int
+    total: int
+    begun: int = 0
+
+
+Report = Callable[[Progress], None]
+
+
+class Content(Protocol):
+    """What a database is made of: rows by number."""
+
+    prepared: Prepared
+    documents: Documents
+    chosen: np.ndarray  # the documents that are in it
+    starts: np.ndarray  # (chosen + 1,): the first row of each, and the number of rows
+    chunk: int
+    embedder: EmbedderSpec
+    cut: int  # texts that were cut so far
+
+    def tokens(self, start: int, stop: int) -> Tensor:
+        """(stop - start, chunk) int64, -1 where a chunk is shorter."""
+        ...
+
+    def vectors(self, start: int, stop: int) -> Tensor:
+        """(stop - start, width) float32."""
+        ...
+
+
+class ChunkContent:
+    """The chunks of prepared text, and the vectors of their texts. Documents that are the same as others are left
+    out."""
+
+    def __init__(self, prepared: Prepared, chunk: int, embedder: Embedder) -> None:
+        self.prepared, self.chunk, self.embed, self.embedder = prepared, chunk, embedder, embedder.spec
+        self.documents = Documents(prepared)
+        self.chosen = once(self.documents.keys)
+        self.chunks = Chunks(self.documents, self.chosen, chunk)
+        self.starts, self.tokenizer = self.chunks.starts, prepared.tokenizer()
+        self.cut = 0
+
+    def tokens(self, start: int, stop: int) -> Tensor:
+        return self.chunks.tokens(start, stop)
+
+    def vectors(self, start: int, stop: int) -> Tensor:
+        before = self.embed.cut
+        found = self.embed(said(self.tokenizer, self.tokens(start, stop)))
+        self.cut += self.embed.cut - before
+        return found
+
+
+def said(tokenizer: Tokenizer, chunks: Tensor) -> list[str]:
+    """The texts of chunks (n, m). A character of which a chunk has only a part is left out of it."""
+    return [tokenizer.decode(row[row >= 0].tolist()).strip("\ufffd") for row in chunks]
+
+
+def build(
+    prepared: Prepared,
+    directory: str | os.PathLike[str],
+    embedder: Embedder,
+    *,
+    chunk: int = CHUNK,
+    engine: Engine = Engine(),  # noqa: B008
+    batch: int = BATCH,
+    force: bool = False,
+    report: Report = lambda progress: None,
+) -> IndexSpec:
+    """Make `directory` a database of the chunks of prepared text: the vector of each, and what continues it.
+
+    After a kill the same call goes on after the last whole batch. A database that is there is replaced with `force`
+    only, and stays readable until the new one is whole. Raises LaminaError for text without a document.
+    """
+    directory = Path(directory)
+    check_free(directory, force)
+    return grow(ChunkContent(prepared, chunk, embedder), directory, engine, batch=batch, report=report)
+
+
+def corpus_of(
+    sources: Sequence[Source],
+    directory: Path,
+    tokenizer: Tokenizer,
+    spec: PrepareSpec,
+    report: Callable[[Reading], None] = lambda progress: None,
+) -> Prepared:
+    """The sources as prepared text beside the database, or what an earlier run made of the same ones."""
+    path = directory / generations.CORPUS
+    wish = json.dumps([spec.to_json(), tokenizer.hash, [asdict(source) for source in sources]]).encode()
+    if not (path / WISH).is_file() or (path / WISH).read_bytes() != wish:
+        prepare(sources, path, tokenizer, spec, force=path.exists(), report=report)
+        write_file(path / WISH, wish)
+    return open_prepared(path)
+
+
+def check_free(directory: Path, force: bool) -> None:
+    """Raise LaminaError for a directory that may not be built in."""
+    if directory.exists() and not directory.is_dir():
+        raise LaminaError(f"{directory}: is a file; a directory is built in")
+    if (directory / generations.CURRENT).exists():
+        if not force:
+            raise LaminaError(f"{directory}: holds a database already; name another one, or replace it with --force")
+    elif directory.is_dir():
+        others = {path.name for path in directory.iterdir()} - generations.NAMES
+        strange = sorted(name for name in others if not generations.FOLDER.fullmatch(name))
+        if strange:
+            raise LaminaError(f"{directory}: holds {strange[0]!r}, so it is no database; name another directory")
+
+
+def grow(content: Content, directory: Path, engine: Engine, *, batch: int, report: Report) -> IndexSpec:
+    """Write the content as the newest generation of `directory`."""
+    prepared, total = content.prepared, int(content.starts[-1])
+    if total == 0:
+        raise LaminaError(f"{prepared.directory}: no document with a token, so there is nothing to find")
+    shape = total, content.embedder.width, content.chunk
+    wish = [prepared.hash, content.chunk, content.embedder.to_json(), engine.kind, engine.uri]
+    key = hashlib.sha256(json.dumps(wish).encode()).hexdigest()
+    with generations.alone(directory) as work:
+        journal = _journal(work, key)
+        content.cut, name = journal["cut"], journal["table"]
+        out = writer(engine, work, name, shape, journal["done"])
+        try:
+            begun = out.done
+            for start in range(begun, total, batch):
+                report(Progress("embedding", start, total, begun))
+                out.add(_batch(content, start, min(start + batch, total)))
+                out.commit()
+                journal |= {"done": out.done, "cut": content.cut}
+                write_file(work / JOURNAL, json.dumps(journal).encode())
+            report(Progress("embedding", total, total, begun))
+        finally:
+            out.close()
+        table = finish(engine, work, name, shape, lambda what: report(Progress(what, total, total, begun)))
+        _write_documents(work, content)
+        prepared.tokenizer().save(work / TOKENIZER)
+        (work / JOURNAL).unlink()
+        names = [f"{each}.safetensors" for each in FILES] if table is None else []
+        names += [DOCUMENTS, *(f"{TOKENIZER}/{path.name}" for path in sorted((work / TOKENIZER).iterdir()))]
+        spec = IndexSpec(
+            chunk=content.chunk,
+            rows=total,
+            width=content.embedder.width,
+            documents=len(content.chosen),
+            vocabulary=prepared.vocabulary,
+            tokenizer=prepared.tokenizer_hash,
+            embedder=content.embedder,
+            engine=engine.kind,
+            origins=tuple(
+                Origin(name=each.name, sha256=each.sha256, documents=each.documents)
+                for each in prepared.manifest.sources
+            ),
+            files=stored(work, names),
+            table=table,
+            notes=tuple(_notes(content)),
+        )
+        for each in names:
+            with open(work / each, "rb") as file:
+                os.fsync(file.fileno())
+        sync(work / TOKENIZER)
+        write(work, spec)
+        generations.install(directory)
+    return spec
+
+
+def _batch(content: Content, start: int, stop: int) -> Batch:
+    """Rows, and of each the row after it where that is of the same document."""
+    tokens = content.tokens(start, min(stop + 1, int(content.starts[-1])))
+    numbers = np.arange(start, stop)
+    documents = np.searchsorted(content.starts, numbers, side="right") - 1
+    last = torch.from_numpy(content.starts[documents + 1] == numbers + 1)
+    following = torch.full((stop - start, content.chunk), -1)
+    following[: len(tokens) - 1] = tokens[1:]
+    return Batch(
+        start=start,
+        vectors=content.vectors(start, stop),
+        tokens=tokens[: stop - start],
+        following=following.masked_fill(last[:, None], -1),
+        documents=torch.from_numpy(documents),
+    )
+
+
+def _journal(work: Path, key: str) -> dict[str, Any]:
+    """Where an earlier run with the same wishes stands; what another one left is cleared away."""
+    path = work / JOURNAL
+    found = read_json(path) if path.is_file() else {}
+    if found.get("key") != key:
+        for each in work.iterdir():
+            remove(each)
+        # At a uri the table lies beside those of other databases, and of generations that are read meanwhile.
+        found = {"key": key, "done": 0, "cut": 0, "table": f"lamina-{secrets.token_hex(8)}"}
+        write_file(path, json.dumps(found).encode())
+    return found
+
+
+def _write_documents(work: Path, content: Content) -> None:
+    tensors = {
+        "starts": torch.from_numpy(content.starts),
+        "keys": torch.from_numpy(content.documents.keys[content.chosen]),
+        "files": torch.from_numpy(content.documents.files[content.chosen]),
+    }
+    plan = {name: Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_safetensors(work / DOCUMENTS, plan, tensors.__getitem__)
+
+
+def _notes(content: Content) -> list[str]:
+    left = len(content.documents) - len(content.chosen)
+    notes = [f"documents left out, which are the same as others: {left:,}"] if left else []
+    return [*notes, *([f"chunks cut for the embedder, which reads less: {content.cut:,}"] if content.cut else [])]

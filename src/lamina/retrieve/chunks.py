@@ -1,0 +1,77 @@
+"""Documents in chunks of m tokens (RETRO, arXiv:2112.04426, section 2.1), and what tells documents apart."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lamina.errors import LaminaError
+from lamina.objectives.stream import Bodies
+
+if TYPE_CHECKING:
+    from lamina.data import Prepared
+
+
+class Documents:
+    """The documents of prepared text, without the tokens that end them, and what tells them apart.
+
+    `keys` (documents,) int64: a hash of the tokens, the same for the same text wherever it lies. `files` (documents,)
+    int64: the number of the source file that each came from, -1 where that is not known.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        if prepared.kind != "text":
+            raise LaminaError(f"{prepared.directory}: holds {prepared.kind}; chunks are cut from text")
+        self.bodies = Bodies(prepared.column("text"), prepared.end)
+        self.sizes = np.diff(self.bodies.begins)
+        self.keys = np.array([_key(self.bodies.document(i)) for i in range(len(self.sizes))], np.int64)
+        counts = [source.documents for source in prepared.manifest.sources]
+        known = np.repeat(np.arange(len(counts)), counts)
+        self.files = known if len(known) == len(self.sizes) else np.full(len(self.sizes), -1)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+class Chunks:
+    """The chunks of some documents by number: those of the first, then those of the second, ...; the last of a
+    document may be shorter. Documents of 5 and 2 tokens make, with m = 2, the chunks AB CD E- FG."""
+
+    def __init__(self, documents: Documents, chosen: np.ndarray, chunk: int) -> None:
+        """chosen: numbers of documents, in order."""
+        if type(chunk) is not int or chunk < 1:
+            raise LaminaError(f"chunk is {chunk!r}; it must be a whole number of tokens, 1 or more")
+        self.bodies, self.chunk = documents.bodies, chunk
+        self.begins, self.sizes = documents.bodies.begins[:-1][chosen], documents.sizes[chosen]
+        self.starts = np.concatenate([[0], np.cumsum(-(-self.sizes // chunk))]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def tokens(self, start: int, stop: int) -> Tensor:
+        """(stop - start, chunk) int64, -1 where a chunk is shorter."""
+        out = np.full(((stop - start) * self.chunk,), -1, np.int64)
+        document = int(np.searchsorted(self.starts, start, side="right")) - 1
+        row = start
+        while row < stop:
+            last = min(int(self.starts[document + 1]), stop)
+            first = (row - int(self.starts[document])) * self.chunk
+            size = min((last - row) * self.chunk, int(self.sizes[document]) - first)
+            begin, at = int(self.begins[document]) + first, (row - start) * self.chunk
+            out[at : at + size] = self.bodies.slice(begin, begin + size)
+            row, document = max(last, row), document + 1
+        return torch.from_numpy(out.reshape(-1, self.chunk))
+
+
+def once(keys: np.ndarray) -> np.ndarray:
+    """int64: the documents that are not the same as one before them, in order."""
+    return np.sort(np.unique(keys, return_index=True)[1])
+
+
+def _key(tokens: np.ndarray) -> int:
+    digest = hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -1,0 +1,114 @@
+"""`lamina index`: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lamina.retrieve import open_database
+from tests import tiny
+from tests.retrieve import made
+
+COMMON = ("--chunk", "5", "--batch", "8")
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, an embedder and texts of several kinds."""
+    root = tmp_path_factory.mktemp("room")
+    tiny.checkpoint(root / "llama")
+    made.embedder_at(root / "bert")
+    (root / "texts").mkdir()
+    (root / "texts/a.txt").write_text("the cat sat on the hill")
+    (root / "texts/b.md.gz").write_bytes(gzip.compress("the dog ran over the red mat, über".encode()))
+    made.rows(root / "texts/c.jsonl", ["a cat", "the cat sat on the hill"])
+    return root
+
+
+@pytest.fixture
+def index(room: Path, tmp_path: Path, lam) -> Path:
+    done = lam("index", "build", room / "texts", "-o", tmp_path / "index", "--embedder", room / "bert",
+               "--tokenizer", room / "llama", *COMMON)  # fmt: skip
+    assert done.status == 0, done.err
+    return tmp_path / "index"
+
+
+def test_build_query_info(room: Path, index: Path, lam):
+    said = lam("index", "info", index, "--json").document
+    assert (said["documents"], said["chunk"], said["width"], said["engine"]) == (3, 5, 32, "exact")
+    assert said["notes"] == ["documents left out, which are the same as others: 1"]
+    assert said["sources"] == 3 and said["embedder"]["source"] == str(room / "bert")
+    rows = [each for text in ("the cat sat on the hill", "the dog ran over the red mat, über", "a cat")
+            for each in made.chunks_of([text], 5)]  # fmt: skip
+    assert said["rows"] == len(rows)
+    plain = lam("index", "info", index, "--verify")
+    assert plain.status == 0 and "the embedder is the same" in plain.out and "left out" in plain.out
+    decode = tiny.tokenizer().decode
+    for place in (0, 2, len(rows) - 1):
+        text = decode(rows[place][1])
+        done = lam("index", "query", index, text, "--count", "3", "--json")
+        assert done.status == 0, (text, done.err)
+        found = done.document["neighbours"]
+        distances = [each["distance"] for each in found]
+        assert len(found) == 3 and distances == sorted(distances) and abs(distances[0]) < 1e-5
+        for each in found:
+            assert (each["text"], each["continuation"]) == tuple(decode(ids) for ids in rows[each["row"]][1:])
+            assert each["source"].endswith(f"#{each['document']}")
+    everything = lam("index", "query", index, "über", "--count", "99", "--json").document["neighbours"]
+    assert any("über" in each["text"] + each["continuation"] for each in everything) and len(everything) == len(rows)
+    warned = lam("index", "query", index, "the 日本 cat")
+    assert warned.status == 0 and "this tokenizer has nothing for" in warned.err and warned.out.startswith("0.")
+
+
+def test_a_prepared_directory_and_the_same_text_again(room: Path, index: Path, tmp_path: Path, lam):
+    done = lam("index", "build", index / "corpus", "-o", tmp_path / "again", "--embedder", room / "bert", *COMMON)
+    assert done.status == 0, done.err
+    one, other = open_database(index), open_database(tmp_path / "again")
+    assert torch.equal(one.store.vectors(0, len(one)), other.store.vectors(0, len(one)))
+    assert not (tmp_path / "again/corpus").exists()
+    before = (index / "corpus/data.json").stat().st_mtime_ns
+    done = lam("index", "build", room / "texts", "-o", index, "--embedder", room / "bert", "--tokenizer",
+               room / "llama", *COMMON, "--force")  # fmt: skip
+    assert done.status == 0 and (index / "corpus/data.json").stat().st_mtime_ns == before
+
+
+def test_progress_is_said(room: Path, tmp_path: Path, lam, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lamina.cli.index.EVERY", 0.0)
+    words = ("index", "build", room / "texts", "-o", tmp_path / "i", "--embedder", room / "bert", "--tokenizer",
+             room / "llama", "--chunk", "5", "--batch", "4")  # fmt: skip
+    done = lam(*words)
+    lines = done.err.splitlines()
+    assert lines[0].startswith("reading: ") and any("embedding: 4 of" in line and " left" in line for line in lines)
+    assert "chunks embedded in" in done.out
+    quiet = lam(*words, "--force", "--quiet")
+    assert quiet.status == 0 and quiet.err == ""
+
+
+def test_mistakes(room: Path, index: Path, tmp_path: Path, lam):
+    words = ("index", "build", room / "texts", "-o", tmp_path / "x", "--embedder", room / "bert")
+    lam(*words).refused("--tokenizer: name the SOURCE of the model")
+    lam(*words, "--tokenizer", "nothing").refused("no source 'nothing'")
+    lam(*words[:-1], "nothing", "--tokenizer", room / "llama").refused("no source 'nothing'")
+    lam(*words, "--tokenizer", room / "llama", "--chunk", "0").refused("--chunk")
+    lam(*words, "--tokenizer", room / "llama", "--uri", "s3://b").refused("engine exact keeps its rows")
+    lam(*words[:4], index, *words[5:], "--tokenizer", room / "llama").refused("holds a database already", "--force")
+    lam("index", "build", "none", *words[3:], "--tokenizer", room / "llama").refused("none: no such file")
+    lam("index", "build", index / "corpus", *words[3:], "--tokenizer", room / "bert").refused("another tokenizer")
+    (tmp_path / "empty.txt").write_text("")
+    done = lam("index", "build", tmp_path / "empty.txt", *words[3:], "--tokenizer", room / "llama")
+    assert done.status == 1 and "hold no document with a token" in done.err and not (tmp_path / "x/current").exists()
+    lam("index", "query", tmp_path, "text").refused("no database: it has no file 'current'")
+    lam("index", "query", index).refused("give TEXT, or --file FILE")
+    lam("index", "query", index, " ").refused("the text is empty")
+    lam("index", "query", index, "--file", tmp_path / "none").refused("No such file")
+    lam("index", "query", index, "cat", "--embedder", room / "llama").refused("was made by", "llama")
+    lam("index", "info", tmp_path / "none").refused("no database")
+    moved = tmp_path / "moved"
+    shutil.copytree(index, moved)
+    path = moved / "generation-1/tokens.safetensors"
+    path.write_bytes(path.read_bytes()[:-2])
+    lam("index", "info", moved).refused("tokens.safetensors: has", "build it anew")
