@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +43,7 @@ def with_cache(
     return query, key, value, queries, keys
 
 
-def _turn(x: Tensor, tokens: Tokens, rotary: RotarySpec | None, size: int, memo: dict[Any, Any]) -> Tensor:
+def _turn(x: Tensor, tokens: Tokens, rotary: RotarySpec | None, size: int, memo: MutableMapping[Any, Any]) -> Tensor:
     if rotary is None:
         return x
     cos, sin = phases(rotary, size, tokens, x.dtype, memo)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -125,7 +126,7 @@ def _scatter(x: Tensor, beams: int) -> Tensor:
     return x if beams == 1 else x.unflatten(2, (beams, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def _gathered(tokens: Tokens, beams: int, memo: dict[Any, Any]) -> Tokens:
+def _gathered(tokens: Tokens, beams: int, memo: MutableMapping[Any, Any]) -> Tokens:
     """Tokens (B n, T) as (B, n T). Cross-attention asks for their documents only, so plain ones are numbered anew."""
     name = ("gathered", id(tokens), beams)
     if name not in memo:
