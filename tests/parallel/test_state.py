@@ -68,7 +68,8 @@ def state(rank: int, folder: Path) -> None:
     """Whole states come back as they were, and a wrong one is refused before anything changes."""
     from lamina.parallel import RankError, full_state, load_full_state
 
-    for name, fields in (("mixtral", {"expert": 2}), ("gpt2", {"tensor": 2}), ("bert", {"shard": 2})):
+    cases = (("mixtral", {"expert": 2}), ("gpt2", {"tensor": 2}), ("bert", {"shard": 2}), ("gpt2", {"pipeline": 2}))
+    for name, fields in cases:
         made = model(name, fields)
         plain = same.MODELS[name]().build(dtype=torch.float64)
         small.shake(plain)
@@ -118,6 +119,7 @@ def folders(rank: int, folder: Path) -> None:
         ("mixtral", {"tensor": 2}),
         ("gpt2", {"shard": 2}),
         ("t5", {"tensor": 2}),
+        ("gpt2", {"pipeline": 2}),
         ("albert", {"context": 2}),
     ):
         made = model(name, fields)
@@ -220,6 +222,12 @@ def refused(rank: int, folder: Path) -> None:
     )
     with pytest.raises(lamina.LaminaError, match="attention.op.q holds more than a weight and a bias"):
         distribute(adapted, table.mesh)
+    piped = distribute(spec.build(), open_mesh(MeshSpec(pipeline=2), spec))
+    assert piped.mesh.stream == rank  # layers of its own
+    with pytest.raises(LaminaError, match="lies on several ranks by pipeline: run it by lamina.parallel.through"):
+        piped(**same.batch(spec).given)
+    with pytest.raises(LaminaError, match="pipeline takes a model with its values"):
+        distribute(spec.build(device="meta"), piped.mesh)
     with pytest.raises(RuntimeError):  # an id beyond the vocabulary is nobody's, and is not taken for zeros
         table(torch.full((1, 3), 264))
 

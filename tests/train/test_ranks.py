@@ -28,18 +28,27 @@ def close(one: list[tuple[int, float]], other: list[tuple[int, float]]) -> bool:
     )
 
 
-def test_two_processes_are_one_and_either_goes_on_from_the_other(tmp_path: Path, data: Path):  # noqa: F811
-    """Sharded by layer, with rows of different lengths; then one process goes on from what two have saved, and back."""
+MIXTRAL = {"num_local_experts": 4, "router_aux_loss_coef": 0.1, "output_router_logits": True}
+
+
+@pytest.mark.parametrize("axis", ["shard", "pipeline"])
+def test_two_processes_are_one_and_either_goes_on_from_the_other(tmp_path: Path, data: Path, axis: str):  # noqa: F811
+    """Sharded by layer, or with half of the layers each; then one goes on from what two have saved, and back."""
     more: dict[str, Any] = {"loop": {"steps": 6, "batch": 4, "micro": 1, "average": 0.9}, "checkpoints": {"every": 3}}
+    if axis == "pipeline":
+        base = json.loads(config(data))["model"]["config"]
+        more["model"] = {"family": "mixtral", "config": {**base, **MIXTRAL}}
     file = tmp_path / "config.yaml"
     file.write_text(config(data, **more))
     alone = lamina(str(file), "-o", str(tmp_path / "alone"))
     assert alone.returncode == 0, alone.stderr
-    both = lamina(str(file), "mesh.shard=2", "-o", str(tmp_path / "both"), "--nproc", "2", "--json")
+    both = lamina(str(file), f"mesh.{axis}=2", "-o", str(tmp_path / "both"), "--nproc", "2", "--json")
     assert both.returncode == 0, both.stderr
     found = json.loads(both.stdout)  # one document, though two processes ran
     assert found["step"] == 6 and Path(found["model"]).is_dir()
     assert close(losses(tmp_path / "alone"), losses(tmp_path / "both"))
+    parts = [[r["parts"] for r in records(tmp_path / run) if "parts" in r] for run in ("alone", "both")]
+    assert parts[0][-1] == pytest.approx(parts[1][-1], rel=2e-4) and ("auxiliary" in parts[0][-1]) == (axis != "shard")
     held = [
         [r["validation"]["loss"] for r in records(tmp_path / run) if "validation" in r] for run in ("alone", "both")
     ]
@@ -49,14 +58,14 @@ def test_two_processes_are_one_and_either_goes_on_from_the_other(tmp_path: Path,
         one, other = (load_file(tmp_path / run / f"{part}.safetensors") for run in ("alone", "both"))
         assert {name: tensor.shape for name, tensor in one.items()} == {n: t.shape for n, t in other.items()}
     manifest = json.loads((tmp_path / "both/checkpoints/step-6/manifest.json").read_text())
-    assert manifest["world"] == 2 and manifest["mesh"]["shard"] == 2
+    assert manifest["world"] == 2 and manifest["mesh"][axis] == 2
 
     for run in ("alone", "both"):  # as if it had been killed after step 3
         (tmp_path / run / "checkpoints/step-6/model.safetensors").unlink()
     other = lamina(str(file), "-o", str(tmp_path / "both"), "--resume", "auto")
     assert other.returncode == 0, other.stderr
     assert close(losses(tmp_path / "alone"), losses(tmp_path / "both"))
-    again = lamina(str(file), "mesh.shard=2", "-o", str(tmp_path / "alone"), "--resume", "auto", "--nproc", "2")
+    again = lamina(str(file), f"mesh.{axis}=2", "-o", str(tmp_path / "alone"), "--resume", "auto", "--nproc", "2")
     assert again.returncode == 0, again.stderr
     assert close(losses(tmp_path / "alone"), losses(tmp_path / "both"))
 

@@ -332,9 +332,7 @@ class _Around:
     def _save(self) -> None:
         step, parts = self.trainer.progress.step, self.trainer.tensors()
         flat = {f"{file}/{name}": tensor for file, part in parts.items() for name, tensor in part.items()}
-        self.ranks.write(
-            flat, lambda whole: self._keep(step, {file: _Part(file, whole, part) for file, part in parts.items()})
-        )
+        self.ranks.write(flat, lambda whole: self._keep(step, {file: _Part(file, whole) for file in parts}))
 
     def _keep(self, step: int, parts: Mapping[str, Mapping[str, Any]]) -> None:
         """Where this rank is the first: write them down."""
@@ -361,9 +359,10 @@ class _Around:
 class _Part(dict[str, Any]):
     """One file of a checkpoint, of tensors that are put together when they are asked for."""
 
-    def __init__(self, file: str, whole: Mapping[str, Any], part: Mapping[str, Any]) -> None:
-        super().__init__(part)
+    def __init__(self, file: str, whole: Mapping[str, Any]) -> None:
         self.file, self.whole = file, whole
+        names = [name for name in whole if name.startswith(f"{file}/")]
+        super().__init__({name.partition("/")[2]: dict.get(whole, name) for name in names})  # pyright: ignore
 
     def __getitem__(self, name: str) -> Any:
         return self.whole[f"{self.file}/{name}"]
