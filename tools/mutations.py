@@ -20,6 +20,8 @@ ALSO: dict[str, tuple[str, ...]] = {
     "data/writer.py": ("tests/data/test_prepare.py",),
     "layers/attention.py": ("tests/test_cache.py",),
     "layers/call.py": SAME,
+    "objectives/distillation.py": STATE,
+    "train/training.py": ("tests/train/test_ranks.py",),
     "adapting.py": ("tests/adapters/test_peft.py",),
     "layers/lowrank.py": ("tests/adapters/test_lora.py",),
     "train/past.py": ("tests/cli/test_runs.py",),
@@ -295,6 +297,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("tensor: padding has another number", "padding=spec.padding - first if here else None", "padding=None"),
         ("tensor: lists of heads", "part[axis.rank * size : (axis.rank + 1) * size]", "part[:size]"),
         ("tensor: an odd vocabulary stays whole", "if vocabulary % axis.size:", "if False:"),
+        (
+            "tensor: a factor of an adapter",
+            '("out" if role in COLUMNS else "in")',
+            '("in" if role in COLUMNS else "out")',
+        ),
         ("tensor: halves", '2 if "halves" in role else 1', "1"),
     ],
     "parallel/collectives.py": [
@@ -1346,6 +1353,17 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "2 * cost.flops_prefill // length",
             "cost.flops_train_per_token",
         ),
+    ],
+    "train/training.py": [
+        ("adapter: is folded into what ranks write", "whole if model.adapter is None else", "whole if True else"),
+    ],
+    "train/ranks.py": [
+        (
+            "ranks: losses of a pipeline",
+            "return figures if self.whole else json.loads",
+            "return figures if True else json.loads",
+        ),
+        ("ranks: names of all stages", "tensors = tensors if self.whole else self.mesh.listed(tensors)", "pass"),
     ],
     "train/loop.py": [
         ("adapter: checkpoints hold it alone", "        if self.adapts:\n", "        if False:\n"),
@@ -2499,6 +2517,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("contrastive: both ways", "if self.symmetric:", "if False:"),
     ],
     "objectives/distillation.py": [
+        ("distillation: parts of a vocabulary are gathered", "if type(own.data) is not Tensor:", "if False:"),
+        ("distillation: T squared, gathered", "return temperature**2 * F.kl_div(", "return F.kl_div("),
         ("distillation: T squared", "alpha=temperature**2", "alpha=temperature"),
         ("distillation: its gradient", "(found.exp() - target.exp()) * temperature", "(found.exp() - target.exp())"),
         ("distillation: mix", "weight=(1 - mix) * one.weight", "weight=one.weight"),

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lamina
+from lamina.adapters import LoRASpec, attach
+from lamina.adapters.places import linears
 from lamina.layers import (
     BranchSpec,
     DifferentialSpec,
@@ -172,10 +174,20 @@ def tokens(batch: Batch) -> int:
     return int(batch.given["attention_mask"].sum())
 
 
-def alone(spec: lamina.ModelSpec, whole: Batch, parts: int, routers: bool) -> tuple[Tensor, lamina.Model]:
-    """One process: the loss, and the model with its gradients. Routers are balanced in each of `parts` by itself."""
+def build(spec: lamina.ModelSpec, adapter: bool = False) -> lamina.Model:
+    """In float64, with random values everywhere, also in the adapter of all linear layers."""
     model = spec.build(dtype=torch.float64).eval()
+    if adapter:
+        attach(model, LoRASpec(rank=3, alpha=5, targets=tuple(linears(model))))
     small.shake(model)
+    return model
+
+
+def alone(
+    spec: lamina.ModelSpec, whole: Batch, parts: int, routers: bool, adapter: bool = False
+) -> tuple[Tensor, lamina.Model]:
+    """One process: the loss, and the model with its gradients. Routers are balanced in each of `parts` by itself."""
+    model = build(spec, adapter)
     asked, total = int((whole.labels >= 0).sum()), torch.zeros((), dtype=torch.float64)
     for part in range(parts):
         one = whole.rows(part, parts)
@@ -219,15 +231,14 @@ def compare(name: str, fields: dict[str, int], pieces: int) -> None:
     pieces: in how many micro-batches, on a pipeline."""
     from lamina.parallel import MeshSpec, distribute, gradient_norm, open_mesh
 
+    name, _, adapter = name.partition(" + ")
     spec = MODELS[name]()
     mesh = open_mesh(MeshSpec(**fields), spec)
     pieces = 1 if mesh.spec.pipeline == 1 else pieces
     routers = mesh.spec.context == 1
     whole = batch(spec)
-    expected, one = alone(spec, whole, mesh.readers * pieces, routers)
-    model = spec.build(dtype=torch.float64).eval()
-    small.shake(model)
-    distribute(model, mesh)
+    expected, one = alone(spec, whole, mesh.readers * pieces, routers, bool(adapter))
+    model = distribute(build(spec, bool(adapter)), mesh)
     mine = whole.rows(mesh.reader, mesh.readers)
     labels = mesh.labels(mine.labels)
     asked = mesh.total((labels >= 0).sum())
@@ -245,7 +256,10 @@ def compare(name: str, fields: dict[str, int], pieces: int) -> None:
     assert [path for path, _ in model.named_parameters()] == names
     squares = torch.zeros((), dtype=torch.float64)
     for (path, parameter), other in zip(one.named_parameters(), model.parameters(), strict=True):
-        grad = other.detach() if other.is_meta else other.grad  # on a pipeline, that of another stage
+        assert parameter.requires_grad == other.requires_grad, path
+        grad = (
+            other.detach() if other.is_meta and other.requires_grad else other.grad
+        )  # on a pipeline, that of another stage
         assert (parameter.grad is None) == (grad is None), path
         if parameter.grad is not None and grad is not None:
             torch.testing.assert_close(

@@ -29,6 +29,11 @@ TWO = {
     "alibi": "tensor context pipeline",
     "shaw": "tensor context",
     "transformer-xl": "tensor context",
+    "gpt2 + adapter": "shard tensor context pipeline",
+    "llama-mqa + adapter": "tensor",
+    "mixtral + adapter": "tensor expert",
+    "t5 + adapter": "tensor",
+    "differential + adapter": "tensor",
 }
 FOUR = {
     "gpt2": [("replicate", "shard"), ("shard", "tensor"), ("replicate", "context"), ("shard", "pipeline")],
@@ -38,6 +43,7 @@ FOUR = {
     "experts": [("shard", "tensor"), ("tensor", "expert")],
     "differential": [("shard", "tensor")],
     "mixtral-deep": [("replicate", "pipeline")],
+    "llama + adapter": [("shard", "tensor")],
 }
 PIECES = 2
 """Micro-batches of a pipeline, and with two ranks of it also one a row."""

@@ -70,6 +70,50 @@ def test_two_processes_are_one_and_either_goes_on_from_the_other(tmp_path: Path,
     assert close(losses(tmp_path / "alone"), losses(tmp_path / "both"))
 
 
+def test_an_adapter_and_samples_are_those_of_one_process(tmp_path: Path, data: Path):  # noqa: F811
+    """Its files too, its model, and what either goes on from."""
+    file = tmp_path / "base.yaml"
+    file.write_text(config(data, loop={"steps": 4}))
+    base = lamina(str(file), "-o", str(tmp_path / "base"))
+    assert base.returncode == 0, base.stderr
+    fields = json.loads(
+        config(
+            data,
+            adapter={"rank": 3, "targets": ["q_proj", "v_proj", "down_proj"], "merge": True},
+            evaluation={"every": 2, "prompts": ["The house", "a"], "tokens": 6},
+            loop={"steps": 4, "batch": 4, "micro": 1, "average": 0.9},
+            checkpoints={"every": 2},
+        )
+    )
+    fields["model"] = {"source": str(tmp_path / "base/model")}
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(fields))
+    runs = {"alone": [], "tensor": ["mesh.tensor=2"], "pipeline": ["mesh.pipeline=2"]}
+    for run, more in runs.items():
+        done = lamina(str(file), *more, "-o", str(tmp_path / run), *(["--nproc", "2"] if more else []))
+        assert done.returncode == 0, (run, done.stderr)
+        assert close(losses(tmp_path / "alone"), losses(tmp_path / run)), run
+        texts = [[r["sample"] for r in records(tmp_path / one) if "sample" in r] for one in ("alone", run)]
+        assert texts[0] == texts[1] and len(texts[0]) == 4, run
+        both = [tmp_path / one / "adapter" for one in ("alone", run)]
+        assert (
+            both[0].joinpath("adapter_config.json").read_bytes() == both[1].joinpath("adapter_config.json").read_bytes()
+        )
+        for part in (
+            "adapter/adapter_model",
+            "model/model",
+            "checkpoints/step-4/adapter",
+            "checkpoints/step-4/optimiser",
+        ):
+            one, other = (load_file(tmp_path / name / f"{part}.safetensors") for name in ("alone", run))
+            assert one.keys() == other.keys(), (run, part)
+            for name, tensor in one.items():
+                assert abs(tensor - other[name]).max() < 2e-3, (run, part, name)
+    (tmp_path / "tensor/checkpoints/step-4/adapter.safetensors").unlink()
+    done = lamina(str(file), "-o", str(tmp_path / "tensor"), "--resume", "auto")
+    assert done.returncode == 0 and close(losses(tmp_path / "alone"), losses(tmp_path / "tensor")), done.stderr
+
+
 def test_a_mesh_that_does_not_fit_is_refused_by_all_in_one_line(tmp_path: Path, data: Path):  # noqa: F811
     file = tmp_path / "config.yaml"
     file.write_text(config(data))
