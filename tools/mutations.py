@@ -14,10 +14,14 @@ ALSO: dict[str, tuple[str, ...]] = {
     "parallel/context.py": (*SAME, *STATE),
     "parallel/experts.py": SAME,
     "parallel/layout.py": (*SAME, *STATE),
-    "parallel/state.py": STATE,
+    "parallel/pipeline.py": (*SAME, *STATE, "tests/parallel/test_plan.py"),
+    "parallel/state.py": (*STATE, *SAME),
     "parallel/mesh.py": STATE,
     "data/writer.py": ("tests/data/test_prepare.py",),
     "layers/attention.py": ("tests/test_cache.py",),
+    "layers/call.py": SAME,
+    "objectives/distillation.py": STATE,
+    "train/training.py": ("tests/train/test_ranks.py",),
     "adapting.py": ("tests/adapters/test_peft.py",),
     "layers/lowrank.py": ("tests/adapters/test_lora.py",),
     "train/past.py": ("tests/cli/test_runs.py",),
@@ -275,6 +279,25 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("mesh: experts", "if part.router.experts % mesh.expert:", "if False:"),
         ("mesh: whole texts", "LongformerSpec | ExpertChoiceSpec | CapacitySpec", "ExpertChoiceSpec"),
         ("mesh: phases by length", "isinstance(part, RotarySpec) and part.limit", "False"),
+        ("pipeline: what may lie beside it", 'for axis in ("context", "tensor", "expert")', 'for axis in ("context",)'),
+        ("pipeline: a layer for each", "if len(stack.layers) < mesh.pipeline:", "if False:"),
+        ("pipeline: one stack", "if model.two_stacks or model.stem is not None:", "if False:"),
+        ("pipeline: pooled losses are of one kind", "if len(pooled) > 1:", "if False:"),
+    ],
+    "parallel/pipeline.py": [
+        ("pipeline: a tied table lies on both ends", "and tied else (first,)", "and False else (first,)"),
+        ("pipeline: gradients of both are added", "    if learn:\n        _share(model, stage)", "    pass"),
+        (
+            "pipeline: losses of layers before",
+            '.losses[f"{self.path}.before"] = before',
+            '.losses[f"{self.path}.z"] = 0',
+        ),
+        ("pipeline: sums of layers before", "call.memo[self.path, self.router[0]] = sums", "pass"),
+        ("pipeline: pooled losses where the last has none", "call.record.losses.setdefault(name, loss)", "pass"),
+        ("pipeline: micro-batches of any length", "max(rows * columns for rows, columns in shapes)", "(11 * 2)"),
+        ("pipeline: which backward is the last", "last(number == count - 1)", "last(True)"),
+        ("pipeline: layers of others are passed", "layer.forward = _passed", "pass"),
+        ("pipeline: it runs through `through` alone", "if not model.stage.running:", "if False:"),
     ],
     "parallel/tensor.py": [
         ("tensor: a bias is added once", "* float(axis.rank == 0)", ""),
@@ -290,6 +313,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("tensor: padding has another number", "padding=spec.padding - first if here else None", "padding=None"),
         ("tensor: lists of heads", "part[axis.rank * size : (axis.rank + 1) * size]", "part[:size]"),
         ("tensor: an odd vocabulary stays whole", "if vocabulary % axis.size:", "if False:"),
+        (
+            "tensor: a factor of an adapter",
+            '("out" if role in COLUMNS else "in")',
+            '("in" if role in COLUMNS else "out")',
+        ),
         ("tensor: halves", '2 if "halves" in role else 1', "1"),
     ],
     "parallel/collectives.py": [
@@ -305,15 +333,19 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "parallel/layout.py": [
         ("ranks: gradients are added up", "module.set_gradient_divide_factor(1.0)", "pass"),
+        ("ranks: layers are not taken for containers", "None, cast_forward_inputs=False)", "None)"),
         ("ranks: micro-batches send once", "module.set_requires_gradient_sync(on, recurse=False)", "pass"),
     ],
     "parallel/state.py": [
-        ("state: copies count once", "mesh.spec.ranks // _parts(gradient)", "1"),
+        ("state: copies count once", "mesh.spec.ranks // mesh.spec.pipeline * stages // _parts(gradient)", "1"),
+        ("state: a tied table counts once", "// mesh.spec.pipeline * stages //", "// mesh.spec.pipeline //"),
         ("state: what is cut twice", "1 if placement.is_replicate() else", "1 if not placement.is_shard() else"),
         ("state: where a part lies", "min(start, part.shape[dim])", "0"),
         ("state: names are checked", "if more := [name for name in state if name not in wanted]:", "if more := []:"),
     ],
     "parallel/mesh.py": [
+        ("pipeline: whose a parameter is", "self.spec.pipeline if tensor.is_meta else self.stage", "self.stage"),
+        ("pipeline: names of all stages", "found.setdefault(name, tensors.get(name, elsewhere))", "pass"),
         ("ranks: the inner cut is joined first", "shape[other.dim] //= home[name].size()", "pass"),
         ("ranks: all know of a failure", "if what == failed:", "if False:"),
         (
@@ -1396,6 +1428,16 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("optimiser: values by rows", ".sparse = which == ROWS", ".sparse = False and which == ROWS"),
         ("optimiser: adafactor's values", "sparse = sparse and not isinstance(spec, Adafactor)", "pass"),
         ("optimiser: steps of SparseAdam", "[what] = int(value)", "[what] = int(value) + 1"),
+    "train/training.py": [
+        ("adapter: is folded into what ranks write", "whole if model.adapter is None else", "whole if True else"),
+    ],
+    "train/ranks.py": [
+        (
+            "ranks: losses of a pipeline",
+            "return figures if self.whole else json.loads",
+            "return figures if True else json.loads",
+        ),
+        ("ranks: names of all stages", "tensors = tensors if self.whole else self.mesh.listed(tensors)", "pass"),
     ],
     "train/loop.py": [
         ("loop: rows read twice", "if one.grad is not None and one.grad.is_sparse:", "if False:"),
@@ -2199,6 +2241,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "layers/call.py": [
         ("record keeps what was asked", "self.values[name] = value()", "pass"),
+        ("layers of FSDP share what is computed once", "default_factory=UserDict", "default_factory=dict"),
         (
             "record keeps nothing else",
             "self.wants(name):\n            self.values",
@@ -2794,6 +2837,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("contrastive: both ways", "if self.symmetric:", "if False:"),
     ],
     "objectives/distillation.py": [
+        ("distillation: parts of a vocabulary are gathered", "if type(own.data) is not Tensor:", "if False:"),
+        ("distillation: T squared, gathered", "return temperature**2 * F.kl_div(", "return F.kl_div("),
         ("distillation: T squared", "alpha=temperature**2", "alpha=temperature"),
         ("distillation: its gradient", "(found.exp() - target.exp()) * temperature", "(found.exp() - target.exp())"),
         ("distillation: mix", "weight=(1 - mix) * one.weight", "weight=one.weight"),

@@ -198,6 +198,7 @@ class Model(nn.Module):
         self.origin: Any = None  # where it was loaded from, as `lamina.source` keeps it
         self.engine: Any = None  # a compiled decoding step, as `lamina.generation.compiled` makes it
         self.mesh: Any = None  # the ranks that it lies on, as `lamina.parallel` keeps them
+        self.stage: Any = None  # which of its layers lie on this one, where ranks share them out; likewise
         self.adapter: Any = None  # what is attached to its layers, as `lamina.adapters` keeps it
         first = spec.encoder or spec.decoder
         assert first is not None
@@ -348,7 +349,7 @@ class Model(nn.Module):
                 cache.memory, cache.source = memory, source.content
         if context is not None:  # the first token says that there is no answer
             context |= FirstToken().mark(given.checked_ids(), tokens)
-        out = self._heads(hidden, call, keep_logits, context)
+        out = self.heads(hidden, call, keep_logits, context)
         out.encoder_output = memory
         return out
 
@@ -491,7 +492,8 @@ class Model(nn.Module):
         after = None if self.labels is None else self.labels.spec.after
         return None if after is None else after_question(after, given.checked_ids(), tokens)
 
-    def _heads(self, hidden: Tensor, call: Call, keep_logits: int | None, answers: Tensor | None) -> Output:
+    def heads(self, hidden: Tensor, call: Call, keep_logits: int | None, answers: Tensor | None) -> Output:
+        """What the heads make of the hidden states."""
         out, tokens = Output(None, hidden, losses=call.record.losses), call.tokens
         if self.head is not None:
             kept = hidden if keep_logits is None else hidden[:, hidden.shape[1] - keep_logits :]

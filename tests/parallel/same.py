@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lamina
+from lamina.adapters import LoRASpec, attach
+from lamina.adapters.places import linears
 from lamina.layers import (
     BranchSpec,
     CompressiveSpec,
@@ -35,6 +38,7 @@ from lamina.layers import (
     TopKSpec,
 )
 from lamina.patterns import BlockWindow, Causal, Window
+from lamina.specs import edit
 from tests import small, tiny
 
 ROWS, LENGTH, PADDING = 4, 11, 17
@@ -79,6 +83,15 @@ SHARED = ExpertsSpec(
 )
 
 
+def deep() -> lamina.ModelSpec:
+    """Five layers, the last of them without experts."""
+    spec = tiny.spec(MIXTRAL | {"num_hidden_layers": 5})
+    assert spec.decoder is not None
+    *layers, last = spec.decoder.layers
+    dense = edit(last, ExpertsSpec, lambda _, one: one.expert)
+    return spec.replace(decoder=spec.decoder.replace(layers=(*layers, dense)))
+
+
 def experts() -> lamina.ModelSpec:
     spec = layers(small.attention())
     assert spec.decoder is not None
@@ -96,6 +109,8 @@ MODELS: dict[str, Callable[[], lamina.ModelSpec]] = {
     "bart": lambda: tiny.spec(tiny.BART | {"vocab_size": 264}),
     "mixtral": lambda: tiny.spec(MIXTRAL),
     "experts": experts,
+    "mixtral-deep": deep,
+    "gpt2-deep": lambda: tiny.spec(tiny.GPT2 | {"n_layer": 5}),
     "bert": lambda: tiny.spec(tiny.BERT),
     "albert": lambda: tiny.spec(
         tiny.BERT | {"model_type": "albert", "architectures": ["AlbertForMaskedLM"], "embedding_size": 10}
@@ -184,10 +199,20 @@ def tokens(batch: Batch) -> int:
     return int(batch.given["attention_mask"].sum())
 
 
-def alone(spec: lamina.ModelSpec, whole: Batch, parts: int, routers: bool) -> tuple[Tensor, lamina.Model]:
-    """One process: the loss, and the model with its gradients. Routers are balanced in each of `parts` by itself."""
+def build(spec: lamina.ModelSpec, adapter: bool = False) -> lamina.Model:
+    """In float64, with random values everywhere, also in the adapter of all linear layers."""
     model = spec.build(dtype=torch.float64).eval()
+    if adapter:
+        attach(model, LoRASpec(rank=3, alpha=5, targets=tuple(linears(model))))
     small.shake(model)
+    return model
+
+
+def alone(
+    spec: lamina.ModelSpec, whole: Batch, parts: int, routers: bool, adapter: bool = False
+) -> tuple[Tensor, lamina.Model]:
+    """One process: the loss, and the model with its gradients. Routers are balanced in each of `parts` by itself."""
+    model = build(spec, adapter)
     asked, total = int((whole.labels >= 0).sum()), torch.zeros((), dtype=torch.float64)
     for part in range(parts):
         one = whole.rows(part, parts)
@@ -198,33 +223,72 @@ def alone(spec: lamina.ModelSpec, whole: Batch, parts: int, routers: bool) -> tu
     return total, model
 
 
-def compare(name: str, fields: dict[str, int]) -> None:
-    """Lay `MODELS[name]` out over a mesh; its loss and all its gradients are those of one process."""
+def piped(model: lamina.Model, micros: list[Batch], whole: Batch) -> Tensor:
+    """The loss of micro-batches, each as short as it can be, that go through a pipeline."""
+    from lamina.parallel import through
+
+    mesh, asked = model.mesh, int((whole.labels >= 0).sum())
+    total = torch.zeros((), dtype=torch.float64)
+    for one in micros:
+        length = int(one.given["attention_mask"].any(0).nonzero().max()) + 1
+        one.given = {name: x[:, :length] for name, x in one.given.items()}
+        one.labels = one.labels[:, :length]
+
+    def work(index: int) -> Tensor | None:
+        one = micros[index]
+        if mesh.stage < mesh.spec.pipeline - 1:
+            assert model(**one.given).logits is None
+            return None
+        found = loss(model, one, asked, one.labels, tokens(one) / tokens(whole))
+        total.add_(found.detach())
+        return found
+
+    backwards: list[bool] = []
+    through(model, [tuple(one.given["input_ids"].shape) for one in micros], work, backwards.append)
+    assert backwards == [False] * (len(micros) - 1) + [True]
+    last = mesh.said(json.dumps(float(mesh.total(total))), mesh.spec.pipeline - 1)
+    return torch.tensor(json.loads(last), dtype=torch.float64)
+
+
+def compare(name: str, fields: dict[str, int], pieces: int) -> None:
+    """Lay `MODELS[name]` out over a mesh; its loss and all its gradients are those of one process.
+
+    pieces: in how many micro-batches, on a pipeline."""
     from lamina.parallel import MeshSpec, distribute, gradient_norm, open_mesh
 
+    name, _, adapter = name.partition(" + ")
     spec = MODELS[name]()
     mesh = open_mesh(MeshSpec(**fields), spec)
+    pieces = 1 if mesh.spec.pipeline == 1 else pieces
     routers = mesh.spec.context == 1
     whole = batch(spec)
-    expected, one = alone(spec, whole, mesh.readers, routers)
-    model = spec.build(dtype=torch.float64).eval()
-    small.shake(model)
-    distribute(model, mesh)
+    expected, one = alone(spec, whole, mesh.readers * pieces, routers, bool(adapter))
+    model = distribute(build(spec, bool(adapter)), mesh)
     mine = whole.rows(mesh.reader, mesh.readers)
     labels = mesh.labels(mine.labels)
     asked = mesh.total((labels >= 0).sum())
     assert int(asked) == int((whole.labels >= 0).sum())
-    found = loss(model, mine, int(asked), labels, tokens(mine) / tokens(whole) if routers else None)
-    found.backward()
-    torch.testing.assert_close(mesh.total(found), expected, rtol=1e-10, atol=1e-10)
+    if mesh.spec.pipeline > 1:
+        found = piped(
+            model, [whole.rows(mesh.reader * pieces + i, mesh.readers * pieces) for i in range(pieces)], whole
+        )
+    else:
+        found = loss(model, mine, int(asked), labels, tokens(mine) / tokens(whole) if routers else None)
+        found.backward()
+        found = mesh.total(found)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     names = [path for path, _ in one.named_parameters()]
     assert [path for path, _ in model.named_parameters()] == names
     squares = torch.zeros((), dtype=torch.float64)
     for (path, parameter), other in zip(one.named_parameters(), model.parameters(), strict=True):
-        assert (parameter.grad is None) == (other.grad is None), path
-        if parameter.grad is not None and other.grad is not None:
+        assert parameter.requires_grad == other.requires_grad, path
+        grad = (
+            other.detach() if other.is_meta and other.requires_grad else other.grad
+        )  # on a pipeline, that of another stage
+        assert (parameter.grad is None) == (grad is None), path
+        if parameter.grad is not None and grad is not None:
             torch.testing.assert_close(
-                mesh.whole(other.grad),
+                mesh.whole(grad),
                 parameter.grad,
                 rtol=1e-8,
                 atol=1e-10,

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.layers import CapacitySpec
+from lamina.layers import CapacitySpec, RouterLossSpec
 from lamina.parallel import MeshSpec, arguments, plan, template
 from lamina.parallel.context import Cut
+from lamina.parallel.pipeline import owners
 from lamina.specs import edit
 from lamina.tokens import Tokens
 from tests import tiny
@@ -34,7 +35,12 @@ MIXTRAL = same.MODELS["mixtral"]()
         ),
         ({"tensor": 3}, 3, "decoder.layers.0.steps.0.op: 4 heads cannot be shared by tensor = 3"),
         ({"expert": 2}, 2, "expert is 2, and this model has no experts; use shard in its stead"),
-        ({"pipeline": 2}, 2, "pipeline is 2, and pipeline is not built"),
+        ({"pipeline": 3}, 3, "2 layers cannot be shared by pipeline = 3"),
+        (
+            {"pipeline": 2, "tensor": 2},
+            4,
+            "tensor 2 x pipeline 2 = 4 ranks: beside pipeline, tensor is not built; use replicate or shard",
+        ),
     ],
 )
 def test_impossible_meshes(fields: dict[str, int], world: int, says: str):
@@ -67,6 +73,33 @@ def test_what_a_model_cannot_be_shared_by():
             tiny.spec(tiny.LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}),
         )
     plan(MeshSpec(tensor=4), 4, tiny.spec(tiny.LLAMA))  # two ranks have each key head
+
+
+def test_only_one_row_of_layers_is_cut_into_runs():
+    with pytest.raises(UnsupportedError, match="pipeline is 2, and this model has an encoder and a decoder"):
+        plan(MeshSpec(pipeline=2), 2, same.MODELS["t5"]())
+    differ = same.deep()
+    assert differ.decoder is not None
+    first, *rest = differ.decoder.layers
+    first = edit(first, RouterLossSpec, lambda _, one: one.replace(balance=0.5))
+    with pytest.raises(UnsupportedError, match="one kind of pooled router losses, and layers of this model differ"):
+        plan(MeshSpec(pipeline=2), 2, differ.replace(decoder=differ.decoder.replace(layers=(first, *rest))))
+    plan(MeshSpec(pipeline=2, shard=-1, replicate=2), 8, same.deep())
+
+
+@pytest.mark.parametrize(("layers", "stages"), [(5, 2), (5, 3), (4, 4), (7, 1)])
+def test_layers_are_cut_into_runs(layers: int, stages: int):
+    """In order, as evenly as it goes, the longer ones first, where there is no head; a tied table lies on both ends."""
+    model = tiny.spec(tiny.GPT2 | {"n_layer": layers}).build(device="meta")
+    found = owners(model, stages)
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    runs = [found[f"decoder.layers.{i}.attention.op.q.weight"] for i in range(layers)]
+    sizes = [runs.count((stage,)) for stage in range(stages)]
+    assert runs == sorted(runs) and sum(sizes) == layers and max(sizes) - min(sizes) <= 1 and sizes[-1] == min(sizes)
+    assert found["embedding.weight"] == ((0, stages - 1) if stages > 1 else (0, 0))
+    assert found["decoder.position.weight"] == (0,) and found["decoder.norm.bias"] == (stages - 1,)
+    untied = owners(tiny.spec(tiny.LLAMA).build(device="meta"), 2)
+    assert untied["embedding.weight"] == (0,) and untied["head.weight"] == (1,)
 
 
 def test_what_looks_at_a_whole_text_is_not_cut():

@@ -11,15 +11,16 @@ from tests.parallel import ranks
 from tests.parallel.same import compare
 
 TWO = {
-    "gpt2": "replicate shard tensor context",
+    "gpt2": "replicate shard tensor context pipeline",
     "gpt2-odd": "tensor",
-    "llama": "shard tensor context",
+    "llama": "shard tensor context pipeline",
     "llama-mqa": "tensor",
     "t5": "shard tensor context",
     "bart": "tensor context",
-    "mixtral": "shard tensor context expert",
-    "experts": "tensor expert",
-    "bert": "tensor context",
+    "mixtral": "shard tensor context expert pipeline",
+    "mixtral-deep": "shard pipeline",
+    "experts": "tensor expert pipeline",
+    "bert": "tensor context pipeline",
     "albert": "shard tensor context",
     "longformer": "tensor",
     "latent": "tensor context",
@@ -29,35 +30,49 @@ TWO = {
     "recurrence": "tensor context",
     "memorizing": "tensor context",
     "qk-norm": "tensor context",
-    "alibi": "tensor context",
+    "alibi": "tensor context pipeline",
     "shaw": "tensor context",
     "transformer-xl": "tensor context",
+    "gpt2 + adapter": "shard tensor context pipeline",
+    "llama-mqa + adapter": "tensor",
+    "mixtral + adapter": "tensor expert",
+    "t5 + adapter": "tensor",
+    "differential + adapter": "tensor",
 }
 FOUR = {
-    "gpt2": [("replicate", "shard"), ("shard", "tensor"), ("replicate", "context")],
+    "gpt2": [("replicate", "shard"), ("shard", "tensor"), ("replicate", "context"), ("shard", "pipeline")],
     "llama": [("tensor", "context"), ("shard", "context")],
     "t5": [("shard", "tensor"), ("tensor", "context")],
     "mixtral": [("shard", "expert"), ("tensor", "expert"), ("expert", "context"), ("replicate", "expert")],
     "experts": [("shard", "tensor"), ("tensor", "expert")],
     "differential": [("shard", "tensor")],
+    "mixtral-deep": [("replicate", "pipeline")],
+    "llama + adapter": [("shard", "tensor")],
 }
+PIECES = 2
+"""Micro-batches of a pipeline, and with two ranks of it also one a row."""
 WORLDS = {
-    2: {f"{name} {axis}": (name, {axis: 2}) for name, axes in TWO.items() for axis in axes.split()},
+    2: {
+        **{f"{name} {axis}": (name, {axis: 2}, PIECES) for name, axes in TWO.items() for axis in axes.split()},
+        "mixtral row by row": ("mixtral", {"pipeline": 2}, 4),
+    },
     4: {
         **{
-            f"{name} {' x '.join(axes)}": (name, dict.fromkeys(axes, 2))
+            f"{name} {' x '.join(axes)}": (name, dict.fromkeys(axes, 2), PIECES)
             for name, pairs in FOUR.items()
             for axes in pairs
         },
-        "llama tensor 4": ("llama", {"tensor": 4}),
-        "t5 context 4": ("t5", {"context": 4}),
-        "mixtral shard 4": ("mixtral", {"shard": 4}),
+        "llama tensor 4": ("llama", {"tensor": 4}, PIECES),
+        "t5 context 4": ("t5", {"context": 4}, PIECES),
+        "mixtral shard 4": ("mixtral", {"shard": 4}, PIECES),
+        "gpt2 pipeline 4": ("gpt2-deep", {"pipeline": 4}, PIECES),
+        "mixtral pipeline 4": ("mixtral-deep", {"pipeline": 4}, 4),
     },
 }
 
 
-def check(name: str, fields: dict[str, int], rank: int, folder: Path) -> None:
-    compare(name, fields)
+def check(name: str, fields: dict[str, int], pieces: int, rank: int, folder: Path) -> None:
+    compare(name, fields, pieces)
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -68,7 +68,8 @@ def state(rank: int, folder: Path) -> None:
     """Whole states come back as they were, and a wrong one is refused before anything changes."""
     from lamina.parallel import RankError, full_state, load_full_state
 
-    for name, fields in (("mixtral", {"expert": 2}), ("gpt2", {"tensor": 2}), ("bert", {"shard": 2})):
+    cases = (("mixtral", {"expert": 2}), ("gpt2", {"tensor": 2}), ("bert", {"shard": 2}), ("gpt2", {"pipeline": 2}))
+    for name, fields in cases:
         made = model(name, fields)
         plain = same.MODELS[name]().build(dtype=torch.float64)
         small.shake(plain)
@@ -118,6 +119,7 @@ def folders(rank: int, folder: Path) -> None:
         ("mixtral", {"tensor": 2}),
         ("gpt2", {"shard": 2}),
         ("t5", {"tensor": 2}),
+        ("gpt2", {"pipeline": 2}),
         ("albert", {"context": 2}),
     ):
         made = model(name, fields)
@@ -199,6 +201,37 @@ def outside(rank: int, folder: Path) -> None:
             torch.testing.assert_close(mesh.whole(other.grad), parameter.grad, rtol=1e-8, atol=1e-10, msg=path)
 
 
+def distilled(rank: int, folder: Path) -> None:
+    """A student on several ranks learns from a whole teacher what it learns on one process."""
+    from lamina.objectives import Batch, CausalLM, Distillation, Taught
+    from lamina.parallel import MeshSpec, distribute, open_mesh
+    from lamina.train.sums import loss_of
+
+    teacher = same.build(same.MODELS["llama"]())
+    task = Taught(Distillation(teacher="", temperature=2.0, mix=0.7, objective=CausalLM(smoothing=0.1)), teacher)
+    for name in ("gpt2", "experts"):
+        spec = same.MODELS[name]().replace(embedding=same.MODELS["gpt2"]().embedding)
+        whole = same.batch(spec)
+        asked = dict.fromkeys(("next_token", "teacher"), float((whole.labels >= 0).sum()))
+
+        def total(model: lamina.Model, part: same.Batch, asked=asked) -> Tensor:
+            labels = dict.fromkeys(asked, part.labels)
+            return loss_of(task.total(model, Batch(part.given, labels)), asked)
+
+        one = same.build(spec)
+        expected = total(one, whole)
+        expected.backward()
+        for axis in ("tensor", "shard"):
+            mesh = open_mesh(MeshSpec(**{axis: 2}), spec)
+            made = distribute(same.build(spec), mesh)
+            found = total(made, whole.rows(mesh.reader, mesh.readers))
+            found.backward()
+            torch.testing.assert_close(mesh.total(found), expected.detach(), rtol=1e-10, atol=1e-10)
+            for (path, parameter), other in zip(one.named_parameters(), made.parameters(), strict=True):
+                assert parameter.grad is not None and other.grad is not None
+                torch.testing.assert_close(mesh.whole(other.grad), parameter.grad, rtol=1e-8, atol=1e-10, msg=path)
+
+
 def refused(rank: int, folder: Path) -> None:
     """What cannot be is said in one line."""
     from lamina.parallel import MeshSpec, distribute, open_mesh
@@ -220,6 +253,12 @@ def refused(rank: int, folder: Path) -> None:
     )
     with pytest.raises(lamina.LaminaError, match="attention.op.q holds more than a weight and a bias"):
         distribute(adapted, table.mesh)
+    piped = distribute(spec.build(), open_mesh(MeshSpec(pipeline=2), spec))
+    assert piped.mesh.stream == rank  # layers of its own
+    with pytest.raises(LaminaError, match="lies on several ranks by pipeline: run it by lamina.parallel.through"):
+        piped(**same.batch(spec).given)
+    with pytest.raises(LaminaError, match="pipeline takes a model with its values"):
+        distribute(spec.build(device="meta"), piped.mesh)
     with pytest.raises(RuntimeError):  # an id beyond the vocabulary is nobody's, and is not taken for zeros
         table(torch.full((1, 3), 264))
 
@@ -318,7 +357,7 @@ def die(rank: int, folder: Path) -> None:
 
 @pytest.mark.timeout(400)
 def test_states_and_folders():
-    checks = {one.__name__: one for one in (begin, state, meta, folders, clipped, micro, outside, refused)}
+    checks = {one.__name__: one for one in (begin, state, meta, folders, clipped, micro, outside, distilled, refused)}
     with ranks.folder() as name:
         folder = Path(name)
         found = ranks.run(2, checks, folder)

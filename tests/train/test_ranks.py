@@ -28,18 +28,27 @@ def close(one: list[tuple[int, float]], other: list[tuple[int, float]]) -> bool:
     )
 
 
-def test_two_processes_are_one_and_either_goes_on_from_the_other(tmp_path: Path, data: Path):  # noqa: F811
-    """Sharded by layer, with rows of different lengths; then one process goes on from what two have saved, and back."""
+MIXTRAL = {"num_local_experts": 4, "router_aux_loss_coef": 0.1, "output_router_logits": True}
+
+
+@pytest.mark.parametrize("axis", ["shard", "pipeline"])
+def test_two_processes_are_one_and_either_goes_on_from_the_other(tmp_path: Path, data: Path, axis: str):  # noqa: F811
+    """Sharded by layer, or with half of the layers each; then one goes on from what two have saved, and back."""
     more: dict[str, Any] = {"loop": {"steps": 6, "batch": 4, "micro": 1, "average": 0.9}, "checkpoints": {"every": 3}}
+    if axis == "pipeline":
+        base = json.loads(config(data))["model"]["config"]
+        more["model"] = {"family": "mixtral", "config": {**base, **MIXTRAL}}
     file = tmp_path / "config.yaml"
     file.write_text(config(data, **more))
     alone = lamina(str(file), "-o", str(tmp_path / "alone"))
     assert alone.returncode == 0, alone.stderr
-    both = lamina(str(file), "mesh.shard=2", "-o", str(tmp_path / "both"), "--nproc", "2", "--json")
+    both = lamina(str(file), f"mesh.{axis}=2", "-o", str(tmp_path / "both"), "--nproc", "2", "--json")
     assert both.returncode == 0, both.stderr
     found = json.loads(both.stdout)  # one document, though two processes ran
     assert found["step"] == 6 and Path(found["model"]).is_dir()
     assert close(losses(tmp_path / "alone"), losses(tmp_path / "both"))
+    parts = [[r["parts"] for r in records(tmp_path / run) if "parts" in r] for run in ("alone", "both")]
+    assert parts[0][-1] == pytest.approx(parts[1][-1], rel=2e-4) and ("auxiliary" in parts[0][-1]) == (axis != "shard")
     held = [
         [r["validation"]["loss"] for r in records(tmp_path / run) if "validation" in r] for run in ("alone", "both")
     ]
@@ -49,16 +58,60 @@ def test_two_processes_are_one_and_either_goes_on_from_the_other(tmp_path: Path,
         one, other = (load_file(tmp_path / run / f"{part}.safetensors") for run in ("alone", "both"))
         assert {name: tensor.shape for name, tensor in one.items()} == {n: t.shape for n, t in other.items()}
     manifest = json.loads((tmp_path / "both/checkpoints/step-6/manifest.json").read_text())
-    assert manifest["world"] == 2 and manifest["mesh"]["shard"] == 2
+    assert manifest["world"] == 2 and manifest["mesh"][axis] == 2
 
     for run in ("alone", "both"):  # as if it had been killed after step 3
         (tmp_path / run / "checkpoints/step-6/model.safetensors").unlink()
     other = lamina(str(file), "-o", str(tmp_path / "both"), "--resume", "auto")
     assert other.returncode == 0, other.stderr
     assert close(losses(tmp_path / "alone"), losses(tmp_path / "both"))
-    again = lamina(str(file), "mesh.shard=2", "-o", str(tmp_path / "alone"), "--resume", "auto", "--nproc", "2")
+    again = lamina(str(file), f"mesh.{axis}=2", "-o", str(tmp_path / "alone"), "--resume", "auto", "--nproc", "2")
     assert again.returncode == 0, again.stderr
     assert close(losses(tmp_path / "alone"), losses(tmp_path / "both"))
+
+
+def test_an_adapter_and_samples_are_those_of_one_process(tmp_path: Path, data: Path):  # noqa: F811
+    """Its files too, its model, and what either goes on from."""
+    file = tmp_path / "base.yaml"
+    file.write_text(config(data, loop={"steps": 4}))
+    base = lamina(str(file), "-o", str(tmp_path / "base"))
+    assert base.returncode == 0, base.stderr
+    fields = json.loads(
+        config(
+            data,
+            adapter={"rank": 3, "targets": ["q_proj", "v_proj", "down_proj"], "merge": True},
+            evaluation={"every": 2, "prompts": ["The house", "a"], "tokens": 6},
+            loop={"steps": 4, "batch": 4, "micro": 1, "average": 0.9},
+            checkpoints={"every": 2},
+        )
+    )
+    fields["model"] = {"source": str(tmp_path / "base/model")}
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(fields))
+    runs = {"alone": [], "tensor": ["mesh.tensor=2"], "pipeline": ["mesh.pipeline=2"]}
+    for run, more in runs.items():
+        done = lamina(str(file), *more, "-o", str(tmp_path / run), *(["--nproc", "2"] if more else []))
+        assert done.returncode == 0, (run, done.stderr)
+        assert close(losses(tmp_path / "alone"), losses(tmp_path / run)), run
+        texts = [[r["sample"] for r in records(tmp_path / one) if "sample" in r] for one in ("alone", run)]
+        assert texts[0] == texts[1] and len(texts[0]) == 4, run
+        both = [tmp_path / one / "adapter" for one in ("alone", run)]
+        assert (
+            both[0].joinpath("adapter_config.json").read_bytes() == both[1].joinpath("adapter_config.json").read_bytes()
+        )
+        for part in (
+            "adapter/adapter_model",
+            "model/model",
+            "checkpoints/step-4/adapter",
+            "checkpoints/step-4/optimiser",
+        ):
+            one, other = (load_file(tmp_path / name / f"{part}.safetensors") for name in ("alone", run))
+            assert one.keys() == other.keys(), (run, part)
+            for name, tensor in one.items():
+                assert abs(tensor - other[name]).max() < 2e-3, (run, part, name)
+    (tmp_path / "tensor/checkpoints/step-4/adapter.safetensors").unlink()
+    done = lamina(str(file), "-o", str(tmp_path / "tensor"), "--resume", "auto")
+    assert done.returncode == 0 and close(losses(tmp_path / "alone"), losses(tmp_path / "tensor")), done.stderr
 
 
 def test_a_mesh_that_does_not_fit_is_refused_by_all_in_one_line(tmp_path: Path, data: Path):  # noqa: F811

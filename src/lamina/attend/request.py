@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,9 @@ class Request:
     sink: Tensor | None = None  # (H,): a logit that takes probability and gives no value: GPT-OSS
     dropout: float = 0.0  # on the probabilities; the caller sets 0 in evaluation
     step: bool = False  # one new token a row, keys from a cache, which keeps its holes at zero: none has to be copied
-    memo: dict[Any, Any] = field(default_factory=dict)  # lives for one forward: masks are built once a pattern
+    memo: MutableMapping[Any, Any] = field(
+        default_factory=dict
+    )  # lives for one forward: masks are built once a pattern
 
     def reach(self) -> Reach:
         """What is known of the mask without building it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,7 @@ class BucketBias(nn.Module):
         self.spec = spec
         self.weight = parameter(spec.buckets, spec.heads)
 
-    def forward(self, queries: Tokens, keys: Tokens, memo: dict[Any, Any]) -> Tensor:
+    def forward(self, queries: Tokens, keys: Tokens, memo: MutableMapping[Any, Any]) -> Tensor:
         name = ("bias", id(self), id(queries), id(keys))
         if name not in memo:
             spec, relative = self.spec, distance(queries, keys)
@@ -118,7 +119,7 @@ class Alibi(nn.Module):
         self.spec = spec
         self.slopes = slopes(spec.heads, spec.bias_max)
 
-    def forward(self, queries: Tokens, keys: Tokens, memo: dict[Any, Any]) -> Tensor:
+    def forward(self, queries: Tokens, keys: Tokens, memo: MutableMapping[Any, Any]) -> Tensor:
         name = ("bias", id(self), id(queries), id(keys))
         if name not in memo:
             slope = torch.tensor(self.slopes, dtype=torch.float32, device=keys.position.device)[:, None, None]

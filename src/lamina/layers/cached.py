@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +43,7 @@ def with_cache(
     return query, key, value, queries, keys
 
 
-def turn(x: Tensor, tokens: Tokens, rotary: RotarySpec | None, size: int, memo: dict[Any, Any]) -> Tensor:
+def turn(x: Tensor, tokens: Tokens, rotary: RotarySpec | None, size: int, memo: MutableMapping[Any, Any]) -> Tensor:
     """The last `size` features of x (B, H, T, D) turned by the positions of its tokens."""
     if rotary is None:
         return x

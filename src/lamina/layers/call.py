@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import UserDict
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -65,7 +66,10 @@ class Call:
     cache: Cache | None = None
     memory: Tensor | None = None  # (B, S, width): what cross-attention reads
     memory_tokens: Tokens | None = None
-    bias: Callable[[Tokens, Tokens, dict[Any, Any]], Tensor] | None = None  # added to the scores, shared by a stack
+    bias: Callable[[Tokens, Tokens, MutableMapping[Any, Any]], Tensor] | None = (
+        None  # added to the scores, shared by a stack
+    )
     backend: str | None = None
-    memo: dict[Any, Any] = field(default_factory=dict)  # masks, rotary phases, biases: computed once a forward
+    # Masks, rotary phases, biases: computed once a forward. No dict, which FSDP would copy for each layer.
+    memo: MutableMapping[Any, Any] = field(default_factory=UserDict)
     record: Record = field(default_factory=Record)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -137,7 +138,7 @@ def _scatter(x: Tensor, beams: int) -> Tensor:
     return x if beams == 1 else x.unflatten(2, (beams, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def _gathered(tokens: Tokens, beams: int, anew: bool, memo: dict[Any, Any]) -> Tokens:
+def _gathered(tokens: Tokens, beams: int, anew: bool, memo: MutableMapping[Any, Any]) -> Tokens:
     """Tokens (B n, T) as (B, n T). `anew`: only documents are asked for, so plain ones may be numbered anew."""
     name = ("gathered", id(tokens), beams, anew)
     if name not in memo:

@@ -174,6 +174,8 @@ def rebalance(model: nn.Module, record: Record, rate: float = 0.001) -> None:
     """
     for module in model.modules():
         if isinstance(module, Experts) and isinstance(module.router, TopK) and module.router.correction is not None:
+            if module.router.correction.is_meta:  # it lies on another rank
+                continue
             name = f"{module.path}.load"
             if name not in record.values:
                 raise LaminaError(f"the record has no {name}: pass record=Record('*.load') to the forward")

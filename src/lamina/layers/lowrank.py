@@ -16,6 +16,9 @@ class LowRank(Linear):
     The factors may have another dtype than the weight: their product is computed in it.
     """
 
+    SIDES = {"lora_a": "in", "lora_b": "out"}
+    """Along which side of the weight a factor lies: where ranks share that side out, they share the factor out too."""
+
     def __init__(self, base: nn.Linear, lora_a: Tensor, lora_b: Tensor, scale: float, rate: float) -> None:
         nn.Module.__init__(self)  # and not Linear's, which would make a weight
         self.in_features, self.out_features = base.in_features, base.out_features

@@ -7,6 +7,7 @@ Phases are computed in float32 from positions, whatever the dtype of the model, 
 from __future__ import annotations
 
 import math
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -111,7 +112,7 @@ class RotarySpec(Spec):
 
 
 def phases(
-    spec: RotarySpec, size: int, tokens: Tokens, dtype: torch.dtype, memo: dict[Any, Any]
+    spec: RotarySpec, size: int, tokens: Tokens, dtype: torch.dtype, memo: MutableMapping[Any, Any]
 ) -> tuple[Tensor, Tensor]:
     """cos and signed sin, each (B, 1, T, r), for heads of `size` features; once a forward for each spec."""
     name = ("phases", spec, size, id(tokens), dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,7 +43,15 @@ def record_losses(spec: RouterLossSpec, routing: Routing, chosen: int, path: str
         call.record.losses[f"{name if spec.pooled else call.record.called(path)}.{kind}"] = value
 
 
-def _losses(spec: RouterLossSpec, routing: Routing, chosen: int, name: str, memo: dict[Any, Any]) -> dict[str, Tensor]:
+def sums_of(spec: RouterLossSpec, experts: int, rows: int) -> list[tuple[int, ...]]:
+    """The shapes of what pooled losses of a batch of so many rows are made of: sums over the layers so far."""
+    rows = rows if spec.each_row else 1
+    return [(rows,), *([(rows, experts)] * 2 if spec.balance else []), *([(rows,)] if spec.z else [])]
+
+
+def _losses(
+    spec: RouterLossSpec, routing: Routing, chosen: int, name: str, memo: MutableMapping[Any, Any]
+) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     rows = routing.span[0] if spec.each_row else 1
     real = torch.ones_like(routing.logits[:, 0]) if routing.real is None else routing.real.to(routing.logits.dtype)

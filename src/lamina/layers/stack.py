@@ -76,6 +76,18 @@ class Stack(nn.Module):
     def forward(self, x: Tensor, call: Call, segments: Tensor | None = None) -> Tensor:
         call = replace(call, bias=self.score_bias)
         outer = call.record.run  # of the stack that this one is a part of: RETRO's encoder of neighbours
+        x = self.begin(x, call, segments)
+        for i in range(len(self.layers) * self.spec.repeat):
+            layer = i // self.spec.repeat
+            call.record.run = (f"{self.path}.layers.{layer}.", f"{self.path}.layers.{i}.")
+            if not self._left_out(call):
+                x = self.layers[layer](x, call)
+            call.record.keep(f"{self.path}.layers.{layer}.output", lambda x=x: x)
+        call.record.run = outer
+        return self.end(x, call)
+
+    def begin(self, x: Tensor, call: Call, segments: Tensor | None) -> Tensor:
+        """What comes before the first layer."""
         if self.segment is not None:
             x = x + (self.segment.weight[0] if segments is None else self.segment(segments))
         if self.position is not None:
@@ -85,13 +97,10 @@ class Stack(nn.Module):
         x = dropout(x, self.spec.dropout, self.training)
         x = x if self.input is None else self.input(x)
         call.record.keep(f"{self.path}.input", lambda: x)
-        for i in range(len(self.layers) * self.spec.repeat):
-            layer = i // self.spec.repeat
-            call.record.run = (f"{self.path}.layers.{layer}.", f"{self.path}.layers.{i}.")
-            if not self._left_out(call):
-                x = self.layers[layer](x, call)
-            call.record.keep(f"{self.path}.layers.{layer}.output", lambda x=x: x)
-        call.record.run = outer
+        return x
+
+    def end(self, x: Tensor, call: Call) -> Tensor:
+        """What comes after the last one."""
         if self.norm is not None:
             x = self.norm(x)
         return dropout(x, self.spec.output_dropout, self.training)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lamina.errors import LaminaError, UnsupportedError
@@ -114,14 +115,22 @@ Scores = tuple[Tensor, LanguageHead, Tensor]
 
 
 def divergence(student: Scores, teacher: Scores, temperature: float = 1.0) -> Tensor:
-    """The sum over rows of T^2 KL(softmax(t / T) || softmax(s / T)), some rows at a time; only the student learns."""
+    """The sum over rows of T^2 KL(softmax(t / T) || softmax(s / T)), some rows at a time; only the student learns.
+
+    A student whose ranks have a part of the vocabulary each gathers the scores of all rows."""
     hidden, head, table = teacher
+    own = student[2] if student[1].weight is None else student[1].weight
+    if type(own.data) is not Tensor:
+        scores = student[1](student[0], student[2]) / temperature
+        with torch.no_grad():
+            target = (head(hidden, table).to(scores.dtype) / temperature).log_softmax(dim=-1)
+        return temperature**2 * F.kl_div(scores.log_softmax(dim=-1), target, reduction="sum", log_target=True)
     with torch.no_grad():
         hidden = head.begin(hidden)
     matrix = table if head.weight is None else head.weight
 
     def score(scores: Tensor, start: int, sums: tuple[Tensor, Tensor], need: bool) -> Tensor | None:
-        part = torch.nn.functional.linear(hidden[start : start + len(scores)], matrix, head.bias)
+        part = F.linear(hidden[start : start + len(scores)], matrix, head.bias)
         target = (head.finish(part.to(scores.dtype)) / temperature).log_softmax(dim=-1)
         found = (scores / temperature).log_softmax(dim=-1)
         sums[0].add_((target.exp() * (target - found)).sum(), alpha=temperature**2)

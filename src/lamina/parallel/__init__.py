@@ -23,6 +23,7 @@ _HOME = {
     "save_parts": "checkpoint",
     "synchronise": "layout",
     "template": "launch",
+    "through": "pipeline",
 }
 """Name -> its file. One process that only reads a `MeshSpec`, or starts others, does not import torch.distributed."""
 
@@ -44,6 +45,7 @@ __all__ = [
     "save_parts",
     "synchronise",
     "template",
+    "through",
 ]
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from lamina.parallel.launch import arguments, template
     from lamina.parallel.layout import distribute, synchronise
     from lamina.parallel.mesh import Mesh, RankError, close_mesh, open_mesh
+    from lamina.parallel.pipeline import through
     from lamina.parallel.state import clip_gradients, full_state, gradient_norm, load_full_state, materialise
 
 

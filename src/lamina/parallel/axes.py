@@ -25,7 +25,7 @@ class MeshSpec(Spec):
     """How many ranks each axis has. Their product is the number of processes; every rank has a place on each axis.
 
     Ranks on replicate, shard and expert read different texts, those on context different parts of the same texts, and
-    those on tensor the same.
+    those on tensor and pipeline the same.
     """
 
     replicate: int = 1  # copies of all that follows, which only add up gradients (HSDP)
@@ -33,7 +33,7 @@ class MeshSpec(Spec):
     context: int = 1  # each text is cut
     tensor: int = 1  # heads, hidden features and the vocabulary are shared out
     expert: int = 1  # experts are shared out
-    pipeline: int = 1  # not built
+    pipeline: int = 1  # the layers are shared out, and micro-batches go through the ranks in turn
 
     def check(self) -> None:
         for name in self.__dataclass_fields__:
@@ -53,8 +53,6 @@ def plan(mesh: MeshSpec, world: int, model: ModelSpec) -> MeshSpec:
     Raises LaminaError where the product is not `world`, and where the model cannot be shared out so; UnsupportedError
     for what is not built. Nothing is built here, and no process group is needed.
     """
-    if mesh.pipeline > 1:
-        raise UnsupportedError(f"pipeline is {mesh.pipeline}, and pipeline is not built; use shard, tensor or context")
     if mesh.shard == -1:
         rest = mesh.replace(shard=1)
         if world % rest.ranks:
@@ -62,6 +60,8 @@ def plan(mesh: MeshSpec, world: int, model: ModelSpec) -> MeshSpec:
         mesh = mesh.replace(shard=world // rest.ranks)
     if mesh.ranks != world:
         raise LaminaError(f"{_product(mesh)}; this run has {world}")
+    if mesh.pipeline > 1:
+        _pipeline(mesh, model)
     _experts(mesh, model)
     if mesh.ranks > 1:
         _statistics(model)
@@ -77,6 +77,26 @@ def _product(mesh: MeshSpec) -> str:
     """replicate 2 x shard 2 x tensor 2 = 8 ranks."""
     named = [f"{axis} {getattr(mesh, axis)}" for axis in mesh.__dataclass_fields__ if getattr(mesh, axis) > 1]
     return f"{' x '.join(named) or 'shard 1'} = {mesh.ranks} rank{'s' * (mesh.ranks > 1)}"
+
+
+def _pipeline(mesh: MeshSpec, model: ModelSpec) -> None:
+    """Refuse what has no one row of layers that can be cut into runs."""
+    if beside := [axis for axis in ("context", "tensor", "expert") if getattr(mesh, axis) > 1]:
+        raise UnsupportedError(f"{_product(mesh)}: beside pipeline, {beside[0]} is not built; use replicate or shard")
+    if model.two_stacks or model.stem is not None:
+        what = "an encoder and a decoder" if model.two_stacks else "a stem"
+        raise UnsupportedError(f"pipeline is {mesh.pipeline}, and this model has {what}; use shard or tensor")
+    stack = model.encoder if model.decoder is None else model.decoder
+    assert stack is not None
+    if len(stack.layers) < mesh.pipeline:
+        raise LaminaError(f"{len(stack.layers)} layers cannot be shared by pipeline = {mesh.pipeline}")
+    pooled = {
+        (part.losses, part.router.experts)
+        for _, part in stack.walk()
+        if isinstance(part, ExpertsSpec) and part.losses is not None and part.losses.pooled
+    }
+    if len(pooled) > 1:
+        raise UnsupportedError("pipeline hands on one kind of pooled router losses, and layers of this model differ")
 
 
 def _experts(mesh: MeshSpec, model: ModelSpec) -> None:

@@ -27,6 +27,7 @@ from lamina.parallel import experts
 from lamina.parallel.axes import plan
 from lamina.parallel.context import cut_texts
 from lamina.parallel.mesh import Mesh
+from lamina.parallel.pipeline import absent, cut_layers
 from lamina.parallel.tensor import share
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,7 +52,13 @@ def distribute(model: Model, mesh: Mesh, *, precision: str | None = None, reshar
     plan(mesh.spec, mesh.spec.ranks, model.spec)
     if not model.embedding.weight.is_meta:
         model.to(mesh.device)
+    elif mesh.spec.pipeline > 1:
+        raise UnsupportedError("pipeline takes a model with its values; build it, or load it, on every rank")
     spec = mesh.spec
+    if spec.pipeline > 1:
+        dtype = model.embedding.weight.dtype if precision is None else PRECISIONS[precision]
+        groups = mesh.places["pipeline"].get_group(), mesh.ends
+        cut_layers(model, (mesh.stage, spec.pipeline), groups, mesh.device, dtype or model.embedding.weight.dtype)
     if spec.expert > 1:
         axes = ("expert", "tensor") if spec.tensor > 1 else ("expert",)
         experts.spread(model, mesh.experts[axes], mesh.places["expert"].get_group())
@@ -67,13 +74,14 @@ def distribute(model: Model, mesh: Mesh, *, precision: str | None = None, reshar
 def _layers(model: Model, mesh: Mesh, precision: str | None, reshard: bool) -> None:
     """FSDP2: each layer by itself, the rest together; experts over the ranks that have the same ones."""
     dtype = None if precision is None else PRECISIONS[precision]
+    absent_here = absent(model)
     given: dict[str, Any] = {
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32),
+        # What a layer is given has the dtype already; casting would take its `Call` to pieces.
+        "mp_policy": MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False),
         "reshard_after_forward": reshard,
         # A router's correction is moved by hand after a step (`rebalance`), alike on all ranks.
-        "ignored_params": {
-            one.correction for one in model.modules() if isinstance(one, TopK) and one.correction is not None
-        },
+        "ignored_params": absent_here
+        | {one.correction for one in model.modules() if isinstance(one, TopK) and one.correction is not None},
     }
     copies = ("replicate",) if mesh.spec.replicate > 1 else ()
     over = {name: getattr(mesh, name)[(*copies, name)] for name in ("layers", "experts")}
@@ -82,9 +90,10 @@ def _layers(model: Model, mesh: Mesh, precision: str | None, reshard: bool) -> N
             if isinstance(module, Experts):
                 fully_shard(module.experts, mesh=over["experts"], **given)
     for module in list(model.modules()):
-        if isinstance(module, Layer):
+        if isinstance(module, Layer) and not absent_here >= set(module.parameters()):
             fully_shard(module, mesh=over["layers"], **given)
-    fully_shard(model, mesh=over["layers"], **{**given, "reshard_after_forward": False})
+    policy = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None)
+    fully_shard(model, mesh=over["layers"], **{**given, "mp_policy": policy, "reshard_after_forward": False})
     register_fsdp_forward_method(model, "encode")
     for module in model.modules():
         if isinstance(module, FSDPModule):

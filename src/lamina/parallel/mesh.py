@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,7 +24,7 @@ from lamina.parallel.axes import MeshSpec, plan
 from lamina.parallel.context import Cut
 from lamina.parallel.tensor import Axis
 
-PLACES = ("replicate", "expert", "shard", "context", "tensor")
+PLACES = ("pipeline", "replicate", "expert", "shard", "context", "tensor")
 """The axes of the mesh, from the outermost: ranks that differ in `tensor` alone are neighbours, and talk most."""
 
 
@@ -37,10 +38,11 @@ class Mesh:
 
     spec: MeshSpec
     device: torch.device
-    places: DeviceMesh  # replicate, expert, shard, context, tensor
-    layers: DeviceMesh  # replicate, layers, tensor: `layers` are the ranks among which FSDP shares layers out
-    experts: DeviceMesh  # replicate, expert, experts, tensor: `experts` are the ranks that have the same experts
-    readers_group: dist.ProcessGroup  # ranks that differ in anything but tensor
+    places: DeviceMesh  # pipeline, replicate, expert, shard, context, tensor
+    layers: DeviceMesh  # pipeline, replicate, layers, tensor: `layers` are the ranks among which FSDP shares layers out
+    experts: DeviceMesh  # pipeline, replicate, expert, experts, tensor: `experts` are the ranks with the same experts
+    readers_group: dist.ProcessGroup  # ranks that differ in anything but tensor and pipeline
+    ends: dist.ProcessGroup  # the first and the last of the ranks that differ in pipeline alone
     control: dist.ProcessGroup  # all ranks, on the CPU: what is said beside the tensors
     timeout: float  # seconds after which a collective gives up
     run: int  # a number that these processes alone have: others may have met at the same place before
@@ -64,15 +66,20 @@ class Mesh:
 
     @property
     def reader(self) -> int:
-        """Which of these parts this rank reads. Ranks on context and tensor read the same."""
-        place = {name: self.places.get_local_rank(name) for name in PLACES[:3]}
+        """Which of these parts this rank reads. Ranks on pipeline, context and tensor read the same."""
+        place = {name: self.places.get_local_rank(name) for name in ("replicate", "expert", "shard")}
         return (place["replicate"] * self.spec.expert + place["expert"]) * self.spec.shard + place["shard"]
 
     @property
     def stream(self) -> int:
         """Which random numbers this rank draws: ranks on tensor have to drop the same places, all others have other
-        tokens. (The heads of two ranks on tensor then drop alike in their attentions.)"""
-        return self.reader * self.spec.context + self.cut.rank
+        tokens, or layers. (The heads of two ranks on tensor then drop alike in their attentions.)"""
+        return (self.stage * self.readers + self.reader) * self.spec.context + self.cut.rank
+
+    @property
+    def stage(self) -> int:
+        """Which run of the layers is this rank's."""
+        return self.places.get_local_rank("pipeline")
 
     @property
     def cut(self) -> Cut:
@@ -94,7 +101,7 @@ class Mesh:
 
     def total(self, value: Tensor) -> Tensor:
         """The sum over all tokens of the global batch of what each rank has counted for its own: losses, labels that
-        count, loads of experts. Ranks on tensor, which hold the same, count once."""
+        count, loads of experts. Ranks on tensor and pipeline, which count the same, count once."""
         out = value.detach().to(self.device, copy=True)
         dist.all_reduce(out, group=self.readers_group)
         return out
@@ -145,6 +152,41 @@ class Mesh:
 
     def whole(self, tensor: Tensor) -> Tensor:
         """A parameter from the parts that all ranks have. All ranks must ask for it."""
+        if self.spec.pipeline == 1:
+            return self._whole(tensor)
+        owner = torch.tensor(self.spec.pipeline if tensor.is_meta else self.stage, device=self.device)
+        column = self.places["pipeline"].get_group()
+        dist.all_reduce(owner, dist.ReduceOp.MIN, group=column)
+        if int(owner) == self.stage:
+            whole = self._whole(tensor).to(self.device).contiguous()
+        else:
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+        dist.broadcast(whole, group=column, group_src=int(owner))
+        return whole
+
+    def said(self, text: str, stage: int) -> str:
+        """What the rank of this stage says, with which this one differs in pipeline alone."""
+        column = self.places["pipeline"].get_group()
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        size = torch.tensor(len(data), device=self.device)
+        dist.broadcast(size, group=column, group_src=stage)
+        if self.stage != stage:
+            data = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        dist.broadcast(data, group=column, group_src=stage)
+        return bytes(data.tolist()).decode()
+
+    def listed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of all stages by name, in one order on all ranks; those of others without storage."""
+        found: dict[str, Tensor] = {}
+        for stage in range(self.spec.pipeline):
+            own = {name: (str(one.dtype).removeprefix("torch."), list(one.shape)) for name, one in tensors.items()}
+            for name, (dtype, shape) in json.loads(self.said(json.dumps(own), stage)).items():
+                elsewhere = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+                found.setdefault(name, tensors.get(name, elsewhere))
+        return found
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        """The same within a stage."""
         if not isinstance(tensor, DTensor):
             return tensor
         names, placements = tensor.device_mesh.mesh_dim_names or (), tensor.placements
@@ -228,7 +270,8 @@ def open_mesh(spec: MeshSpec, model: ModelSpec, *, device: torch.device | str = 
     def over(**sizes: int) -> DeviceMesh:
         return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
-    same = spec.shard * spec.context
+    same, stages = spec.shard * spec.context, spec.pipeline
+    places = over(**{axis: getattr(spec, axis) for axis in PLACES})
     control = dist.new_group(backend="gloo", timeout=limit)
     assert isinstance(control, dist.ProcessGroup)
     run = torch.tensor([time.time_ns()])
@@ -236,14 +279,24 @@ def open_mesh(spec: MeshSpec, model: ModelSpec, *, device: torch.device | str = 
     return Mesh(
         spec=spec,
         device=device,
-        places=over(**{axis: getattr(spec, axis) for axis in PLACES}),
-        layers=over(replicate=spec.replicate, layers=spec.expert * same, tensor=spec.tensor),
-        experts=over(replicate=spec.replicate, expert=spec.expert, experts=same, tensor=spec.tensor),
-        readers_group=over(readers=world // spec.tensor, tensor=spec.tensor)["readers"].get_group(),
+        places=places,
+        layers=over(pipeline=stages, replicate=spec.replicate, layers=spec.expert * same, tensor=spec.tensor),
+        experts=over(pipeline=stages, replicate=spec.replicate, expert=spec.expert, experts=same, tensor=spec.tensor),
+        readers_group=over(pipeline=stages, readers=world // spec.tensor // stages, tensor=spec.tensor)[
+            "readers"
+        ].get_group(),
+        ends=_ends(stages, world) if stages > 2 else places["pipeline"].get_group(),
         control=control,
         timeout=timeout,
         run=int(run),
     )
+
+
+def _ends(stages: int, world: int) -> Any:
+    """The group of the first and the last stage that this rank is in, or any where it is in the middle."""
+    columns = torch.arange(world).view(stages, -1)[[0, -1]].T.tolist()
+    groups = [dist.new_group(column) for column in columns]
+    return groups[dist.get_rank() % len(groups)]
 
 
 def close_mesh() -> None:

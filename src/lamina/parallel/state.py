@@ -57,11 +57,12 @@ def gradient_norm(model: Model) -> Tensor:
     """The 2-norm of all gradients, a scalar that is the same on every rank."""
     mesh: Mesh = model.mesh
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         gradient = parameter.grad
         if gradient is not None:
             mine = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            copies = mesh.spec.ranks // _parts(gradient)
+            stages = 1 if model.stage is None else model.stage.holders(name)
+            copies = mesh.spec.ranks // mesh.spec.pipeline * stages // _parts(gradient)
             total += mine.double().square().sum() / copies
     dist.all_reduce(total)
     return total.sqrt()

@@ -164,17 +164,18 @@ def _place(region: Shared, module: nn.Module, name: str, role: str) -> None:
         size = len(part) // axis.size
         setattr(module, name, part[axis.rank * size : (axis.rank + 1) * size])
         return
-    if isinstance(part, nn.Module) and {leaf for leaf, _ in part.named_parameters()} - {"weight", "bias"}:
+    sides: dict[str, str] = getattr(part, "SIDES", {})
+    if isinstance(part, nn.Module) and {leaf for leaf, _ in part.named_parameters()} - {"weight", "bias", *sides}:
         raise UnsupportedError(
-            f"{getattr(region.module, 'path', '')}.{name} holds more than a weight and a bias (an adapter?), and tensor"
+            f"{getattr(region.module, 'path', '')}.{name} holds more than a weight and a bias, and tensor"
             " above 1 cannot share it out; use shard"
         )
-    home, leaves = (part, ("weight", "bias")) if isinstance(part, nn.Module) else (module, (name,))
+    home, leaves = (part, ("weight", "bias", *sides)) if isinstance(part, nn.Module) else (module, (name,))
     share = axis.share(spec.key_heads if role in ("keys", "key_halves") else axis.size)
     for leaf in leaves:
         parameter = home._parameters.get(leaf)
-        if parameter is None:
-            continue
+        if parameter is None or sides.get(leaf) == ("out" if role in COLUMNS else "in"):
+            continue  # the factor on the side that is not shared out lies whole
         if role in COLUMNS and leaf == "bias":
             region.views[home, leaf] = _once(axis)
         elif role in ("halves", "key_halves") or share[1] != axis.size:

@@ -168,15 +168,21 @@ def _short(value: Any) -> str:
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
+def filled(model: Model, tensors: Mapping[str, Tensor]) -> Model:
+    """The same model with these weights, on the CPU and in evaluation mode."""
+    made = model.spec.build(device="meta").eval()
+    made.load_state_dict({name: tensors[name].detach().cpu() for name in tensors}, assign=True)
+    made.origin = model.origin
+    return made
+
+
 def write(model: Model, tensors: Mapping[str, Tensor], directory: Path, data: Prepared) -> str:
     """The model with these weights, as a source that `lamina.load` opens, with its tokenizer beside: "hf" where the
     Hugging Face layout can say it, else "native"."""
     from lamina.errors import UnsupportedError
     from lamina.exporting import exportable
 
-    made = model.spec.build(device="meta").eval()
-    made.load_state_dict({name: tensors[name].detach().cpu() for name in tensors}, assign=True)
-    made.origin = model.origin
+    made = filled(model, tensors)
     try:
         exportable(model.spec, None if model.origin is None else model.origin.family)
         layout = "hf"

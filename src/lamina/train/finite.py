@@ -63,17 +63,19 @@ class Finite:
     def _found(self, model: nn.Module | None, again: Callable[[], Any] | None) -> dict[str, Any]:
         if model is None:
             return {"words": "its model was not looked at"}
-        for name, parameter in model.named_parameters():
+        here = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.is_meta]
+        for name, parameter in here:
             if not bool(parameter.isfinite().all()):
                 return {"parameter": name, **_counts(parameter), "words": f"parameter {name} holds what is not finite"}
         if again is not None:
             part = first_bad(model, again)
             if part is not None:
                 return part | {"words": f"the first part whose output is not finite is {part['part']}"}
-        for name, parameter in model.named_parameters():
+        for name, parameter in here:
             gradient = None if parameter.grad is None else local([parameter.grad])[0]
             if gradient is not None and not bool(gradient.isfinite().all()):
                 words = f"the forward pass is finite; the gradient of {name} is not"
+                words = f"the gradient of {name} is not finite" if again is None else words
                 return {"gradient": name, **_counts(gradient), "words": words}
         return {"words": "nothing in the model is, when the batch is read again"}
 

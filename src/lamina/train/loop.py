@@ -17,6 +17,7 @@ from lamina.layers.experts import Experts, rebalance
 from lamina.layers.router import TopK
 from lamina.model import Model
 from lamina.objectives import Batch, Task, Total
+from lamina.objectives.objective import forward
 from lamina.train.loader import Loader
 from lamina.train.optimiser import Average, Optimiser, Optimising
 from lamina.train.precision import NAMES, Masters, Scale
@@ -64,10 +65,10 @@ class Evaluated:
     parts: dict[str, float] = field(default_factory=dict)
 
 
-Check = Callable[[int, float, float, nn.Module, Callable[[], Any]], bool]
+Check = Callable[[int, float, float, nn.Module, Callable[[], Any] | None], bool]
 
 
-def _finite(step: int, loss: float, norm: float, model: nn.Module, again: Callable[[], Any]) -> bool:
+def _finite(step: int, loss: float, norm: float, model: nn.Module, again: Callable[[], Any] | None) -> bool:
     return math.isfinite(loss) and math.isfinite(norm)
 
 
@@ -125,15 +126,20 @@ class Trainer:
         asked, tokens = self._counted(micros)
         sums = Sums()
         loads: Record | None = None
-        for index, batch in enumerate(micros):
+
+        def work(index: int) -> Tensor | None:
+            nonlocal loads
             torch.manual_seed(_mixed(self.seed, number, index, self.ranks.stream))
-            self.ranks.last(index == len(micros) - 1)
             record = Record("*.load") if self.balances else None
-            total = self.objective.total(self.model, batch.to(self.device), record)
-            self._backward(total, asked, batch.tokens / max(tokens, 1.0))
-            sums.add(total, batch.tokens / max(tokens, 1.0))
+            total, share = self._total(micros[index], record), micros[index].tokens / max(tokens, 1.0)
             loads = _added(loads, record)
-        loss, _, parts = sums.figures(asked, self.ranks.sum)
+            if total is None:
+                return None
+            sums.add(total, share)
+            return self._loss(total, asked, share)
+
+        self.ranks.through(micros, work)
+        loss, _, parts = self.ranks.agreed(sums.figures(asked, self.ranks.sum))
         norm = self._norm()
         skipped = not self._may(number + 1, loss, norm, micros[0])
         factor = self.schedule.factor(number, self.loop.steps)
@@ -156,9 +162,16 @@ class Trainer:
         """Whether the step may be taken. That float16 overflows until its scale is found is no fault."""
         if self.scale is not None and self.scale.value > 1 and math.isfinite(loss):
             return math.isfinite(norm)
-        return self.check(
-            step, loss, norm, self.model, lambda: self.objective.total(self.model, batch.to(self.device), None)
-        )
+        again = (lambda: self._total(batch, None)) if self.ranks.whole else None
+        return self.check(step, loss, norm, self.model, again)
+
+    def _total(self, batch: Batch, record: Record | None) -> Total | None:
+        """What the objective asks of a batch; nothing where the model's head lies on another rank."""
+        batch = batch.to(self.device)
+        if self.ranks.asks:
+            return self.objective.total(self.model, batch, record)
+        forward(self.model, batch, record)
+        return None
 
     def _counted(self, micros: list[Batch]) -> tuple[dict[str, float], float]:
         """Labels of each kind, and tokens that are read, in the whole global batch."""
@@ -168,12 +181,12 @@ class Trainer:
         *asked, tokens = self.ranks.sum([*own, float(sum(batch.tokens for batch in micros))])
         return dict(zip(kinds, asked, strict=True)), tokens
 
-    def _backward(self, total: Total, asked: Mapping[str, float], share: float) -> None:
+    def _loss(self, total: Total, asked: Mapping[str, float], share: float) -> Tensor:
+        """What a micro-batch adds to the loss of the step."""
         loss = loss_of(total, asked)
         if total.auxiliary is not None:
             loss = loss + total.auxiliary * share
-        if loss.requires_grad:
-            (loss if self.scale is None else loss * self.scale.value).backward()
+        return loss if self.scale is None else loss * self.scale.value
 
     def _norm(self) -> float:
         """Of the whole gradient, after the scale of float16 has been taken out."""
@@ -217,17 +230,23 @@ class Trainer:
         try:
             sums = Sums()
             counts: dict[str, float] = {}
-            for batch in self._own(list(batches)):
-                total = self.objective.total(self.model, self.ranks.batch(batch).to(self.device), None)
+            own = [self.ranks.batch(batch) for batch in self._own(list(batches))]
+
+            def work(index: int) -> None:
+                total = self._total(own[index], None)
+                if total is None:
+                    return
                 sums.add(total, 1.0)
                 for kind, losses in total.kinds.items():
                     counts[kind] = counts.get(kind, 0.0) + losses.asked
+
+            self.ranks.through(own, work)
         finally:
             self._swap()
             self.model.train()
         kinds = sorted(counts)
         asked = dict(zip(kinds, self.ranks.sum([counts[kind] for kind in kinds]), strict=True))
-        _, plain, parts = sums.figures(asked, self.ranks.sum)
+        asked, (_, plain, parts) = self.ranks.agreed([asked, sums.figures(asked, self.ranks.sum)])
         return Evaluated(plain, int(sum(asked.values())), parts)
 
     def _own(self, batches: list[Batch]) -> list[Batch]:
@@ -280,8 +299,8 @@ class Trainer:
                 self.ranks.put(self.parameters[name], value)
         self.optimiser.load(tensors["optimiser"], self.ranks.put)
         if self.average is not None:
-            for name, value in tensors["average"].items():
-                self.ranks.put(self.average.values[name], value)
+            for name, place in self.average.values.items():
+                self.ranks.put(place, tensors["average"][name])
         self.progress = Progress(**progress)
         if self.scale is not None:
             self.scale.value, self.scale.good = self.progress.scale, self.progress.good

@@ -205,6 +205,8 @@ class Optimiser:
             if name not in self.parameters:
                 raise LaminaError(f"the state of the optimiser is of {unknown('weight', name, self.parameters)}")
             parameter = self.parameters[name]
+            if parameter.is_meta:  # it lies on another rank
+                continue
             if what in ("exp_avg", "exp_avg_sq", "momentum_buffer") and value.shape != parameter.shape:
                 raise LaminaError(
                     f"the optimiser's {what} of {name} has shape {tuple(value.shape)};"
@@ -232,8 +234,9 @@ class Average:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay = decay
-        self.parameters = parameters
-        self.values = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+        here = {name: parameter for name, parameter in parameters.items() if not parameter.is_meta}
+        self.parameters = here  # and not those that lie on other ranks
+        self.values = {name: parameter.detach().float().clone() for name, parameter in here.items()}
 
     @torch.no_grad()
     def update(self) -> None:

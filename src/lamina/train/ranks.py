@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class Ranks(Protocol):
     data: int
     data_ranks: int
     stream: int  # which random numbers it draws
+    asks: bool  # whether it has the head, and so the losses; on a pipeline the last stage alone does
+    whole: bool  # whether a forward is its own business; on a pipeline all take part in each
 
     def sum(self, values: list[float]) -> list[float]:
         """Of each value, over the ranks that count different tokens."""
@@ -37,8 +40,13 @@ class Ranks(Protocol):
         """What this rank is asked of a batch that it reads."""
         ...
 
-    def last(self, last: bool) -> None:
-        """Whether the backward that comes is the last of its step, whose gradients are added up."""
+    def through(self, micros: Sequence[Batch], work: Callable[[int], Tensor | None]) -> None:
+        """Run `work`, a forward, on the number of each micro-batch, and the backward of what it returns; gradients of
+        all ranks are added up in the last one."""
+        ...
+
+    def agreed(self, figures: Any) -> Any:
+        """What JSON can say of the losses, as those ranks found it that have them."""
         ...
 
     def write(self, tensors: Mapping[str, Tensor], write: Callable[[Mapping[str, Tensor]], None]) -> None:
@@ -57,7 +65,7 @@ class Ranks(Protocol):
 class Alone:
     """One process."""
 
-    world, first, data, data_ranks, stream = 1, True, 0, 1, 0
+    world, first, data, data_ranks, stream, asks, whole = 1, True, 0, 1, 0, True, True
 
     def sum(self, values: list[float]) -> list[float]:
         return values
@@ -69,8 +77,12 @@ class Alone:
     def batch(self, batch: Batch) -> Batch:
         return batch
 
-    def last(self, last: bool) -> None:
-        pass
+    def through(self, micros: Sequence[Batch], work: Callable[[int], Tensor | None]) -> None:
+        for number in range(len(micros)):
+            _backward(work(number))
+
+    def agreed(self, figures: Any) -> Any:
+        return figures
 
     def write(self, tensors: Mapping[str, Tensor], write: Callable[[Mapping[str, Tensor]], None]) -> None:
         write(tensors)
@@ -89,6 +101,8 @@ class Together:
         self.mesh, self.model = mesh, model
         self.world, self.first = mesh.spec.ranks, mesh.first
         self.data, self.data_ranks, self.stream = mesh.reader, mesh.readers, mesh.stream
+        self.asks = mesh.stage == mesh.spec.pipeline - 1
+        self.whole = mesh.spec.pipeline == 1
 
     def sum(self, values: list[float]) -> list[float]:
         return self.mesh.total(torch.tensor(values, dtype=torch.float64)).tolist()
@@ -101,13 +115,23 @@ class Together:
     def batch(self, batch: Batch) -> Batch:
         return replace(batch, labels={kind: self.mesh.labels(one) for kind, one in batch.labels.items()})
 
-    def last(self, last: bool) -> None:
-        from lamina.parallel import synchronise
+    def through(self, micros: Sequence[Batch], work: Callable[[int], Tensor | None]) -> None:
+        from lamina.parallel import synchronise, through
 
-        synchronise(self.model, last)
+        if not self.whole:
+            shapes = [(len(ids), ids.shape[1]) for ids in (batch.inputs["input_ids"] for batch in micros)]
+            through(self.model, shapes, work, lambda last: synchronise(self.model, last))
+            return
+        for number in range(len(micros)):
+            synchronise(self.model, number == len(micros) - 1)
+            _backward(work(number))
+
+    def agreed(self, figures: Any) -> Any:
+        return figures if self.whole else json.loads(self.mesh.said(json.dumps(figures), self.mesh.spec.pipeline - 1))
 
     def write(self, tensors: Mapping[str, Tensor], write: Callable[[Mapping[str, Tensor]], None]) -> None:
         self.settle()
+        tensors = tensors if self.whole else self.mesh.listed(tensors)
         self.mesh.together(
             tensors, lambda name: self.mesh.whole(tensors[name]).cpu(), lambda read: write(_Whole(tensors, read))
         )
@@ -130,6 +154,11 @@ class _Whole(dict[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
+
+
+def _backward(loss: Tensor | None) -> None:
+    if loss is not None and loss.requires_grad:
+        loss.backward()
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -24,6 +24,7 @@ from lamina.specs import Spec
 from lamina.train import checkpoint
 from lamina.train.building import (
     data_of,
+    filled,
     fingerprint,
     fits,
     flops,
@@ -107,6 +108,8 @@ def train(
     mesh = _mesh(spec, data, device)
     model = model_of(spec.model, data, seed=spec.seed, device=device if mesh is None else mesh.device)
     fits(spec, model)
+    if spec.evaluation.prompts and (model.decoder is None or model.head is None or model.spec.two_stacks):
+        raise UnsupportedError("evaluation.prompts are for models that continue a text")
     trained(spec, model)
     base = None if spec.adapter is None else fingerprint(model)
     if found is not None and base is not None:
@@ -167,14 +170,16 @@ def train(
             weights = trainer.tensors()
             chosen: Mapping[str, Any] = weights[trainer.kept] | weights.get("average", {})
             if spec.adapter is not None:
-                kept = directory / ADAPTER
-                write_adapter(model, kept, values=chosen, force=True)
+                kept = folder = directory / ADAPTER
+                ranks.write(chosen, lambda whole: write_adapter(model, folder, values=_read(whole), force=True))
                 around.say(f"the adapter is in {kept}")
-                chosen = merged_tensors(model, chosen)
             if spec.adapter is None or spec.adapter.merge:
                 kept = place = directory / MODEL
                 ranks.write(
-                    chosen, lambda whole: around.say(f"the model is in {place} ({write(model, whole, place, data)})")
+                    {**model.state_dict(), **chosen},
+                    lambda whole: around.say(
+                        f"the model is in {place} ({write(model, _plain(model, whole), place, data)})"
+                    ),
                 )
         seconds = time.perf_counter() - begun
         figures = {} if validation is None else {"validation loss": validation.loss, **around.more(validation)}
@@ -293,10 +298,14 @@ class _Around:
             figures = {"loss": self.evaluated.loss, **self.more(self.evaluated)}
             self._record({"step": step, "validation": figures})
             self.show(f"step {step}: validation loss {self.evaluated.loss:.4f}")
-        if chosen.prompts and self.run is not None:
-            for text in self._samples():
-                self.run.sample(step, text)
-                self.show(f"step {step}: {text}")
+        if chosen.prompts:
+            model = self.trainer.model
+            if self.ranks.world == 1:
+                self._sample(step, model)
+            else:  # of what ranks hold, the first makes a model that it runs by itself
+                self.ranks.write(
+                    model.state_dict(), lambda whole: self._sample(step, filled(model, _plain(model, whole)))
+                )
 
     def more(self, found: Evaluated) -> dict[str, float]:
         """Figures of an evaluation beside the loss."""
@@ -312,14 +321,18 @@ class _Around:
         ids = self.held.column("text").slice(0, min(self.held.tokens, 1_000_000)).tolist()
         return max(len(self.held.tokenizer().decode(ids).encode("utf-8", "replace")), 1) / len(ids)
 
-    def _samples(self) -> Iterator[str]:
-        model, words = self.trainer.model, self.data.tokenizer()
-        if model.decoder is None or model.head is None or model.spec.two_stacks:
-            raise UnsupportedError("evaluation.prompts are for models that continue a text")
+    def _sample(self, step: int, model: Model) -> None:
+        if self.run is not None:
+            for text in self._samples(model):
+                self.run.sample(step, text)
+                self.show(f"step {step}: {text}")
+
+    def _samples(self, model: Model) -> Iterator[str]:
+        words, training = self.data.tokenizer(), model.training
         model.eval()
         try:
             for number, prompt in enumerate(self.spec.evaluation.prompts):
-                ids = torch.tensor([words.encode(prompt)], device=self.trainer.device)
+                ids = torch.tensor([words.encode(prompt)], device=model.embedding.weight.device)
                 room = (model.spec.context or 1 << 30) - ids.shape[1]
                 new = min(self.spec.evaluation.tokens, room)
                 if new < 1 or ids.shape[1] == 0:
@@ -327,14 +340,12 @@ class _Around:
                 out = generate(model, ids, max_new_tokens=new, temperature=0.8, seed=self.spec.seed)
                 yield words.decode(out[0].tolist())
         finally:
-            model.train()
+            model.train(training)
 
     def _save(self) -> None:
         step, parts = self.trainer.progress.step, self.trainer.tensors()
         flat = {f"{file}/{name}": tensor for file, part in parts.items() for name, tensor in part.items()}
-        self.ranks.write(
-            flat, lambda whole: self._keep(step, {file: _Part(file, whole, part) for file, part in parts.items()})
-        )
+        self.ranks.write(flat, lambda whole: self._keep(step, {file: _Part(file, whole) for file in parts}))
 
     def _keep(self, step: int, parts: Mapping[str, Mapping[str, Any]]) -> None:
         """Where this rank is the first: write them down."""
@@ -361,9 +372,10 @@ class _Around:
 class _Part(dict[str, Any]):
     """One file of a checkpoint, of tensors that are put together when they are asked for."""
 
-    def __init__(self, file: str, whole: Mapping[str, Any], part: Mapping[str, Any]) -> None:
-        super().__init__(part)
+    def __init__(self, file: str, whole: Mapping[str, Any]) -> None:
         self.file, self.whole = file, whole
+        names = [name for name in whole if name.startswith(f"{file}/")]
+        super().__init__({name.partition("/")[2]: dict.get(whole, name) for name in names})  # pyright: ignore
 
     def __getitem__(self, name: str) -> Any:
         return self.whole[f"{self.file}/{name}"]
@@ -379,11 +391,17 @@ def _mesh(spec: TrainSpec, data: Prepared, device: str) -> Any:
 
     found = spec_of(spec.model, data) or described(str(spec.model.source))
     plan(spec.mesh, world, found)
-    if spec.adapter is not None:
-        raise UnsupportedError("an adapter is trained by one process; its files are not put together from several yet")
-    if spec.evaluation.prompts:
-        raise UnsupportedError("evaluation.prompts are for one process; several ranks hold parts of the model")
     return open_mesh(spec.mesh, found, device=device)
+
+
+def _read(whole: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors that are put together when they are asked for, all of them."""
+    return {name: whole[name] for name in whole}
+
+
+def _plain(model: Model, whole: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those of the model without its adapter, which is folded into them."""
+    return whole if model.adapter is None else merged_tensors(model, _read(whole))
 
 
 def _flops(spec: TrainSpec, trainer: Trainer) -> int | None:
