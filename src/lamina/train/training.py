@@ -294,8 +294,8 @@ class _Around:
             self._record({"step": step, "validation": figures})
             self.show(f"step {step}: validation loss {self.evaluated.loss:.4f}")
         if chosen.prompts and self.run is not None:
-            for text in self._samples():
-                self.run.sample(step, text)
+            for number, text in enumerate(self._samples()):
+                self.run.sample(step, text, number)
                 self.show(f"step {step}: {text}")
 
     def more(self, found: Evaluated) -> dict[str, float]:
@@ -314,18 +314,18 @@ class _Around:
 
     def _samples(self) -> Iterator[str]:
         model, words = self.trainer.model, self.data.tokenizer()
-        if model.decoder is None or model.head is None or model.spec.two_stacks:
-            raise UnsupportedError("evaluation.prompts are for models that continue a text")
         model.eval()
         try:
             for number, prompt in enumerate(self.spec.evaluation.prompts):
                 ids = torch.tensor([words.encode(prompt)], device=self.trainer.device)
-                room = (model.spec.context or 1 << 30) - ids.shape[1]
+                pair = model.spec.two_stacks  # which reads the prompt, and writes a text of its own
+                room = (model.spec.context or 1 << 30) - (1 if pair else ids.shape[1])
                 new = min(self.spec.evaluation.tokens, room)
                 if new < 1 or ids.shape[1] == 0:
                     raise LaminaError(f"evaluation.prompts.{number} has {ids.shape[1]} tokens: nothing can follow")
                 out = generate(model, ids, max_new_tokens=new, temperature=0.8, seed=self.spec.seed)
-                yield words.decode(out[0].tolist())
+                text = words.decode(out[0].tolist())
+                yield f"{prompt} -> {text}" if pair else text
         finally:
             model.train()
 
