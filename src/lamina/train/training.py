@@ -217,6 +217,7 @@ class _Around:
         self.evaluated: Evaluated | None = None
         self.rate = 0.0
         self.flops = _flops(spec, trainer)
+        self.best = 0.0  # FLOP/s of the machine's best product
 
     def go(self, signals: Signals, watchdog: Watchdog) -> Step | None:
         """Steps, until there are no more or somebody asks to stop."""
@@ -260,8 +261,10 @@ class _Around:
         self.rate = tokens / seconds if seconds else 0.0
         used = None
         if self.run is not None and self.flops is not None:
-            best = peak(self.trainer.device.type, NAMES[self.spec.loop.precision])
-            used = self.rate * self.flops / best / self.ranks.world
+            done = self.rate * self.flops / self.ranks.world
+            if done > self.best:  # nothing was measured yet, or while others used the machine
+                self.best = max(self.best, peak(self.trainer.device.type, NAMES[self.spec.loop.precision]))
+            used = done / self.best
         record: dict[str, Any] = {
             "step": step.step,
             "samples": step.step * self.spec.loop.batch,
