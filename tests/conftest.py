@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,41 @@ FLAGS = (
     "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
     " --no-first-run --disable-quic"
 ).split()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--family", action="append", default=[], help="rows of tests/families.py that a file of families/ has"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """--family=opt leaves the rows that families/opt.py reads, or that a file which imports it does. A file that is
+    none of a family (rope.py) leaves all."""
+    from lamina.families import FAMILIES
+
+    homes = {model_type: home.partition(":")[0] for model_type, home in FAMILIES.items()}
+    wanted = config.getoption("--family")
+    if not set(wanted) & set(homes.values()):
+        return
+    import transformers
+
+    from tests.families import Row
+
+    folder = Path(__file__).parent.parent / "src/lamina/families"
+    use = re.compile(rf"lamina\.families(\.| import [^\n]*\b)({'|'.join(wanted)})\b")
+    reads = {home for home in homes.values() if home in wanted or use.search((folder / f"{home}.py").read_text())}
+
+    def left(item: pytest.Item) -> bool:
+        one = (
+            item.callspec.params.get("case")
+            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+            else None
+        )
+        return not isinstance(one, Row) or homes.get(getattr(transformers, one.config).model_type) in reads
+
+    config.hook.pytest_deselected(items=[item for item in items if not left(item)])
+    items[:] = [item for item in items if left(item)]
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import lamina
@@ -156,6 +157,38 @@ def test_label_names_survive_a_change_of_dtype(made: Callable[[str], Case], tmp_
     assert said["dtype"] == "bfloat16"
     assert said["id2label"] == {"0": "north", "1": "east", "2": "south"} and len(said["label2id"]) == 3
     assert lamina.load(tmp_path / "out").spec == case.ours.spec
+
+
+@pytest.mark.parametrize("name, labels", [("bert", 4), ("bert-sequence", 5)])
+@torch.no_grad()
+def test_a_head_that_was_gained_is_said(name: str, labels: int, made: Callable[[str], Case], tmp_path: Path):
+    """The old text, of a bare encoder or of three named labels, would be true of these tensors to us, and to nobody
+    else: transformers has to find every weight, and the scores have to be ours."""
+    case = made(name)
+    model = case.ours.spec.replace(labels=LabelHeadSpec(labels=labels, dropout=0.1)).build(seed=1).eval()
+    kept = {one: tensor for one, tensor in case.ours.state_dict().items() if not one.startswith("labels.")}
+    assert all(one.startswith("labels.") for one in model.load_state_dict(kept, strict=False).missing_keys)
+    model.origin = case.ours.origin
+    lamina.save(model, tmp_path / "out")
+    said = json.loads((tmp_path / "out/config.json").read_text())
+    assert said["architectures"] == ["BertForSequenceClassification"] and "id2label" not in said
+    read: Any = transformers.BertForSequenceClassification.from_pretrained
+    theirs, found = read(tmp_path / "out", output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    ours = model(case.ids, **case.segments(case.ids)).label_logits
+    assert ours is not None and ours.shape[-1] == labels
+    assert close(ours, theirs.eval()(case.ids, **case.segments(case.ids)).logits)
+    assert lamina.load(tmp_path / "out").spec == model.spec
+
+
+def test_a_head_that_was_lost_is_not_said(made: Callable[[str], Case], tmp_path: Path):
+    case = made("bert-sequence")
+    model = case.ours.spec.replace(labels=None).build(device="meta")
+    kept = {name: tensor for name, tensor in case.ours.state_dict().items() if not name.startswith("labels.")}
+    model.load_state_dict(kept, assign=True)
+    model.origin = case.ours.origin
+    lamina.save(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["BertModel"]
 
 
 @pytest.mark.parametrize("name, rate", [("bert", 0.25), ("albert", 0.25), ("roberta", 0.1)])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tools.mutate import PACKAGE, ROOT, Mutation, declared, generic, run, stale
+from tools.mutate import PACKAGE, ROOT, Mutation, declared, generic, run, stale, unchanged
 
 
 def test_every_snippet_still_stands():
@@ -17,7 +18,7 @@ def test_every_snippet_still_stands():
     assert len(mutations) > 300
     assert stale(mutations) == []
     for mutation in mutations:
-        assert all((ROOT / test).exists() for test in mutation.tests), mutation
+        assert all((ROOT / test).exists() for test in mutation.tests if not test.startswith("--")), mutation
     assert {m.file.split("/")[0] for m in mutations} >= {"patterns", "attend", "cache", "layers", "families"}
 
 
@@ -35,6 +36,24 @@ def test_generic_mutants_differ_from_the_code_and_parse():
     assert len(mutants) > 20 and text not in mutants and len(set(mutants)) == len(mutants)
     for mutated in mutants:
         ast.parse(mutated)
+
+
+def test_the_control_asks_for_no_more_than_the_mutations_do():
+    """All of x.py, since one of them asks for all, and of y.py the rows of two families."""
+    asked = [("x.py", "y.py", "--family=opt"), ("y.py", "--family=bart"), ("x.py",)]
+    rows = unchanged([("feature", "file", "text", tests) for tests in asked], "patterns/near.py")
+    assert [tests for *_, tests in rows] == [("x.py",), ("y.py", "--family=bart", "--family=opt")]
+    text = (ROOT / PACKAGE / "patterns/near.py").read_text()
+    assert {row[:3] for row in rows} == {("unchanged", "patterns/near.py", text)}
+
+
+@pytest.mark.slow
+def test_rows_of_a_family_are_those_of_what_imports_it_too():
+    """LED's layers are BART's; no file but its own reads OPT."""
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "--family=bart", "tests/test_families.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = re.findall(r"::test_logits\w+\[[\d-]*([a-z]+)", done.stdout)
+    assert {"bart", "led"} <= set(rows) and not {"opt", "bloom"} & set(rows)
 
 
 @pytest.mark.slow

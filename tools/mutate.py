@@ -58,7 +58,7 @@ THROUGH_FAMILIES = ("layers/longformer.py", "layers/bigbird.py", "marks.py", "ex
 
 
 def tests_of(file: str) -> tuple[str, ...]:
-    """The tests that are there to notice a fault in a file."""
+    """The tests that are there to notice a fault in a file, with options of pytest where not all of them are."""
     name = Path(file).stem
     folder = Path(file).parent.name
     if file in THROUGH_FAMILIES:
@@ -109,7 +109,7 @@ def tests_of(file: str) -> tuple[str, ...]:
     if folder == "catalogue":
         return ("tests/test_catalogue.py",)
     if folder == "families":
-        return ("tests/test_families_fields.py", "tests/test_families.py")
+        return ("tests/test_families_fields.py", "tests/test_families.py", f"--family={name}")
     name = {"attend": "attend", "cache": "cache", "patterns": "patterns", "report": "report"}.get(folder, name)
     return {"tokens": ("tests/test_patterns.py", "tests/test_cache.py")}.get(name, (f"tests/test_{name}.py",))
 
@@ -240,7 +240,7 @@ def start(feature: str, file: str, mutated: str, tests: tuple[str, ...], folder:
             with report.open("w") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
                 import pytest
 
-                there = [test for test in tests if Path(test).exists()]
+                there = [test for test in tests if test.startswith("--") or Path(test).exists()]
                 status = int(pytest.main(["-x", "-q", "--tb=line", "--assert=plain", "-p", "no:cacheprovider", *there]))
         except BaseException:  # it must not go on as a second parent
             report.write_text(traceback.format_exc())
@@ -262,6 +262,22 @@ def finish(trial: Trial) -> tuple[str, float] | None:
     # Pytest: 0 all passed, 1 some failed, 5 none found. All else (2: a file that cannot be imported) proves nothing.
     outcomes = {0: "survived", 1: "killed", 5: "no tests"}
     return outcomes.get(os.waitstatus_to_exitcode(status), "broken"), seconds
+
+
+def unchanged(
+    jobs: list[tuple[str, str, str, tuple[str, ...]]], file: str
+) -> list[tuple[str, str, str, tuple[str, ...]]]:
+    """The control: each file of tests over the code as it stands, with all that any job asks of it."""
+    text = (ROOT / PACKAGE / file).read_text()
+    asked: dict[str, list[set[str]]] = {}
+    for *_, tests in jobs:
+        options = {test for test in tests if test.startswith("--")}
+        for test in set(tests) - options:
+            asked.setdefault(test, []).append(options)
+    return [
+        ("unchanged", file, text, (test, *(sorted(set().union(*found)) if all(found) else ())))
+        for test, found in sorted(asked.items())
+    ]
 
 
 def clean_copy(folder: Path) -> None:
@@ -349,12 +365,7 @@ def main() -> int:
 
     torch.set_num_threads(1)
     # First the code as it stands: a test that fails anyway would kill every mutant.
-    first = next(iter(mutations)).file
-    unchanged = (ROOT / PACKAGE / first).read_text()
-    control = run(
-        [("unchanged", first, unchanged, (test,)) for test in sorted({t for *_, ts in jobs for t in ts})],
-        options.workers,
-    )
+    control = run(unchanged(jobs, next(iter(mutations)).file), options.workers)
     if failed := [row for row in control if row["outcome"] not in ("survived", "no tests")]:
         print("\n".join(f"without any mutation: {row['outcome']} {row['by']}" for row in failed), file=sys.stderr)
         return 2

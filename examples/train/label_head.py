@@ -34,8 +34,8 @@ def main() -> None:
     fresh = sorted({name.partition(".")[0] for name in found.missing_keys})
     if not set(fresh) <= {"labels", "pooler"}:
         raise SystemExit(f"{options.source} lacks {', '.join(found.missing_keys)}")
+    model.origin = encoder.origin  # its tokenizer and what else lies beside the weights go along
     lamina.save(model, options.directory)
-    lamina.tokenizer(options.source).save(options.directory)
     print(f"{options.directory}: labels {', '.join(labels)}; at initial values: {', '.join(fresh)}")
 
 

@@ -130,7 +130,10 @@ def _called(spec: ModelSpec, chosen: Family, origin: Origin | None, written: Map
     """What the new file calls each tensor: what the old one did where it had them all, else today's names."""
     if origin is not None and written.keys() <= origin.stored.keys():
         return lambda name: origin.stored[name].name
-    bare = spec.head is None and spec.labels is None if origin is None else origin.bare
+    if origin is not None and origin.spec == spec:
+        bare = origin.bare
+    else:  # transformers takes a file with a head and without the prefix for one whose head is missing
+        bare = spec.head is None and spec.labels is None
     return lambda name: name.removeprefix(chosen.base) if bare else name
 
 
@@ -164,16 +167,22 @@ def _with_extras(
 def _config_text(
     model: Model, chosen: Family, config: dict[str, Any], written: Mapping[str, torch.dtype], origin: Origin | None
 ) -> bytes:
-    """config.json: as it was where it still says the truth, else ours with what we do not interpret carried over."""
+    """config.json: as it was where it still says the truth, else ours with what we do not interpret carried over.
+
+    A model that gained a head is not what its old text says, though the text and the new tensors together would be.
+    """
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     carried: dict[str, Any] = {}
     if origin is not None:
         kept = all(n in origin.stored and origin.stored[n].dtype == dtype for n, dtype in written.items())
         said = origin.config.get("dtype", origin.config.get("torch_dtype"))
         fields = Fields(origin.config, frozenset(written))
-        if origin.config_text is not None and (kept or said in (None, dtype)) and chosen.spec(fields) == model.spec:
+        same = origin.spec == model.spec == chosen.spec(fields)
+        if origin.config_text is not None and (kept or said in (None, dtype)) and same:
             return origin.config_text
         old = ("rope_theta", "rope_scaling", "rope_local_base_freq", "torch_dtype", "quantization_config")
+        if origin.spec is not None and origin.spec.labels != model.spec.labels:  # names of other labels
+            old += ("id2label", "label2id", "problem_type")
         carried = {name: value for name, value in origin.config.items() if name not in old}
     return (json.dumps({**carried, **config, "dtype": dtype}, indent=2) + "\n").encode()
 

@@ -32,6 +32,7 @@ class Origin:
     family: Family | None  # None: native layout
     config: dict[str, Any] = field(default_factory=dict)
     config_text: bytes | None = None  # config.json as it stands on disk; None for GGUF and CTranslate2 files
+    spec: ModelSpec | None = None  # what the file holds, of which config.json may say less: heads are in the tensors
     bare: bool = False  # the tensors lack the family's prefix
     stored: dict[str, Entry] = field(default_factory=dict)  # what the file calls each tensor, and its dtype
     twins: tuple[str, ...] = ()  # tensors that the file stores a second time
@@ -126,14 +127,14 @@ def _understand(located: Located, checkpoint: Any, config: dict[str, Any], text:
     for twin, original in twins + (list(chosen.aliases.items()) if tied else []):
         if twin in names and original not in names:  # its writer kept the other one of the two
             names[original] = names.pop(twin)
-    origin = Origin(located, chosen, config, text, bare)
+    origin = Origin(located, chosen, config, text, bare=bare)
     if isinstance(checkpoint, Checkpoint):
         origin.stored = {name: checkpoint.entries[stored] for name, stored in names.items()}
         origin.shards = {file: list(shard.entries) for file, shard in checkpoint.shards.items()}
         origin.metadata, origin.index = checkpoint.metadata, checkpoint.index
     view = _Renamed(checkpoint, names)
     origin.extras = {name: view.read(name) for name in names if chosen.unread(name)}
-    spec = _settle_twins(spec, chosen, view, origin)
+    spec = origin.spec = _settle_twins(spec, chosen, view, origin)
     return Opened(spec, view, chosen.rules(spec), origin)
 
 

@@ -181,6 +181,39 @@ def test_a_row_too_long_to_hold_is_damaged(tmp_path: Path, monkeypatch: pytest.M
     assert said(prepared) == ["a", "c"] and prepared.manifest.sources[0].damaged == 1
 
 
+@pytest.mark.parametrize("special", ["gpt", "t5"])
+def test_characters_without_a_token_are_damage(tmp_path: Path, special: str, monkeypatch: pytest.MonkeyPatch):
+    """They vanish, or are the unknown token, which data.json tells of each file."""
+    monkeypatch.setattr("lamina.data.prepare.PIECE", 1000)
+    monkeypatch.setattr("lamina.data.prepare.BATCH", 2000)
+    words = train("characters", ["the cat sat on the mat\n"], special=special)
+    strange = "the cat ☃☃ sat on thé mat\n" * 7 + "the mat\n" * 900
+    paths = [put(tmp_path / "a.txt", "the cat sat\n" * 50), put(tmp_path / "b.txt", strange)]
+    rows = [{"text": "the cat"}, {"text": "☃"}] + [{"text": "the cat sat on the mat"}] * 20
+    prepared = made(tmp_path / "out", *paths, jsonl(tmp_path / "c.jsonl", rows), tokenizer=words)
+    assert [source.lost for source in prepared.manifest.sources] == [0, 21, 1]
+    assert prepared.documents == (23 if special == "gpt" else 24)  # a row of which nothing is left is empty
+    text = words.decode(prepared.columns["text"][1].tolist())
+    assert text == strange.replace("☃", "").replace("é", "")
+    named = () if special == "t5" else ("characters without a token: 'é', '☃'",)
+    assert prepared.manifest.notes == named
+    which = "" if special == "t5" else ", as '☃', 'é'"
+    said = rf"b\.txt: the tokenizer has no token for 21 of 7,382 characters{which}; that is more than 0\.001 of them"
+    with pytest.raises(LaminaError, match=said):
+        made(tmp_path / "strict", *paths, tokenizer=words, damaged=0.001)
+    monkeypatch.setattr("lamina.data.sources.ENOUGH", 1000)
+    with pytest.raises(LaminaError, match="has no token for 250 of 1,000 "):  # at once, not at the end
+        made(tmp_path / "early", put(tmp_path / "d.txt", "thé\n" * 100_000), tokenizer=words, damaged=0.005)
+
+
+def test_words_without_a_token_are_damage(tmp_path: Path):
+    words = train("characters", ["the cat"])
+    rows = [{"tokens": ["the", "cat☃"], "labels": ["O", "A"]}]
+    wish = {"kind": "token-classification", "fields": ("tokens", "labels"), "damaged": 0.2}
+    prepared = made(tmp_path / "out", jsonl(tmp_path / "w.jsonl", rows), tokenizer=words, **wish)
+    assert prepared.manifest.sources[0].lost == 1 and prepared.columns["tokens"][0].size == 7
+
+
 def test_damaged_gzip(tmp_path: Path):
     whole = gzip.compress(os.urandom(1000).hex().encode())
     for content in (whole[:-20], whole[:50] + b"\0\0\0" + whole[53:]):

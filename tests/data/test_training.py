@@ -17,7 +17,9 @@ TEXTS = ["The cat sat on the mat, and the other cats sang: über alle Maßen! 1,
 
 
 @pytest.mark.parametrize("special", SPECIAL)
-@pytest.mark.parametrize("kind, size", [("bpe", 420), ("unigram", 200), ("wordpiece", 300), ("bytes", None)])
+@pytest.mark.parametrize(
+    "kind, size", [("bpe", 420), ("unigram", 200), ("wordpiece", 300), ("bytes", None), ("characters", None)]
+)
 def test_files_are_read_by_lamina_and_transformers(tmp_path: Path, kind: str, size: int | None, special: str):
     made = train(kind, TEXTS, size=size, special=special)
     made.save(tmp_path)
@@ -88,3 +90,11 @@ def test_characters_that_a_vocabulary_lacks_are_said():
     words = train("characters", ["abc def\n"])
     assert words.decode(words.encode("aé b\tdß?a")) == "a bda"
     assert words.lost("aé b\tdß?a") == ["é", "\t", "ß", "?"] and words.lost("fed cab\n") == []
+
+
+@pytest.mark.parametrize("special", ["bert", "t5", "bart"])
+def test_characters_that_a_vocabulary_lacks_are_the_unknown_token(special: str):
+    words = train("characters", ["abc def\n"], special=special)
+    ids = words.encode("aé bß", special=False)
+    assert ids == [words.tokens["a"], words.unk, words.tokens[" "], words.tokens["b"], words.unk]
+    assert words.lost("aé bß") == ["é", "ß"]

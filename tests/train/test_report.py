@@ -12,6 +12,7 @@ import torch
 
 import lamina
 from lamina.errors import LaminaError
+from lamina.families import Fields, family
 from lamina.train.curves import LINES, Line, chart, charts, powers, thinned, ticks
 from lamina.train.past import duration, find_runs, read_run
 from lamina.train.report import compared, report, write_report
@@ -22,7 +23,9 @@ from tests.pages import HOSTILE, Elements, assert_complete
 CONFIG = "seed: {seed}\nmodel:\n  width: 64\n  dropout: {dropout}\ndate: 2026-01-01\n"
 
 
-def trained(directory: Path, steps: int = 100, seed: int = 0, text: str = "Once <b>upon", config: str = CONFIG) -> Run:
+def trained(
+    directory: Path, steps: int = 100, seed: int = 0, text: str = "Once <b>upon", config: str = CONFIG, speed: int = 1
+) -> Run:
     spec = lamina.ModelSpec.to_json(tiny.model(tiny.LLAMA).spec)
     config = config.replace("{seed}", str(seed)).replace("{dropout}", str(seed / 10))
     run = Run(directory, config, command=["lamina", "train", text], spec=spec)
@@ -30,8 +33,8 @@ def trained(directory: Path, steps: int = 100, seed: int = 0, text: str = "Once 
         loss = math.nan if step == 50 else 4.0 / step**0.3 + seed
         run.record(
             {"step": step, "samples": 8 * step, "tokens": 512 * step, "loss": loss, "parts": {}, "rate": 1e-3,
-             "gradient_norm": 1.0, "tokens_per_second": 1000.0 + step, "utilisation": 0.25, "seconds": step / 2,
-             "memory_bytes": 2**30 + step}
+             "gradient_norm": 1.0, "tokens_per_second": 1e3 * speed + step, "utilisation": 0.25, "seconds": step / 2,
+             "memory_bytes": 2**30 + step * speed}
         )  # fmt: skip
         if step % 25 == 0:
             run.record({"step": step, "validation": {"loss": 4.5 / step**0.3 + seed, "bits_per_byte": 2.25}})
@@ -96,6 +99,27 @@ def test_a_run_with_nothing_in_it_has_a_report(tmp_path: Path):
         read_run(tmp_path)
 
 
+def test_labels_of_the_axes_stand_on_the_paper(visit, tmp_path: Path):
+    """Figures of any size: their labels begin inside of the chart, also where they are long."""
+    trained(tmp_path / "a", speed=1_234_567)
+    opened = visit(report(read_run(tmp_path / "a")), 1200)
+    outside = """() => [...document.querySelectorAll("figure.linear svg.chart text")].filter(text => {
+        const [inner, outer] = [text, text.closest("svg")].map(each => each.getBoundingClientRect());
+        return inner.left < outer.left || inner.right > outer.right || inner.bottom > outer.bottom; })
+        .map(text => text.textContent)"""
+    assert opened.evaluate(outside) == []
+
+
+def test_what_to_do_with_it_is_what_it_can_do(tmp_path: Path):
+    """An encoder writes no text."""
+    trained(tmp_path / "a")
+    assert "lamina generate " in report(read_run(tmp_path / "a"))
+    said = {"model_type": "bert", "num_hidden_layers": 1, "architectures": ["BertForMaskedLM"]}
+    (tmp_path / "a/spec.json").write_text(family("bert").spec(Fields(said)).to_json())
+    text = report(read_run(tmp_path / "a"))
+    assert "lamina generate " not in text and "lamina show " in text
+
+
 def test_runs_beside_each_other(tmp_path: Path):
     for seed, name in enumerate(("a", "b", "c")):
         trained(tmp_path / name, seed=seed, steps=100 - 10 * seed)
@@ -119,7 +143,7 @@ def test_a_chart_draws_the_points(logarithmic: bool):
     svg = chart("Loss", [Line("a & b", points)], logarithmic=logarithmic)
     (drawn,) = points_of(svg, "line")
     (x1, y1), (x10, y10), (x100, y100) = drawn
-    assert (x1, x100) == (64.0, 704.0) and y1 < y10 < y100  # down the page is lower
+    assert (x1, x100) == (64.0, 692.0) and y1 < y10 < y100  # down the page is lower
     assert (y10 - y1) / (y100 - y1) == pytest.approx(2 / 3, abs=0.01)
     assert (x10 - x1) / (x100 - x1) == pytest.approx(0.5 if logarithmic else 9 / 99, abs=0.001)
     titles = [each.text for each in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}title")]

@@ -374,6 +374,82 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+PAIR = {
+    "family": "t5",
+    "config": {"num_layers": 1, "d_model": 16, "d_kv": 4, "num_heads": 4, "d_ff": 24, "pad_token_id": 256},
+}
+
+
+def test_prompts_of_an_encoder_decoder_are_answered(tmp_path: Path, data: Path):
+    more = {"objective": {"kind": "prefix", "pair": True}, "loop": {"steps": 2}, "log": {"every": 1}}
+    prompts = ["The house", "A cat and"]
+    fields = json.loads(config(data, evaluation={"prompts": prompts, "tokens": 5}, **more)) | {"model": PAIR}
+    train(spec_of(json.dumps(fields)), tmp_path / "run")
+    model, words = lamina.load(tmp_path / "run/model"), lamina.tokenizer(tmp_path / "run/model")
+    for prompt, name in zip(prompts, ("step-2.txt", "step-2-2.txt"), strict=True):
+        ids = torch.tensor([words.encode(prompt)])
+        answer = lamina.generate(model, ids, max_new_tokens=5, temperature=0.8, seed=0)
+        assert answer[0, 0] == 256 and 2 <= answer.shape[1] <= 6
+        expected = f"{prompt} -> {words.decode(answer[0].tolist())}"
+        assert (tmp_path / "run/samples" / name).read_text() == expected
+    small = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24}
+    bert = {"family": "bert", "config": {"architectures": ["BertForMaskedLM"], **small}}
+    more = {"model": bert, "objective": {"kind": "masked"}}
+    with pytest.raises(LaminaError, match=r"evaluation\.prompts are for models that read ids and write a text"):
+        train(spec_of(json.dumps(fields | more)), tmp_path / "encoder")
+    assert not (tmp_path / "encoder").exists()
+
+
+@pytest.mark.parametrize(
+    "size, special, role",
+    [
+        ("t5/small", "t5", "pad"),
+        ("switch/base-8", "t5", "pad"),
+        ("bart/base", "bart", "eos"),
+        ("m2m100/418m", "bart", "eos"),
+        ("bigbird-pegasus/large", "bart", "bos"),
+    ],
+)
+def test_special_tokens_are_those_of_the_data(tmp_path: Path, size: str, special: str, role: str):
+    """Ids that no published model has. What the decoder begins with is, to transformers, the token of this role."""
+    from transformers import AutoConfig
+
+    from lamina.data import open_prepared
+    from lamina.data.prepare import PrepareSpec, prepare
+    from lamina.data.sources import find
+    from lamina.families import sizes
+    from lamina.train.building import spec_of as described
+    from lamina.train.specs import ModelChoice
+
+    theirs = AutoConfig.for_model(sizes()[size])
+    start = getattr(theirs, "decoder_start_token_id", theirs.pad_token_id)  # T5's class says none: it is its padding
+    assert start == getattr(theirs, f"{role}_token_id")
+    (tmp_path / "text.txt").write_text(TEXT)
+    prepare(find([str(tmp_path / "text.txt")]), tmp_path / "data", "characters", PrepareSpec(), special=special)
+    prepared = open_prepared(tmp_path / "data")
+    words = prepared.tokenizer()
+    assert words.pad is not None and words.pad > 2 and words.eos is not None
+    made = described(ModelChoice(size=size), prepared)
+    assert made is not None
+    assert made.special.decoder_start == getattr(words, role)
+    assert made.special.pad == words.pad and made.special.end == (words.eos,)
+    own = described(ModelChoice(size=size, config={"decoder_start_token_id": 3, "eos_token_id": [5, 6]}), prepared)
+    assert own is not None and own.special.decoder_start == 3 and own.special.end == (5, 6)
+
+
+def test_ids_of_a_published_size_are_not_those_of_the_data(data: Path):
+    """SmolLM2's file ends texts with 2."""
+    from lamina.data import open_prepared
+    from lamina.train.building import spec_of as described
+    from lamina.train.specs import ModelChoice
+
+    prepared = open_prepared(data / "train")
+    made = described(ModelChoice(size="smollm2/135m"), prepared)
+    end = prepared.tokenizer().eos
+    assert made is not None and end != 2 and made.special.end == (() if end is None else (end,))
+    assert made.embedding.vocabulary == prepared.vocabulary
+
+
 def test_the_command(tmp_path: Path, data: Path):
     from click.testing import CliRunner
 

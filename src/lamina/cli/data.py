@@ -231,7 +231,7 @@ def _lines(parts: dict[str, dict[str, Any]]) -> list[str]:
         for column, tokens in part["columns"].items():
             rows.append((f"{name} {column}", f"{part['documents']:,}", f"{tokens:,}", f"{part['vocabulary']:,}"))
     for source in next(iter(parts.values()))["sources"]:
-        counts = [f"{source[key]:,} {key}" for key in ("damaged", "empty", "skipped", "mended") if source[key]]
+        counts = [f"{source[key]:,} {key}" for key in ("damaged", "empty", "skipped", "mended", "lost") if source[key]]
         if counts:
             more.append(f"{source['name']}: {', '.join(counts)}")
     labels = next(iter(parts.values()))["labels"]

@@ -75,6 +75,7 @@ class SourceFile(Spec):
     empty: int = 0  # rows and documents without a token
     skipped: int = 0  # documents left out for a character that is none
     mended: int = 0  # characters put in place of those that are none
+    lost: int = 0  # characters without a token; where there is an unknown token, how often it stands there
 
 
 @dataclass(frozen=True, kw_only=True)

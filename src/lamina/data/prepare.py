@@ -40,6 +40,7 @@ TYPES: dict[str, tuple[Any, ...]] = {
     "token-classification": ("words", "labels"),
     "contrastive": (str, str, (int, float)),
 }
+NAMED = 20  # characters without a token that data.json names
 IGNORE = -100  # the label of a token of which nothing is asked: all of a word but the first
 
 
@@ -103,6 +104,7 @@ class Counted:
     empty: int = 0
     skipped: int = 0
     mended: int = 0
+    lost: int = 0
     examples: list[str] = field(default_factory=list)
 
 
@@ -170,6 +172,8 @@ class _Run:
         self.labels: dict[str, int] = {name: i for i, name in enumerate(journal.get("labels", spec.labels))}
         self.forced = journal.get("forced", 0)  # cuts at which ids may differ from those of the whole
         self.where: int | None = None  # of the document that goes on
+        self.lacks = Lacks(tokenizer)
+        self.lost: list[str] = journal.get("lost", [])  # characters without a token, each once
         end = tokenizer.eos if spec.end else None
         states = journal.get("states", [None, None])
         self.writers: list[Writer] = []
@@ -207,6 +211,7 @@ class _Run:
                             "document": self.document,
                             "labels": list(self.labels),
                             "forced": self.forced,
+                            "lost": self.lost,
                             "states": states,
                         }
                     ).encode(),
@@ -229,6 +234,9 @@ class _Run:
                 " --split end keeps the end of each text file, or change the part"
             )
         notes = [f"pieces of a long text that were cut where the tokenizer joins: {self.forced}"] if self.forced else []
+        if self.lost:
+            more = f" and {len(self.lost) - NAMED} others" if len(self.lost) > NAMED else ""
+            notes.append(f"characters without a token: {', '.join(map(repr, self.lost[:NAMED]))}{more}")
         made = {}
         for i, writer in enumerate(self.writers):
             files = [
@@ -242,6 +250,7 @@ class _Run:
                     empty=each.empty,
                     skipped=each.skipped,
                     mended=each.mended,
+                    lost=each.lost,
                 )
                 for source, each in zip(self.sources, self.counted)
             ]
@@ -269,8 +278,9 @@ class _Run:
         if source.kind != "hub":
             self._unchanged(source)
         self.progress.bytes = base + source.bytes
-        for name in ("rows", "damaged", "empty", "skipped", "mended", "examples"):
+        for name in ("rows", "damaged", "empty", "skipped", "mended", "lost", "examples"):
             setattr(counted, name, getattr(tally, name))
+        self.lost = list(dict.fromkeys([*self.lost, *tally.letters]))
         for i, writer in enumerate(self.writers):
             counted.documents[i] = writer.documents - before[i][0]
             counted.tokens[i] = sum(writer.tokens) - before[i][1]
@@ -316,14 +326,17 @@ class _Run:
     def _write(self, batch: list[Part], tally: Tally) -> None:
         if self.spec.kind == "token-classification":
             for part, (ids, firsts) in zip(batch, _words(self.tokenizer, [part.texts[0] for part in batch])):
+                self.lacks.count("".join(part.texts[0]), ids.tolist(), tally)
                 self._label_words(self._writer(part), ids, firsts, part, tally)
             return
         flat = [text for part in batch for text in part.texts]
         encoded = iter(self.tokenizer.encode_batch(flat, special=False, control=self.spec.control))
         for part in batch:
             writer = self._writer(part)
-            for name in KINDS[self.spec.kind]:
-                writer.extend(next(encoded), name)
+            for name, text in zip(KINDS[self.spec.kind], part.texts, strict=True):
+                ids = next(encoded)
+                self.lacks.count(text, ids, tally)
+                writer.extend(ids, name)
             if part.ends:
                 empty = any(column.pending == 0 for column in writer.columns)
                 tally.empty += empty and not part.drop
@@ -369,6 +382,28 @@ class _Run:
                 raise LaminaError(unknown("label", name, self.labels))
             self.labels[name] = len(self.labels)
         return self.labels[name]
+
+
+class Lacks:
+    """What a tokenizer loses of texts: characters that vanish, or, where it has an unknown token, what became that."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.unknown = tokenizer.tokens.get(tokenizer.unk_of_model() or "")
+        self.known: dict[str, bool] = {}  # of each character that was met, whether it vanishes
+
+    def count(self, text: str, ids: list[int], tally: Tally) -> None:
+        """Add to a tally what `text` has and its ids lack. Raises LaminaError where the tally has too much of it."""
+        tally.characters += len(text)
+        if self.unknown is not None:
+            tally.lose(ids.count(self.unknown))
+            return
+        letters = set(text)
+        if new := letters - self.known.keys():
+            vanish = self.tokenizer.lost("".join(sorted(new)))
+            self.known |= dict.fromkeys(new, False) | dict.fromkeys(vanish, True)
+        for letter in sorted(letter for letter in letters if self.known[letter]):
+            tally.lose(text.count(letter), letter)
 
 
 def in_validation(document: int, part: float) -> bool:

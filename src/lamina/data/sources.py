@@ -16,6 +16,7 @@ from lamina.data.prepared import sha256
 from lamina.errors import LaminaError, UnsupportedError
 
 CHUNK = 1 << 20  # bytes read at once
+ENOUGH = 1 << 20  # characters of a source after which one that loses too many is not read to its end
 LONGEST = 1 << 26  # bytes of a row of JSONL: it has to be held whole
 ROWS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 TEXTS = (".txt", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".rs", ".go", ".java", ".js",
@@ -48,7 +49,7 @@ class Part:
 
 @dataclass
 class Tally:
-    """What became of a source, while it is read. `allowed`: the part of its rows that may be damaged."""
+    """What became of a source, while it is read. `allowed`: the part of its rows and characters that may be damaged."""
 
     name: str = ""
     allowed: float = 1.0
@@ -57,8 +58,11 @@ class Tally:
     empty: int = 0
     skipped: int = 0
     mended: int = 0
+    characters: int = 0
+    lost: int = 0  # of the characters, those without a token
     bytes: int = 0  # read so far, as they lie in the file
     examples: list[str] = field(default_factory=list)  # the first few that were damaged, with their place
+    letters: dict[str, int] = field(default_factory=dict)  # how often each of the lost ones stands there
 
     def hurt(self, place: str) -> None:
         self.damaged += 1
@@ -67,8 +71,22 @@ class Tally:
         if self.rows >= 1000:  # a long file that is damaged throughout is not read to its end
             self.check()
 
+    def lose(self, count: int, letter: str | None = None) -> None:
+        self.lost += count
+        if letter is not None:
+            self.letters[letter] = self.letters.get(letter, 0) + count
+        if self.characters >= ENOUGH:
+            self.check()
+
     def check(self) -> None:
-        """Raise LaminaError where too many rows were damaged."""
+        """Raise LaminaError where too many rows were damaged, or too many characters lost."""
+        if self.lost > self.allowed * self.characters:
+            often = sorted(self.letters, key=lambda letter: -self.letters[letter])
+            which = f", as {', '.join(map(repr, often[:5]))}" if often else ""
+            raise LaminaError(
+                f"{self.name}: the tokenizer has no token for {self.lost:,} of {self.characters:,} characters{which};"
+                f" that is more than {self.allowed:.3g} of them (--damaged): take a tokenizer that has them"
+            )
         if self.damaged > self.allowed * self.rows:
             raise LaminaError(
                 f"{self.name}: {self.damaged:,} of {self.rows:,} rows are damaged, more than {self.allowed:.3g} of them"

@@ -49,6 +49,9 @@ def train(kind: str, texts: Iterable[str], *, size: int | None = None, special: 
         whole = _characters(texts) if kind == "characters" else _bytes()
         vocabulary = whole["model"]["vocab"]
         whole["added_tokens"] = [added(token, len(vocabulary) + i) for i, token in enumerate(tokens + after)]
+        if "unk" in roles and kind == "characters":  # else characters that are new would vanish
+            vocabulary |= {token["content"]: token["id"] for token in whole["added_tokens"]}
+            whole["model"] |= {"unk_token": roles["unk"], "vocab": vocabulary}
     else:
         least = {"bpe": 256, "unigram": 16, "wordpiece": 16}[kind] + len(tokens) + len(after)
         if size is None or size < least:

@@ -80,8 +80,9 @@ def spec(fields: Fields) -> ModelSpec:
 
 
 def _initial(fields: Fields) -> NormalInitialSpec:
-    """What ends in the residual stream has 2 / (L sqrt(d)), the rest "small init", sqrt(2 / (5 d)) (arXiv:2204.06745,
-    section 2.1), which `_size` says; transformers has 0.02 everywhere, and the released files say so."""
+    """What ends in the residual stream has 2 / (L sqrt(d)), the rest "small init", sqrt(2 / (5 d)), which `_size` says
+    (arXiv:2204.06745, section 2.1.3, which names the feed-forward's; its code, init_functions.py, does so in attention
+    too). transformers has 0.02 everywhere, and the released files say so."""
     layers, width = fields.layers(), fields.count("hidden_size")
     return fields.initial(residual=2 / (layers * math.sqrt(width)))
 

@@ -15,7 +15,7 @@ from lamina.accounting import account
 from lamina.adapters import FACTORS, attach
 from lamina.adapting import table_of
 from lamina.data import Prepared, open_prepared
-from lamina.errors import LaminaError
+from lamina.errors import LaminaError, UnsupportedError
 from lamina.families import FAMILIES, Fields, family, sizes
 from lamina.locate import locate
 from lamina.model import Model, ModelSpec
@@ -38,6 +38,9 @@ LATER = (
     "adapter.merge",
 )
 """What may differ when a run goes on: how it is watched, and in what pieces it is read."""
+
+ROOM = 1 << 20
+"""A vocabulary that has all ids of any published one."""
 
 
 def data_of(choice: DataChoice) -> tuple[Prepared, Prepared | None]:
@@ -62,21 +65,19 @@ def spec_of(choice: ModelChoice, data: Prepared) -> ModelSpec | None:
             raise LaminaError(f"model.spec: {choice.spec}: {error.strerror}") from None
         except LaminaError as error:
             raise LaminaError(f"model.spec: {choice.spec}: {error}") from None
-    config = dict(choice.config)
+    published: dict[str, Any] = {}
     if choice.size is not None:
         if choice.size not in sizes():
             raise LaminaError(f"model.size: {unknown('published size', choice.size, sizes())}")
         model_type = sizes()[choice.size]
-        config = {**family(model_type).sizes[choice.size], **config}
+        published = family(model_type).sizes[choice.size]
     else:
         assert choice.family is not None
         model_type = choice.family
         if model_type not in FAMILIES:
             raise LaminaError(f"model.family: {unknown('model_type', model_type, FAMILIES)}")
-    if "vocab_size" not in choice.config:
-        config["vocab_size"] = data.vocabulary
-    config = {**_special(data), **config, "model_type": model_type}
-    return family(model_type).spec(Fields(config, where="model.config"))
+    config = {**published, "vocab_size": data.vocabulary, **_special(data), **choice.config, "model_type": model_type}
+    return family(model_type).spec(Fields(_begun(config), where="model.config"))
 
 
 def _special(data: Prepared) -> dict[str, Any]:
@@ -87,6 +88,20 @@ def _special(data: Prepared) -> dict[str, Any]:
         "eos_token_id": words.eos,
         "pad_token_id": words.pad,
     }
+
+
+def _begun(config: dict[str, Any]) -> dict[str, Any]:
+    """With the id that a decoder of two stacks begins with, where the user says none: that of the token which has this
+    part in the ids that the family is published with. T5's begins with its padding, BART's with its end."""
+    ids = ("pad_token_id", "eos_token_id", "bos_token_id")
+    plain = {name: value for name, value in config.items() if name not in ids} | {"vocab_size": ROOM}
+    published = family(config["model_type"]).spec(Fields(plain, where="model.config")).special
+    parts = zip(ids, (published.pad, next(iter(published.end), None), published.start), strict=True)
+    part = next((name for name, number in parts if number == published.decoder_start), None)
+    if published.decoder_start is None or "decoder_start_token_id" in config or part is None:
+        return config
+    said = config[part]
+    return config | {"decoder_start_token_id": said[0] if isinstance(said, list) else said}
 
 
 def model_of(choice: ModelChoice, data: Prepared, *, seed: int, device: torch.device | str = "cpu") -> Model:
@@ -146,8 +161,10 @@ def flops(spec: TrainSpec, architecture: ModelSpec) -> int:
 
 
 def fits(spec: TrainSpec, model: Model) -> None:
-    """Raise LaminaError where the objective or the length is not for this model."""
+    """Raise LaminaError where the objective, the length or the prompts are not for this model."""
     spec.objective.fits(model.spec)
+    if spec.evaluation.prompts and (model.decoder is None or model.head is None or model.spec.stem is not None):
+        raise UnsupportedError("evaluation.prompts are for models that read ids and write a text")
     context, learned = model.spec.context, spec.data.length
     if context is not None and learned > context:
         raise LaminaError(f"data.length is {learned}; this model reads at most {context} tokens")
@@ -179,7 +196,6 @@ def filled(model: Model, tensors: Mapping[str, Tensor]) -> Model:
 def write(model: Model, tensors: Mapping[str, Tensor], directory: Path, data: Prepared) -> str:
     """The model with these weights, as a source that `lamina.load` opens, with its tokenizer beside: "hf" where the
     Hugging Face layout can say it, else "native"."""
-    from lamina.errors import UnsupportedError
     from lamina.exporting import exportable
 
     made = filled(model, tensors)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 720, 320
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 40
+LEFT, RIGHT, TOP, BOTTOM = 64, 28, 14, 40
+LETTER = 7  # the widest digit of a label, in any common font
 MOST = 800  # points of a line; beyond, each piece of it keeps its lowest and highest
 HOVER = 120  # points of a line that show their values
 
@@ -28,6 +29,7 @@ STYLE = """
   cursor:pointer;margin:0 .3rem .5rem 0}
 .axes>input:checked+label{border-color:var(--accent);color:var(--accent)}
 .axes>input:focus-visible+label{outline:2px solid var(--accent)}
+.axes>figure{overflow-x:auto}.axes>figure>.chart{min-width:34rem}
 .axes>figure.log{display:none}.axes>input.log:checked~figure.log{display:block}
 .axes>input.log:checked~figure.linear{display:none}
 """ + "".join(f".c{place}{{stroke:{colour};fill:{colour}}}" for place, colour in enumerate(LINES))
@@ -74,19 +76,21 @@ def chart(
     low, high = min(value for _, value in finite), max(value for _, value in finite)
     pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
     low, high = low - pad, high + pad
+    labels = {value: number(value) for value in ticks(low, high)}
+    left = max(LEFT, 16 + LETTER * max(map(len, labels.values())))
 
     def across(step: float) -> float:
         begin, end, here = (math.log(max(each, 1)) if logarithmic else each for each in (first, last, step))
-        return LEFT + (WIDTH - LEFT - RIGHT) * (0.5 if end == begin else (here - begin) / (end - begin))
+        return left + (WIDTH - left - RIGHT) * (0.5 if end == begin else (here - begin) / (end - begin))
 
     def up(value: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - low) / (high - low)
 
     shapes = []
-    for value in ticks(low, high):
+    for value, label in labels.items():
         y = f"{up(value):.1f}"
-        shapes.append(f'<path class="grid" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
-        shapes.append(f'<text x="{LEFT - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{escape(number(value))}</text>')
+        shapes.append(f'<path class="grid" d="M{left} {y}H{WIDTH - RIGHT}"/>')
+        shapes.append(f'<text x="{left - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{escape(label)}</text>')
     for step in powers(first, last) if logarithmic else ticks(first, last):
         shapes.append(f'<text x="{across(step):.1f}" y="{HEIGHT - 20}" text-anchor="middle">{step:,.0f}</text>')
     shapes.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">step</text>')

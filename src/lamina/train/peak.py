@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from functools import cache
 
 import torch
 
 
-@cache
 def peak(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a square product in this dtype, the best of several; measured once a process, in some tenths of a
-    second."""
+    """FLOP/s of a square product in this dtype, the best of several, which takes some tenths of a second. While others
+    use the machine it is too low."""
     size = 1024 if device == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times = []

@@ -25,13 +25,16 @@ EVENTS = 200  # the last lines of the events that are shown
 WINDOW = 20  # steps that the smooth line of the loss is a mean of, at most a tenth of the run
 
 Number = Callable[[float], str]
-CURVES: tuple[tuple[str, str, tuple[str, ...], Number], ...] = (
-    ("speed", "Tokens per second", ("tokens_per_second",), lambda x: f"{x:,.0f}"),
-    ("utilisation", "Utilisation of the machine's peak", ("utilisation",), lambda x: f"{100 * x:.1f} %"),
-    ("memory", "Memory", ("memory_bytes",), size),
-    ("rate", "Learning rate", ("rate",), "{:.3g}".format),
-    ("norm", "Gradient norm before clipping", ("gradient_norm",), "{:.3g}".format),
+CURVES: tuple[tuple[str, str, tuple[str, ...], float, Number], ...] = (
+    ("speed", "Tokens per second", ("tokens_per_second",), 1, "{:,.0f}".format),
+    ("utilisation", "Utilisation of the machine's peak, in %", ("utilisation",), 100, "{:.3g}".format),
+    ("memory", "Memory, in MiB", ("memory_bytes",), 2**-20, lambda x: f"{x:,.1f}".removesuffix(".0")),
+    ("rate", "Learning rate", ("rate",), 1, "{:.3g}".format),
+    ("norm", "Gradient norm before clipping", ("gradient_norm",), 1, "{:.3g}".format),
 )
+"""Of each curve its name, its title, where it stands in a record, and what it is shown in: round numbers of that."""
+
+PAIRS = ".pairs{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr));column-gap:1.5rem}"
 
 
 def report(run: Past, evaluation: Mapping[str, Any] | None = None) -> str:
@@ -44,15 +47,16 @@ def report(run: Past, evaluation: Mapping[str, Any] | None = None) -> str:
     parts = [_figures(run, cost), _losses([run]), _more([run]), _evaluation(run, evaluation), _samples(run)]
     if spec is not None and cost is not None:
         parts.append(architecture(run.name, spec, cost))
-    parts += [_going_on(run), _warnings(run), _origin(run)]
-    return page(run.name, "a run of training" if spec is None else shape_of(spec), "".join(parts), style=STYLE)
+    parts += [_going_on(run, spec), _warnings(run), _origin(run)]
+    about = "a run of training" if spec is None else shape_of(spec)
+    return page(run.name, about, "".join(parts), style=STYLE + PAIRS)
 
 
 def compared(runs: Sequence[Past]) -> str:
     """The page of several runs: their curves over each other, their figures, and where their configurations differ."""
     names = ", ".join(run.name for run in runs)
     body = "".join([_losses(runs), _figures_of(runs), _differences(runs), _more(runs)])
-    return page(f"{len(runs)} runs compared", names, body, style=STYLE)
+    return page(f"{len(runs)} runs compared", names, body, style=STYLE + PAIRS)
 
 
 def write_report(directory: Path, evaluation: Mapping[str, Any] | None = None) -> Path:
@@ -120,11 +124,14 @@ def _losses(runs: Sequence[Past]) -> str:
 
 def _more(runs: Sequence[Past]) -> str:
     parts = []
-    for name, what, path, number in CURVES:
-        found = [Line(run.name, run.metrics.curve(*path), place) for place, run in enumerate(runs)]
+    for name, what, path, unit, number in CURVES:
+        found = [
+            Line(run.name, [(step, unit * value) for step, value in run.metrics.curve(*path)], place)
+            for place, run in enumerate(runs)
+        ]
         if drawn := charts(name, what, found, number):
-            parts.append(f'<h2 id="{name}">{escape(what)}</h2>{drawn}')
-    return "".join(parts)
+            parts.append(f'<section><h2 id="{name}">{escape(what)}</h2>{drawn}</section>')
+    return f'<div class="pairs">{"".join(parts)}</div>'
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> str:
@@ -161,17 +168,20 @@ def _samples(run: Past) -> str:
     return f'<h2 id="samples">What it wrote</h2>{blocks[-1]}{earlier}'
 
 
-def _going_on(run: Past) -> str:
+def _going_on(run: Past, spec: ModelSpec | None) -> str:
     if not run.checkpoints:
         return '<h2 id="going-on">Going on</h2><p>No checkpoint was saved.</p>'
     config, last = run.directory / "config.yaml", run.directory / "checkpoints" / f"step-{run.checkpoints[-1]}"
     steps = ", ".join(f"{step:,}" for step in run.checkpoints)
+    writes = spec is None or (spec.decoder is not None and spec.head is not None)
+    use = ("let it write", "generate", " 'Once upon a time'") if writes else ("look at it", "show", "")
     lines = (
         ("go on with the run", f"lamina train {shlex.quote(str(config))} --resume auto"),
-        ("let it write", f"lamina generate {shlex.quote(str(last))} 'Once upon a time'"),
+        (use[0], f"lamina {use[1]} {shlex.quote(str(last))}{use[2]}"),
     )
     rows = "".join(
-        f'<tr><td class="what">{words}</td><td><code>{escape(line)}</code></td></tr>' for words, line in lines
+        f'<tr><td class="what">{words}</td><td class="what"><code>{escape(line)}</code></td></tr>'
+        for words, line in lines
     )
     return (
         f'<h2 id="going-on">Going on</h2><p>Checkpoints of steps {steps}.</p>'

@@ -74,12 +74,13 @@ class Run:
         """Adds an event that reports and `lamina runs` show as a warning."""
         self.event(f"warning: {text}")
 
-    def sample(self, step: int, text: str) -> None:
-        """Keeps a text that the model wrote at this step."""
+    def sample(self, step: int, text: str, number: int = 0) -> None:
+        """Keeps a text that the model wrote at this step; `number` counts those of one step, a file each."""
         self.record({"step": step, "sample": text})
         self._alive()
         (self.directory / SAMPLES).mkdir(exist_ok=True)
-        write_file(self.directory / SAMPLES / f"step-{step}.txt", text.encode("utf-8", "backslashreplace"))
+        name = f"step-{step}-{number + 1}.txt" if number else f"step-{step}.txt"
+        write_file(self.directory / SAMPLES / name, text.encode("utf-8", "backslashreplace"))
 
     def cut_back(self, step: int) -> int:
         """Removes the records after this step, which a run that resumes there will make again; returns how many."""

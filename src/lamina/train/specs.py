@@ -77,7 +77,7 @@ class EvaluationSpec(Spec):
 
     every: int = 250  # steps; 0: only at the end
     rows: int | None = 256  # of the validation data, from all over it and always the same; null: all
-    prompts: tuple[str, ...] = ()  # which the model continues each time
+    prompts: tuple[str, ...] = ()  # which the model continues each time, or, of two stacks, answers
     tokens: int = 100  # new ones for each prompt
 
 

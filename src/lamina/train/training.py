@@ -222,6 +222,7 @@ class _Around:
         self.evaluated: Evaluated | None = None
         self.rate = 0.0
         self.flops = _flops(spec, trainer)
+        self.best = 0.0  # FLOP/s of the machine's best product
 
     def go(self, signals: Signals, watchdog: Watchdog) -> Step | None:
         """Steps, until there are no more or somebody asks to stop."""
@@ -265,8 +266,10 @@ class _Around:
         self.rate = tokens / seconds if seconds else 0.0
         used = None
         if self.run is not None and self.flops is not None:
-            best = peak(self.trainer.device.type, NAMES[self.spec.loop.precision])
-            used = self.rate * self.flops / best / self.ranks.world
+            done = self.rate * self.flops / self.ranks.world
+            if done > self.best:  # nothing was measured yet, or while others used the machine
+                self.best = max(self.best, peak(self.trainer.device.type, NAMES[self.spec.loop.precision]))
+            used = done / self.best
         record: dict[str, Any] = {
             "step": step.step,
             "samples": step.step * self.spec.loop.batch,
@@ -323,8 +326,8 @@ class _Around:
 
     def _sample(self, step: int, model: Model) -> None:
         if self.run is not None:
-            for text in self._samples(model):
-                self.run.sample(step, text)
+            for number, text in enumerate(self._samples(model)):
+                self.run.sample(step, text, number)
                 self.show(f"step {step}: {text}")
 
     def _samples(self, model: Model) -> Iterator[str]:
@@ -333,12 +336,14 @@ class _Around:
         try:
             for number, prompt in enumerate(self.spec.evaluation.prompts):
                 ids = torch.tensor([words.encode(prompt)], device=model.embedding.weight.device)
-                room = (model.spec.context or 1 << 30) - ids.shape[1]
+                pair = model.spec.two_stacks  # which reads the prompt, and writes a text of its own
+                room = (model.spec.context or 1 << 30) - (1 if pair else ids.shape[1])
                 new = min(self.spec.evaluation.tokens, room)
                 if new < 1 or ids.shape[1] == 0:
                     raise LaminaError(f"evaluation.prompts.{number} has {ids.shape[1]} tokens: nothing can follow")
                 out = generate(model, ids, max_new_tokens=new, temperature=0.8, seed=self.spec.seed)
-                yield words.decode(out[0].tolist())
+                text = words.decode(out[0].tolist())
+                yield f"{prompt} -> {text}" if pair else text
         finally:
             model.train(training)
 
