@@ -14,6 +14,7 @@ paper is that of two positions.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,7 +170,9 @@ class ChunkedCrossAttention(nn.Module):
         found = Found(position, document[:, None].expand_as(position), row=row, chunk=chunk)
         return Encoded(found, memory)
 
-    def _readers(self, found: Found, tokens: Tokens, memo: dict[Any, Any]) -> tuple[Tensor, Tokens, tuple[int, int]]:
+    def _readers(
+        self, found: Found, tokens: Tokens, memo: MutableMapping[Any, Any]
+    ) -> tuple[Tensor, Tokens, tuple[int, int]]:
         """Of each chunk the tokens that read it, as numbers in the batch laid flat, -1 where there is none, and who
         they are: (R, W) both. Positions are those of the text, less m times the chunk, which lie from m - 1 to 2 m - 2;
         so much less those of the neighbours is how far apart they can be."""

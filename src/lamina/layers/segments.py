@@ -5,6 +5,7 @@ Example, length 3, a row of two documents: positions 0 1 2 3 0 1 are the groups 
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ class Segments:
         return index if last is None else index[:, index.shape[1] - last :]
 
 
-def segments(tokens: Tokens, length: int, memo: dict[Any, Any]) -> Segments:
+def segments(tokens: Tokens, length: int, memo: MutableMapping[Any, Any]) -> Segments:
     """The groups of tokens (B, S), computed once a forward."""
     name = ("segments", length, id(tokens))
     if name not in memo:
