@@ -1,6 +1,6 @@
 """Mutation on entry: each numeric feature is deleted or bent in a copy of the tree, and some test must fail.
 
-    python tools/mutate.py                  every mutation of tools/mutations.py, 2 at a time
+    python tools/mutate.py                  every mutation of tools/mutations/, 2 at a time
     python tools/mutate.py softcap window   those whose feature or file has one of these words
     python tools/mutate.py --generic        also operators, comparisons and numbers of the layers, one by one
     python tools/mutate.py --check          only: does every snippet still stand exactly once?
@@ -54,7 +54,7 @@ class Mutation:
 
 
 THROUGH_FAMILIES = ("layers/longformer.py", "layers/bigbird.py", "marks.py", "exporting.py", "adapting.py")
-"""Files whose tests are those that mutations.py names: the tests of the families that have them."""
+"""Files whose tests are those that tools/mutations/ names: the tests of the families that have them."""
 
 
 def tests_of(file: str) -> tuple[str, ...]:
@@ -115,17 +115,18 @@ def tests_of(file: str) -> tuple[str, ...]:
 
 
 def declared() -> list[Mutation]:
-    """The table of tools/mutations.py."""
-    path = Path(__file__).with_name("mutations.py")
-    spec = importlib.util.spec_from_file_location("mutations", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """The tables of tools/mutations/, a file a room."""
     rows = []
-    for file, entries in module.MUTATIONS.items():
-        for feature, old, new in entries:
-            tests, more = tests_of(file), module.ALSO.get(file, ())
-            rows.append(Mutation(feature, file, old, new, more + tests if "families" in file else tests + more))
+    for path in sorted(Path(__file__).with_name("mutations").glob("*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        also = getattr(module, "ALSO", {})
+        for file, entries in module.MUTATIONS.items():
+            for feature, old, new in entries:
+                tests, more = tests_of(file), also.get(file, ())
+                rows.append(Mutation(feature, file, old, new, more + tests if "families" in file else tests + more))
     return rows
 
 

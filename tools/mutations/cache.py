@@ -1,0 +1,222 @@
+"""Features of `cache/`, and how to delete or bend each: file -> (feature, snippet, replacement)."""
+
+from __future__ import annotations
+
+ALSO: dict[str, tuple[str, ...]] = {
+    "cache/growing.py": ("tests/generation/test_beam.py",),
+    "cache/neighbours.py": ("tests/layers/test_retrieval.py",),
+    "cache/summed.py": ("tests/layers/test_memory_attention.py",),
+}
+"""Tests of a file beside those that its name tells."""
+
+MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
+    "cache/cache.py": [
+        (
+            "a ring where a window is",
+            'self.kind in ("auto", "ring") and windowed and',
+            'self.kind == "ring" and windowed and',
+        ),
+        ("segments are not renumbered", 'if retained.segment is not None and self.kind == "sinks":', "if False:"),
+        ("sums are not for a fixed cache", 'if retained.summed and self.kind == "fixed":', "if False:"),
+        ("compressed keys are not for a fixed cache", 'if retained.every > 1 and self.kind == "fixed":', "if False:"),
+        ("compressed keys have rings of their own", "elif retained.every > 1:", "elif False:"),
+        ("detached", "            slot.detach()", "            pass"),
+        ("what a pattern forgets is forgotten", 'elif self.kind == "auto" and forgets(retained):', "elif False:"),
+        ("sinks beside a window are forgotten", 'elif self.kind in ("auto", "ring") and windowed:', "elif False:"),
+        ("sinks of a pattern are kept", "windowed and retained.first == 0", "windowed"),
+        ("windows of different sizes", 'key = ("ring", retained.recent)', 'key = "ring"'),
+        ("positions go on", "tokens.position.gather(1, column) + 1", "tokens.position.gather(1, column)"),
+        (
+            "rows without tokens stay",
+            "torch.where(seen, tokens.position.gather(1, column) + 1, self.next_position)",
+            "tokens.position.gather(1, column) + 1",
+        ),
+        (
+            "documents go on",
+            "self.document = torch.where(seen, tokens.document.gather(1, column), self.document)",
+            "pass",
+        ),
+        (
+            "the last real token",
+            "torch.where(position >= 0, column, -1).amax(dim=1, keepdim=True)",
+            "column.amax(dim=1, keepdim=True)",
+        ),
+        ("plain is lost with padding", "self.plain = self.plain and tokens.span is not None", "pass"),
+        (
+            "reorder: slots",
+            "for part in (*self.ledgers.values(), *self.slots.values()):\n            part.reorder(index)",
+            "for part in self.ledgers.values():\n            part.reorder(index)",
+        ),
+        (
+            "reorder: ledgers",
+            "for part in (*self.ledgers.values(), *self.slots.values()):\n            part.reorder(index)",
+            "for part in self.slots.values():\n            part.reorder(index)",
+        ),
+        (
+            "reorder: positions",
+            "self.next_position, self.document = self.next_position[index], self.document[index]",
+            "pass",
+        ),
+        ("reorder: memory", "self.memory = self.memory[memory.parents]", "pass"),
+        (
+            "trim: positions",
+            "        self.length = length\n        self.next_position.fill_(length)",
+            "        self.next_position.fill_(length)",
+        ),
+        (
+            "trim: refused whole",
+            "if fixed := [ledger for ledger in self.ledgers.values() if not ledger.trims]:",
+            "if fixed := list[Ledger]():",
+        ),
+        ("trim: padding", "        if not self.plain:\n            raise", "        if False:\n            raise"),
+        ("trim: bounds", "if not 0 <= length <= self.length:", "if False:"),
+    ],
+    "cache/expiring.py": [
+        ("expiring: what a later query sees stays", "& (last > latest)  # what", "& (last > latest + 1)  # what"),
+        ("expiring: what nobody sees goes", "& (last > latest)  # what", "& (last >= -1)  # what"),
+        ("expiring: old keys go", "& (self.last > latest)\n", "\n"),
+        ("expiring: a step sees what its own query sees", "& (self.last >= latest)", "& (self.last > latest)"),
+        ("expiring: another document", "(self.document == document) & (self.last >= latest)", "(self.last >= latest)"),
+        (
+            "expiring: padding is not kept",
+            "            kept = tokens.real\n",
+            "            kept = torch.ones_like(tokens.real)\n",
+        ),
+        (
+            "expiring: places are reused",
+            "argsort(dim=1, stable=True)  # (B",
+            "argsort(dim=1, descending=True, stable=True)  # (B",
+        ),
+        ("expiring: room is made", "if needed <= self.room:", "if self.room:"),
+        (
+            "expiring: a block sees what lay there",
+            "torch.cat([old_key, key], dim=2)",
+            "torch.cat([old_key * 0, key], dim=2)",
+        ),
+        ("expiring: chosen rows", "self.last[index]", "self.last"),
+        ("expiring: marks", "self.marked.scatter(1, self.place, marked)", "self.marked"),
+    ],
+    "cache/fixed.py": [
+        ("overflow", "if self.length + new > self.capacity:", "if False:"),
+        ("overflow, off by one", "if self.length + new > self.capacity:", "if self.length + new >= self.capacity:"),
+        ("cursor", "self.cursor.add_(new)", "pass"),
+        ("documents", "self.document.index_copy_(1, self.place, tokens.document)", "pass"),
+        ("marks", "self.marked.index_copy_(1, self.place, tokens.marked)", "pass"),
+        ("empty places are holes", "torch.full((batch, capacity), HOLE,", "torch.full((batch, capacity), 0,"),
+        ("reorder", "self.position, self.document = self.position[index], self.document[index]", "pass"),
+        ("reorder: marks", "self.marked = self.marked[index]", "self.marked = self.marked"),
+        ("trim: places are holes again", "self.position[:, length:] = HOLE", "pass"),
+        ("trim: cursor", "self.cursor.fill_(length)", "pass"),
+    ],
+    "cache/growing.py": [
+        ("beams: alike columns stay", "buffer[:, :, ledger.alike : ledger.length]", "buffer[:, :, 3 : ledger.length]"),
+        ("beams: in place only where nobody reads", "if not (buffer.is_inference() and", "if False and ("),
+        (
+            "beams: more rows",
+            "chosen[:, :, : ledger.length] = buffer[:, :, : ledger.length]",
+            "chosen[:, :, : ledger.length - 1] = buffer[:, :, : ledger.length - 1]",
+        ),
+        ("room is doubled", "max(FIRST_ROOM, stop + stop // 2)", "stop"),
+        ("old keys are copied", "larger[:, :, :start] = buffer[:, :, :start]", "pass"),
+        ("gradients", "if torch.is_grad_enabled():", "if False:"),
+        (
+            "gradients of queries alone",
+            "if torch.is_grad_enabled():",
+            "if torch.is_grad_enabled() and new.requires_grad:",
+        ),
+        ("only what is there", "self.key[:, :, :stop], self.value[:, :, :stop]", "self.key, self.value"),
+        ("reorder", "self.tokens = self.tokens.select(index)", "pass"),
+        ("trim", "self.length = self.before = length", "pass"),
+        ("trim: tokens", "self.tokens = Tokens(t.position[:, :length], t.document[:, :length], marked, span)", "pass"),
+    ],
+    "cache/memory.py": [
+        ("beams share a text", "if rest == 0 and each and", "if False and"),
+        ("texts that change places", "return texts_of_rows\n", "return None\n"),
+        ("text of a beam", "index // (self.rows // texts)", "index"),
+        ("values follow", "super().reorder(self.ledger.parents)", "self.key = self.key[self.ledger.parents]"),
+    ],
+    "cache/neighbours.py": [
+        ("found: the last chunk of a row stays", 'number, "amax")', 'number, "amin")'),
+        (
+            "found: a row without a new chunk keeps its own",
+            "count + torch.arange(batch, device=last.device)",
+            "count + torch.arange(batch, device=last.device).flip(0)",
+        ),
+        (
+            "found: beams",
+            "kept.position[index], kept.document[index], row=row, chunk=kept.chunk[index]",
+            "kept.position, kept.document, row=kept.row, chunk=kept.chunk",
+        ),
+        ("found: places of a shorter one are holes", "value=HOLE", "value=0"),
+    ],
+    "cache/ring.py": [
+        (
+            "places wrap",
+            "torch.where(kept, serial % self.window, self.window)",
+            "torch.where(kept, serial.clamp(max=self.window - 1), self.window)",
+        ),
+        (
+            "the last of a long block stay",
+            "kept = real & (serial > last - self.window)",
+            "kept = real & (serial < self.window)",
+        ),
+        ("padding is not kept", "kept = real & (serial", "kept = (serial"),
+        ("serial numbers", "serial = self.count + real.cumsum(1) - 1", "serial = self.count + real.cumsum(1)"),
+        ("count goes on", "self.count = last + 1", "self.count = last"),
+        (
+            "a block sees the ring as it was",
+            "return torch.cat([old[0], key], dim=2), torch.cat([old[1], value], dim=2)",
+            "return torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2)",
+        ),
+        ("documents", "self.document = self.document.scatter(1, self.place, tokens.document)", "pass"),
+        (
+            "out of place for gradients",
+            "if place.shape[1] > 1 or torch.is_grad_enabled() or",
+            "if place.shape[1] > 1 or",
+        ),
+        ("out of place for a block", "if place.shape[1] > 1 or torch", "if torch"),
+        (
+            "reorder: count",
+            "self.count, self.position = self.count[index], self.position[index]",
+            "self.position = self.position[index]",
+        ),
+        ("reorder: documents", "self.document, self.marked = self.document[index], self.marked[index]", "pass"),
+    ],
+    "cache/sinks.py": [
+        ("first keys", "(seen < self.first) | ", ""),
+        ("first keys, off by one", "(seen < self.first)", "(seen <= self.first)"),
+        ("recent keys, off by one", "seen >= self.count - self.recent", "seen > self.count - self.recent"),
+        ("renumbering", "rank = torch.where(holds, holds.cumsum(1) - 1, HOLE)", "rank = seen"),
+        ("queries are renumbered", "return self.renumbered", "return tokens"),
+        ("phases after extend", "    late = True", "    late = False"),
+        ("order of age", "stable=True).indices[:, -width:]", "stable=True).indices.flip(1)[:, :width]"),
+        ("never growing", "width = min(self.first + self.recent, seen.shape[1])", "width = seen.shape[1]"),
+        ("a second document", "bool((tokens.real & (tokens.document != first)).any())", "False"),
+        ("a second document later", "first = torch.where(self.count > 0, self.document, first)", "pass"),
+        ("documents of padding", "bool((tokens.real & (tokens.document", "bool(((tokens.document"),
+        (
+            "padding has no number",
+            "serial = torch.where(real, count + real.cumsum(1) - 1, HOLE)",
+            "serial = count + real.cumsum(1) - 1",
+        ),
+        ("reorder", "self.serial, self.count = self.serial[index], self.count[index]", "pass"),
+    ],
+    "cache/slot.py": [
+        ("one note a forward", "if self.incoming is not tokens or self.visible is None:", "if True:"),
+        ("padding is kept at zero", "if tokens.span is None:", "if False:"),
+        ("reorder", "self.key, self.value = self.key[index], self.value[index]", "pass"),
+        ("bytes", "t.numel() * t.element_size()", "t.numel()"),
+    ],
+    "cache/summed.py": [
+        ("summed: the open segment", "& (seen.position // self.length == position // self.length)", ""),
+        ("summed: of the last document", "& (seen.document == document) & (seen", "& (seen"),
+        ("summed: chosen rows of the state", "self.state = tuple(part[index] for part in self.state)", "pass"),
+        ("summed: chosen rows of the documents", "self.document = self.document[index]", "pass"),
+        ("summed: detached", "self.state = tuple(part.detach() for part in self.state)", "pass"),
+        (
+            "summed: bytes",
+            "super().bytes() + sum(part.numel() * part.element_size() for part in self.state)",
+            "super().bytes()",
+        ),
+    ],
+}

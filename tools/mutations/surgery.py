@@ -1,0 +1,15 @@
+"""Features of `surgery/`, and how to delete or bend each: file -> (feature, snippet, replacement)."""
+
+from __future__ import annotations
+
+MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
+    "surgery/build.py": [
+        ("build: what the state lacks is said", "new = [name for name in wanted if name not in state]", "new = []"),
+        ("build: shapes", "if tensor.shape != wanted[name].shape:", "if False:"),
+    ],
+    "surgery/retrofit.py": [
+        ("retrofit: gated from zero", "dropout=before.dropout, gate=True)", "dropout=before.dropout)"),
+        ("retrofit: key heads", "key_heads=own.key_heads", "key_heads=own.heads"),
+        ("retrofit: where by default", "range(5, len(stack.layers), 3)", "range(6, len(stack.layers), 3)"),
+    ],
+}
