@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import lamina
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.layers import AttentionSpec, InfiniSpec, MemorizingSpec, MemoryAttentionSpec
+from lamina.layers import (
+    AlibiSpec,
+    AttentionSpec,
+    BucketBiasSpec,
+    InfiniSpec,
+    MemorizingSpec,
+    MemoryAttentionSpec,
+    RMSNormSpec,
+    RotarySpec,
+    ShawSpec,
+    TransformerXLSpec,
+)
 from lamina.model import Model
 from lamina.patterns import Causal, Everything, Window
 from lamina.specs import edit
@@ -47,6 +60,48 @@ def test_any_pieces_are_the_whole(name: str):
             torch.testing.assert_close(read(model, ids, split, kind), whole, **EXACT)
     with pytest.raises(UnsupportedError, match="goes by positions, which a sinks cache renumbers"):
         model.new_cache("sinks")
+
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "one key head": {"key_heads": 1},
+    "no positions": {"rotary": None},
+    "part of the features": {"rotary": RotarySpec(base=100.0, width=2, interleaved=True)},
+    "Shaw": {"rotary": None, "relative": ShawSpec(clip=3)},
+    "Transformer-XL": {"rotary": None, "relative": TransformerXLSpec(base=100.0)},
+    "normed, capped, biased": {"qk_norm": RMSNormSpec(), "softcap": 4.0, "bias": "all", "sink": True, "scale": 0.6},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", FIELDS)
+@pytest.mark.parametrize("name", MEMORIES)
+def test_whatever_attention_it_is_around(name: str, fields: str):
+    model, ids = build(name, **FIELDS[fields]), small.ids(2, TEXT)
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    whole = model(ids, mask).hidden
+    torch.testing.assert_close(whole[1:, 6:], model(ids[1:, 6:]).hidden, rtol=0, atol=1e-6)  # float32 waves
+    for split in ([1] * TEXT, [7, 1, 1, 2, 9]):
+        found = read(model, ids, split, attention_mask=mask)
+        torch.testing.assert_close(found[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-6)
+    with torch.enable_grad():  # keys come twice to a recurrence then
+        torch.testing.assert_close(model(ids, mask).hidden.detach()[mask.bool()], whole[mask.bool()], **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("score_bias", [AlibiSpec(heads=4), BucketBiasSpec(heads=4, buckets=8, distance=12)])
+@pytest.mark.parametrize("name", MEMORIES)
+def test_biases_of_the_stack(name: str, score_bias: Any):
+    memory, pattern = MEMORIES[name]
+    plain = spec(memory, pattern, rotary=None)
+    assert plain.decoder is not None
+    model = small.build(plain.replace(decoder=plain.decoder.replace(score_bias=score_bias)))
+    ids = small.ids(2, TEXT)
+    whole = model(ids).hidden
+    for split in ([1] * TEXT, [7, 1, 1, 2, 9]):
+        torch.testing.assert_close(read(model, ids, split), whole, **EXACT)
+    with torch.enable_grad():
+        torch.testing.assert_close(model(ids).hidden.detach(), whole, **EXACT)
 
 
 @torch.no_grad()
