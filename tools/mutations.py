@@ -1642,7 +1642,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "over[:, :-1] = groups.document[:, 1:] == groups.document[:, :-1]",
             "over[:] = True",
         ),
-        ("compressive: as old as that", "gap=size - FAR", "gap=size - FAR - 1"),
+        ("compressive: as old as that", "gap=size - FAR", "gap=size - FAR + 1"),
         (
             "compressive: how many",
             "reach = spec.length, spec.size, spec.rate * spec.count",
@@ -1675,7 +1675,16 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "scores.topk(min(count, key.shape[2]), dim=-1)",
             "scores.topk(min(count + 1, key.shape[2]), dim=-1)",
         ),
-        ("memorizing: fewer than asked for", ".softmax(dim=-1).masked_fill(missing, 0.0)", ".softmax(dim=-1)"),
+        (
+            "memorizing: fewer than asked for",
+            "scores.masked_fill(missing, torch.finfo(scores.dtype).min).softmax(dim=-1)",
+            "scores.softmax(dim=-1)",
+        ),
+        (
+            "memorizing: where nothing is found",
+            "~missing.all(dim=-1, keepdim=True)",
+            "mask.any(dim=-1, keepdim=True).expand(-1, heads, -1, -1)",
+        ),
         ("memorizing: what a cache keeps", "Retained(self.spec.size + self.spec.length,", "Retained(self.spec.size,"),
         ("memorizing: clusters that are probed", "inside & rows.gather(3, candidate)", "rows.gather(3, candidate)"),
         ("memorizing: the mask of a clustered search", "inside & rows.gather(3, candidate)", "inside"),

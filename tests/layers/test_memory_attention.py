@@ -14,6 +14,7 @@ from lamina.layers import (
     AlibiSpec,
     AttentionSpec,
     BucketBiasSpec,
+    Call,
     InfiniSpec,
     MemorizingSpec,
     MemoryAttentionSpec,
@@ -24,7 +25,9 @@ from lamina.layers import (
 )
 from lamina.model import Model
 from lamina.patterns import Causal, Everything, Window
+from lamina.report.attention import attention_of
 from lamina.specs import edit
+from lamina.tokens import Tokens, plain
 from tests import small
 from tests.layers.memories import MEMORIES, NO_FIXED, OWN, UNBOUNDED, build, spec
 
@@ -127,7 +130,7 @@ def test_padding_and_companions_change_nothing(name: str, seed: int):
 @pytest.mark.parametrize("name", MEMORIES)
 def test_documents_have_memories_of_their_own(name: str):
     model, ids = build(name), small.ids(3, TEXT)
-    documents = torch.tensor([[5] * 8 + [2] * 11 + [9], [3] * 20, [1, 0] * 7 + [4] * 6])
+    documents = torch.tensor([[5] * 8 + [2] * 11 + [9], [3] * 2 + [7] * 12 + [8] * 6, [1, 0] * 7 + [4] * 6])
     for split in SPLITS:
         rows = slice(0, 3 if split == [TEXT] else 2)  # a cache goes on with the last document alone
         found = read(model, ids[rows], split, document_ids=documents[rows])
@@ -252,6 +255,32 @@ def test_training_on_consecutive_pieces(name: str):
             found.square().sum().backward()
             assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
             cache.detach()
+
+
+@pytest.mark.parametrize("name", [name for name in MEMORIES if name.startswith(("infini", "compressive"))])
+def test_parts_of_a_text_on_several_ranks_are_refused(name: str):
+    """Where keys of all ranks are gathered there is no state."""
+
+    class Gathered:
+        late = False
+
+        def slot(self, path: str) -> Gathered:
+            return self
+
+        def extend(self, key: Tensor, value: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tokens]:
+            return key, value, tokens
+
+    layer = build(name, layers=1).decoder.layers[0]["attention"].op  # pyright: ignore
+    call: Any = Call(tokens=plain(1, 5), cache=Gathered())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UnsupportedError, match="reads a text in order, and this rank has a part of it"):
+        layer(torch.zeros(1, 5, 16, dtype=torch.float64), call)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["recurrence", "memorizing", "infini"])
+def test_a_report_shows_what_its_own_softmax_reads(name: str):
+    found = attention_of(build(name), [1, 2, 3, 4, 5], list("abcde"))
+    assert found is not None and len(found.weights) == 2 and found.causal
 
 
 def test_a_memory_needs_what_came_before():

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lamina.attend import Request, attend
-from lamina.errors import LaminaError
+from lamina.cache.summed import SummedSlot
+from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers.attention import AttentionSpec
 from lamina.layers.cached import turn
 from lamina.layers.call import Call
@@ -124,7 +125,10 @@ class Compressive(nn.Module):
         """All compressed keys and values (B, G, n, D), and where they stand, those of the cache too."""
         inputs, tokens = x.detach()[:, None], call.tokens
         if call.cache is not None:
-            inputs, _, tokens = call.cache.slot(self.compress.path).extend(inputs, inputs[..., :0], tokens)
+            slot = call.cache.slot(self.compress.path)
+            if not isinstance(slot, SummedSlot):
+                raise UnsupportedError(f"{self.path} reads a text in order, and this rank has a part of it (context)")
+            inputs, _, tokens = slot.extend(inputs, inputs[..., :0], tokens)
         groups = segments(tokens, self.spec.rate, call.memo)
         made = compressed(groups, tokens, call)
         key, value = layer.keys_of(self.compress(groups.laid_out(inputs)[:, 0], groups.there()))

@@ -56,6 +56,7 @@ def attention_of(
     for i, layer in enumerate(stack.layers):
         found = [name for name, module in layer.named_modules() if hasattr(module, "retained")]
         found = [name for name in found if not isinstance(layer.get_submodule(name), CrossAttention)]
+        found = [name for name in found if not name.startswith(tuple(f"{other}." for other in found))]  # memories
         names += [f"layers.{i * repeat + turn}.{name}" for turn in range(repeat) for name in found]
     side = "decoder" if model.decoder is not None else "encoder"
     count = min(layers, len(names))
