@@ -1,5 +1,5 @@
 """Writes the parts of the documentation that come from the code and from measurements: docs/command-line.md,
-docs/layers.md, the lines of docs/adding-a-family.md, and tables and figures of README.md.
+docs/layers.md, the lines of docs/adding-a-family.md, the figures of docs/memory.md, tables and figures of README.md.
 
     python docs/build.py            write them
     python docs/build.py --check    say which are not as the code is, and write nothing
@@ -296,6 +296,22 @@ holds {found["cache_bytes"]["window of 512"]["8512"] / 2**20:.1f} MiB after 1,00
 """
 
 
+def memory_figures() -> str:
+    """What benchmarks/memory.py measured: each memory's runs, one after the other."""
+    found = results("memory")
+    cells: dict[str, dict[str, list[str]]] = {}
+    for run in found["runs"]:
+        row = cells.setdefault(run["model"], {"pass-key": [], "recall": []})
+        row[run["task"]].append(f"{run['right']:.3f} ({run['steps']})")
+    rows = [f"| {name} | {', '.join(row['pass-key'])} | {', '.join(row['recall'])} |" for name, row in cells.items()]
+    table = "\n".join(["| memory | pass-key | recall |", "|---|---|---|", *rows])
+    return f"""Right answers among 512 held-out texts, a number for each seed, after so many steps; chance is
+{found["chance"]:.4f} ([benchmarks/memory.py](../benchmarks/memory.py), [results](../benchmarks/results/memory.json)):
+
+{table}
+"""
+
+
 def placed(text: str, name: str, content: str) -> str:
     """`text` with what stands between the two marks of `name` replaced."""
     begin, end = f"<!-- generated: {name} -->\n", f"<!-- end: {name} -->\n"
@@ -320,11 +336,12 @@ def pages() -> dict[Path, str]:
     }
     for name, part in parts.items():
         text = placed(text, name, part())
-    adding = ROOT / "docs/adding-a-family.md"
+    adding, memory = ROOT / "docs/adding-a-family.md", ROOT / "docs/memory.md"
     return {
         ROOT / "docs/command-line.md": command_line(),
         ROOT / "docs/layers.md": layers_page(),
         adding: placed(adding.read_text(encoding="utf-8"), "lines", family_lines()),
+        memory: placed(memory.read_text(encoding="utf-8"), "memory", memory_figures()),
         readme: text,
     }
 

@@ -371,6 +371,8 @@ def _held(slot: Slot, length: int) -> int:
     places = slot.key.shape[2]
     if isinstance(slot.ledger, GrowingLedger):
         return slot.bytes() // places * length
+    if isinstance(slot.ledger, RingLedger):
+        length //= slot.ledger.every
     if isinstance(slot.ledger, RingLedger | ExpiringLedger):
         return slot.bytes() // places * min(places - 1, length)  # one place is spare, for padding
     return slot.bytes()

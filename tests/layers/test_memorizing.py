@@ -111,6 +111,15 @@ def test_what_an_approximate_search_finds():
     assert recall(4) > 0.9 and recall(1) < recall(4) and recall(16) == 1.0
 
 
+@torch.no_grad()
+def test_where_a_search_finds_nothing_the_local_attention_stands(monkeypatch: pytest.MonkeyPatch):
+    layer, x, call = layer_of(), random(1, 19, WIDTH), Call(tokens=plain(1, 19))
+    monkeypatch.setattr(module, "nearest", lambda query, key, mask, count: torch.full((*query.shape[:3], count), -1))
+    found = layer(x, call)
+    layer.memory.gate.fill_(-float("inf"))
+    torch.testing.assert_close(found, layer(x, call), rtol=0, atol=1e-12)
+
+
 def test_an_approximate_layer_with_all_clusters_is_the_exact_one():
     x, call = random(1, 19, WIDTH), Call(tokens=plain(1, 19))
     exact, approximate = layer_of(), layer_of(clusters=4, probes=4)

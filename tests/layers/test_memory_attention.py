@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import lamina
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.layers import AttentionSpec, InfiniSpec, MemorizingSpec, MemoryAttentionSpec
+from lamina.layers import (
+    AlibiSpec,
+    AttentionSpec,
+    BucketBiasSpec,
+    Call,
+    InfiniSpec,
+    MemorizingSpec,
+    MemoryAttentionSpec,
+    RMSNormSpec,
+    RotarySpec,
+    ShawSpec,
+    TransformerXLSpec,
+)
 from lamina.model import Model
 from lamina.patterns import Causal, Everything, Window
+from lamina.report.attention import attention_of
 from lamina.specs import edit
+from lamina.tokens import Tokens, plain
 from tests import small
 from tests.layers.memories import MEMORIES, NO_FIXED, OWN, UNBOUNDED, build, spec
 
@@ -49,6 +65,48 @@ def test_any_pieces_are_the_whole(name: str):
         model.new_cache("sinks")
 
 
+FIELDS: dict[str, dict[str, Any]] = {
+    "one key head": {"key_heads": 1},
+    "no positions": {"rotary": None},
+    "part of the features": {"rotary": RotarySpec(base=100.0, width=2, interleaved=True)},
+    "Shaw": {"rotary": None, "relative": ShawSpec(clip=3)},
+    "Transformer-XL": {"rotary": None, "relative": TransformerXLSpec(base=100.0)},
+    "normed, capped, biased": {"qk_norm": RMSNormSpec(), "softcap": 4.0, "bias": "all", "sink": True, "scale": 0.6},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", FIELDS)
+@pytest.mark.parametrize("name", MEMORIES)
+def test_whatever_attention_it_is_around(name: str, fields: str):
+    model, ids = build(name, **FIELDS[fields]), small.ids(2, TEXT)
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    whole = model(ids, mask).hidden
+    torch.testing.assert_close(whole[1:, 6:], model(ids[1:, 6:]).hidden, rtol=0, atol=1e-6)  # float32 waves
+    for split in ([1] * TEXT, [7, 1, 1, 2, 9]):
+        found = read(model, ids, split, attention_mask=mask)
+        torch.testing.assert_close(found[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-6)
+    with torch.enable_grad():  # keys come twice to a recurrence then
+        torch.testing.assert_close(model(ids, mask).hidden.detach()[mask.bool()], whole[mask.bool()], **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("score_bias", [AlibiSpec(heads=4), BucketBiasSpec(heads=4, buckets=8, distance=12)])
+@pytest.mark.parametrize("name", MEMORIES)
+def test_biases_of_the_stack(name: str, score_bias: Any):
+    memory, pattern = MEMORIES[name]
+    plain = spec(memory, pattern, rotary=None)
+    assert plain.decoder is not None
+    model = small.build(plain.replace(decoder=plain.decoder.replace(score_bias=score_bias)))
+    ids = small.ids(2, TEXT)
+    whole = model(ids).hidden
+    for split in ([1] * TEXT, [7, 1, 1, 2, 9]):
+        torch.testing.assert_close(read(model, ids, split), whole, **EXACT)
+    with torch.enable_grad():
+        torch.testing.assert_close(model(ids).hidden.detach(), whole, **EXACT)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", MEMORIES)
 @pytest.mark.parametrize("seed", [0, 1])
@@ -72,7 +130,7 @@ def test_padding_and_companions_change_nothing(name: str, seed: int):
 @pytest.mark.parametrize("name", MEMORIES)
 def test_documents_have_memories_of_their_own(name: str):
     model, ids = build(name), small.ids(3, TEXT)
-    documents = torch.tensor([[5] * 8 + [2] * 11 + [9], [3] * 20, [1, 0] * 7 + [4] * 6])
+    documents = torch.tensor([[5] * 8 + [2] * 11 + [9], [3] * 2 + [7] * 12 + [8] * 6, [1, 0] * 7 + [4] * 6])
     for split in SPLITS:
         rows = slice(0, 3 if split == [TEXT] else 2)  # a cache goes on with the last document alone
         found = read(model, ids[rows], split, document_ids=documents[rows])
@@ -197,6 +255,32 @@ def test_training_on_consecutive_pieces(name: str):
             found.square().sum().backward()
             assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
             cache.detach()
+
+
+@pytest.mark.parametrize("name", [name for name in MEMORIES if name.startswith(("infini", "compressive"))])
+def test_parts_of_a_text_on_several_ranks_are_refused(name: str):
+    """Where keys of all ranks are gathered there is no state."""
+
+    class Gathered:
+        late = False
+
+        def slot(self, path: str) -> Gathered:
+            return self
+
+        def extend(self, key: Tensor, value: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tokens]:
+            return key, value, tokens
+
+    layer = build(name, layers=1).decoder.layers[0]["attention"].op  # pyright: ignore
+    call: Any = Call(tokens=plain(1, 5), cache=Gathered())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UnsupportedError, match="reads a text in order, and this rank has a part of it"):
+        layer(torch.zeros(1, 5, 16, dtype=torch.float64), call)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["recurrence", "memorizing", "infini"])
+def test_a_report_shows_what_its_own_softmax_reads(name: str):
+    found = attention_of(build(name), [1, 2, 3, 4, 5], list("abcde"))
+    assert found is not None and len(found.weights) == 2 and found.causal
 
 
 def test_a_memory_needs_what_came_before():

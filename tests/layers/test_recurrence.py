@@ -122,10 +122,11 @@ def test_a_text_within_one_segment_is_read_as_before():
     assert torch.equal(layer(x, call), before(x, call))
 
 
-@torch.no_grad()
-def test_it_records_what_a_segment_reads():
+@pytest.mark.parametrize("graded", [False, True])
+def test_it_records_what_a_segment_reads(graded: bool):
     model, record = build("recurrence"), Record("*.weights")
-    model(small.ids(1, 8), record=record)
+    with torch.set_grad_enabled(graded):
+        model(small.ids(1, 8), record=record)
     seen = next(iter(record.values.values()))[0, 0] > 0
     assert ["".join(".x"[bool(one)] for one in row) for row in seen] == [
         "x.......",

@@ -159,7 +159,7 @@ class Cache:
         assert retained.recent is not None
         if retained.summed:
             return SummedLedger(self.batch, retained.recent, self.device)
-        return RingLedger(self.batch, retained.recent, self.device)
+        return RingLedger(self.batch, retained.recent, self.device, every=retained.every)
 
 
 def forgets(retained: Retained) -> bool:

@@ -19,9 +19,10 @@ class RingLedger(Ledger):
 
     called = "a ring cache"
 
-    def __init__(self, batch: int, window: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, batch: int, window: int, device: torch.device | str | None = None, *, every: int = 1) -> None:
         super().__init__()
         self.window = window
+        self.every = every  # tokens of the text that have one place together
         self.count = torch.zeros((batch, 1), dtype=torch.int64, device=device)
         self.position = torch.full((batch, window + 1), HOLE, dtype=torch.int64, device=device)
         self.document = torch.zeros((batch, window + 1), dtype=torch.int64, device=device)

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lamina.attend import Request, attend
-from lamina.errors import LaminaError
+from lamina.cache.summed import SummedSlot
+from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers.attention import AttentionSpec
 from lamina.layers.cached import turn
 from lamina.layers.call import Call
@@ -94,7 +95,7 @@ class Compression(nn.Module):
 
 
 class Compressive(nn.Module):
-    """The compressed keys of a layer, and what a request of its own keys becomes."""
+    """The compressed keys of a layer, who reads them, and what a request becomes while gradients are computed."""
 
     def __init__(self, spec: CompressiveSpec, attention: AttentionSpec, width: int) -> None:
         super().__init__()
@@ -105,6 +106,7 @@ class Compressive(nn.Module):
         self.own: Pattern = attention.pattern & SegmentWindow(length=length, back=0)
         self.earlier: Pattern = SegmentWindow(length=length, back=size, gap=0)
         self.older: Pattern = SegmentWindow(length=length, back=size + reach - FAR, gap=size - FAR)
+        self.pattern = self.own | self.earlier | self.older
         self.evicted: Pattern = SegmentWindow(length=length, back=size + length, gap=size)
         self.compress = Compression(spec, width)
 
@@ -123,7 +125,10 @@ class Compressive(nn.Module):
         """All compressed keys and values (B, G, n, D), and where they stand, those of the cache too."""
         inputs, tokens = x.detach()[:, None], call.tokens
         if call.cache is not None:
-            inputs, _, tokens = call.cache.slot(self.compress.path).extend(inputs, inputs[..., :0], tokens)
+            slot = call.cache.slot(self.compress.path)
+            if not isinstance(slot, SummedSlot):
+                raise UnsupportedError(f"{self.path} reads a text in order, and this rank has a part of it (context)")
+            inputs, _, tokens = slot.extend(inputs, inputs[..., :0], tokens)
         groups = segments(tokens, self.spec.rate, call.memo)
         made = compressed(groups, tokens, call)
         key, value = layer.keys_of(self.compress(groups.laid_out(inputs)[:, 0], groups.there()))
@@ -132,12 +137,15 @@ class Compressive(nn.Module):
             return key, value, made
         return call.cache.slot(self.path).extend(key, value, made)
 
-    def forward(self, layer: MemoryAttention, x: Tensor, request: Request, call: Call) -> Request:
-        """The same queries of the keys that they may see, the last of which are the compressed ones."""
+    def forward(self, request: Request) -> Request:
+        """The same attention, through which no gradient leaves a segment."""
+        return stopped(request, self.own, self.earlier | self.older)
+
+    def learn(self, layer: MemoryAttention, x: Tensor, call: Call) -> None:
+        """Write down the loss of a convolution in training."""
         if layer.training and self.compress.convolution is not None and self.spec.loss:
             loss = self.spec.loss * self._reconstruction(layer, x.detach(), call)
             call.record.losses[f"{call.record.called(self.path)}.reconstruction"] = loss
-        return stopped(request, self.own, self.earlier | self.older)
 
     def _reconstruction(self, layer: MemoryAttention, x: Tensor, call: Call) -> Tensor:
         tokens, memo = call.tokens, call.memo

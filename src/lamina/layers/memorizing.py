@@ -85,7 +85,8 @@ class Memorizing(GatedMemory):
         if call.cache is not None:
             key, value, keys = call.cache.slot(self.path).extend(key, value, call.tokens)
         value = value.masked_fill(~keys.real[:, None, :, None], 0.0)
-        chunk = max(1, SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
+        each = max(key.shape[2], self.spec.count * key.shape[3])  # scores of a query, or numbers of the keys it reads
+        chunk = max(1, SCORES // (query.shape[0] * query.shape[1] * each))
         parts = [
             self._read(part, _columns(call.tokens, start, part.shape[2]), key, value, keys)
             for start, part in _chunks(query, chunk)
@@ -94,7 +95,7 @@ class Memorizing(GatedMemory):
         return self.mix(local, found, some)
 
     def _read(self, query: Tensor, queries: Tokens, key: Tensor, value: Tensor, keys: Tokens) -> tuple[Tensor, Tensor]:
-        """(B, H, t, V) of some queries, and where there was anything to read (B, 1, t, 1)."""
+        """(B, H, t, V) of some queries, and where anything was found (B, H, t, 1)."""
         mask = allowed(self.pattern, queries.query(), keys.key())[:, None].expand(query.shape[0], -1, -1, -1)
         with torch.no_grad():
             if self.spec.clusters is None:
@@ -105,11 +106,12 @@ class Memorizing(GatedMemory):
         heads, length, count = index.shape[1:]
         flat = index.clamp(min=0).view(batch, groups, -1, 1)  # (B, G, R * t * k, 1)
         chosen = key.gather(2, flat.expand(-1, -1, -1, size)).view(batch, heads, length, count, size)
-        scores = (chosen @ query[..., None])[..., 0] * self.sharpness[:, None, None]  # (B, H, t, k)
+        scores = (chosen @ query[..., None])[..., 0]  # (B, H, t, k)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.sharpness[:, None, None]
         missing = index < 0
-        shares = scores.masked_fill(missing, torch.finfo(scores.dtype).min).softmax(dim=-1).masked_fill(missing, 0.0)
+        shares = scores.masked_fill(missing, torch.finfo(scores.dtype).min).softmax(dim=-1).to(value.dtype)
         read = value.gather(2, flat.expand(-1, -1, -1, value.shape[-1])).view(batch, heads, length, count, -1)
-        return (shares[..., None, :] @ read)[..., 0, :], mask.any(dim=-1, keepdim=True)
+        return (shares[..., None, :] @ read)[..., 0, :], ~missing.all(dim=-1, keepdim=True)
 
     def initialise(self, draw: Draw) -> None:
         super().initialise(draw)

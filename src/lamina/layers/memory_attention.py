@@ -20,11 +20,11 @@ from lamina.errors import LaminaError
 from lamina.layers.attention import Attention, AttentionSpec
 from lamina.layers.cached import with_cache
 from lamina.layers.call import Call
-from lamina.layers.compressive import CompressiveSpec, beside
+from lamina.layers.compressive import Compressive, CompressiveSpec, beside
 from lamina.layers.gated_memory import GatedMemory
 from lamina.layers.infini import InfiniSpec
 from lamina.layers.memorizing import MemorizingSpec
-from lamina.layers.recurrence import Recurrence, RecurrenceSpec
+from lamina.layers.recurrence import RecurrenceSpec
 from lamina.patterns import Retained
 from lamina.specs import Spec
 
@@ -66,24 +66,24 @@ class MemoryAttention(Attention):
         query, key, value = self.project(x)
         request = self._asked(x, query, key, value, call)
         call.record.keep(f"{self.path}.weights", lambda: weights(request))
-        heads = attend(request, call.backend)  # (B, H, T, D)
         if isinstance(self.memory, GatedMemory):
-            heads = self.memory(heads, query, key, value, call)
-        return self.joined(heads)
+            return self.joined(self.memory(attend(request, call.backend), query, key, value, call))
+        return self.joined(attend(self.memory(request), call.backend))
 
     def _asked(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Request:
-        memory = self.memory
+        """What is asked in the layer's own softmax."""
+        memory, spec = self.memory, self.spec
         if isinstance(memory, GatedMemory):
             return self.request(query, key, value, call)
-        if isinstance(memory, Recurrence):
-            return memory(self.request(query, key, value, call))
-        spec = self.spec
         query, key, value, queries, keys = with_cache(self.path, call, query, key, value, spec.rotary, spec.head_dim)
-        short_key, short_value, made = memory.keys(self, x, call)
-        stand, masked = beside(keys, made, call)
-        key, value = torch.cat([key, short_key], dim=2), torch.cat([value, short_value], dim=2)
-        request = self._request(query, key, value, queries, stand, call)
-        return memory(self, x, replace(request, keys=masked), call)
+        masked = keys
+        if isinstance(memory, Compressive):
+            memory.learn(self, x, call)
+            short_key, short_value, made = memory.keys(self, x, call)
+            keys, masked = beside(keys, made, call)
+            key, value = torch.cat([key, short_key], dim=2), torch.cat([value, short_value], dim=2)
+        request = self._request(query, key, value, queries, keys, call)
+        return replace(request, keys=masked, pattern=memory.pattern)
 
     def keys_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, n, width) -> keys and values (B, G, n, D), without rotary phases."""

@@ -44,7 +44,7 @@ class RecurrenceSpec(Spec):
 
 
 class Recurrence(nn.Module):
-    """What a request of the layer's own keys becomes."""
+    """Who reads what, and what a request becomes while gradients are computed."""
 
     def __init__(self, spec: RecurrenceSpec, attention: AttentionSpec) -> None:
         super().__init__()
@@ -52,14 +52,14 @@ class Recurrence(nn.Module):
         self.spec = spec
         self.own: Pattern = attention.pattern & SegmentWindow(length=spec.length, back=0)
         self.earlier: Pattern = SegmentWindow(length=spec.length, back=spec.size, gap=0)
+        self.pattern = self.own | self.earlier
 
     def kept(self) -> Retained:
         """What a cache has to keep for the layer, in its one slot."""
-        pattern = self.own | self.earlier
-        return replace(pattern.retained(), pattern=pattern, segment=self.spec.length)
+        return replace(self.pattern.retained(), pattern=self.pattern, segment=self.spec.length)
 
     def forward(self, request: Request) -> Request:
-        """The same queries of the keys that they may see, through which no gradient leaves a segment."""
+        """The same attention, through which no gradient leaves a segment."""
         return stopped(request, self.own, self.earlier)
 
 
@@ -73,9 +73,8 @@ def refuse_marks(pattern: Pattern) -> None:
 
 
 def stopped(request: Request, own: Pattern, earlier: Pattern) -> Request:
-    """`request` under own | earlier. While gradients are computed, keys come twice: as they are, for their own segment,
+    """A request under own | earlier. While gradients are computed, keys come twice: as they are, for their own segment,
     and marked and without a gradient, for later ones."""
-    request = replace(request, pattern=own | earlier)
     if not (torch.is_grad_enabled() and (request.key.requires_grad or request.value.requires_grad)):
         return request
     bias, table = request.bias, request.value_table

@@ -58,6 +58,7 @@ def attention_of(
         found = [name for name, module in layer.named_modules() if hasattr(module, "retained")]
         inner = tuple(name for name in found if isinstance(layer.get_submodule(name), OTHERS))
         found = [name for name in found if not (inner and name.startswith(inner))]
+        found = [name for name in found if not name.startswith(tuple(f"{other}." for other in found))]  # memories
         names += [f"layers.{i * repeat + turn}.{name}" for turn in range(repeat) for name in found]
     side = "decoder" if model.decoder is not None else "encoder"
     count = min(layers, len(names))
