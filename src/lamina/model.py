@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamina.cache import KINDS, Cache
+from lamina.cache import KINDS, Cache, RecurrentLedger
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import (
     Call,
@@ -199,11 +199,18 @@ class Model(nn.Module):
             raise UnsupportedError("an encoder reads its whole input at once; only decoders have a cache")
         if self.decoder.spec.repeat > 1:
             raise UnsupportedError("a decoder whose layers repeat has no cache: a layer would keep keys for each run")
+        recurrence = self.decoder.recurrence
+        if recurrence is not None and kind in ("fixed", "sinks"):
+            raise UnsupportedError(
+                f"a stack with memory tokens keeps one segment, which cache={kind!r} cannot; use 'auto'"
+            )
         cache = Cache(kind, batch, capacity, device=self.embedding.weight.device)
         for name, module in self.decoder.named_modules():
             retained = getattr(module, "retained", None)
             if retained is not None:
-                cache.add(f"decoder.{name}", retained())
+                cache.add(f"decoder.{name}", retained() if recurrence is None else recurrence.keeps(retained()))
+        if recurrence is not None:
+            cache.add_own(recurrence.path, RecurrentLedger())
         return cache
 
     def forward(

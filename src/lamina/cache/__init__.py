@@ -12,6 +12,7 @@ from lamina.cache.expiring import ExpiringLedger
 from lamina.cache.fixed import FixedLedger
 from lamina.cache.growing import GrowingLedger
 from lamina.cache.memory import MemoryLedger, MemorySlot
+from lamina.cache.recurrent import Progress, RecurrentLedger, RecurrentSlot
 from lamina.cache.ring import RingLedger
 from lamina.cache.sinks import SinksLedger
 from lamina.cache.slot import Ledger, Slot
@@ -30,6 +31,9 @@ __all__ = [
     "Ledger",
     "MemoryLedger",
     "MemorySlot",
+    "Progress",
+    "RecurrentLedger",
+    "RecurrentSlot",
     "RingLedger",
     "SinksLedger",
     "Slot",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lamina.catalogue.kind import Correction, Counted, Example, Kind, Source, Variant, has, named, planned
-from lamina.layers import ProductKeySpec
+from lamina.layers import ProductKeySpec, RecurrentMemorySpec, StackSpec
 from lamina.patterns import Window
 
 
@@ -34,8 +34,8 @@ MEMORY = Kind(
         ("k", "rows that a head reads: 32 in the paper"),
         ("V", "(n^2, d), the values"),
     ),
-    files=("layers/product_keys.py", "layers/batch_norm.py"),
-    used=has(ProductKeySpec),
+    files=("layers/product_keys.py", "layers/batch_norm.py", "layers/recurrent.py"),
+    used=has((ProductKeySpec, RecurrentMemorySpec)),
     variants=(
         Variant(
             "product keys",
@@ -55,7 +55,11 @@ MEMORY = Kind(
         planned("Transformer-XL", "keys and values of the segment before, without gradients"),
         planned("memorising", "the k nearest of stored keys, mixed in by a gate a head"),
         planned("Infini-attention", "a matrix for all that left the window"),
-        planned("recurrent (RMT)", "trained tokens carried from segment to segment"),
+        Variant(
+            "recurrent (RMT)",
+            "vectors carried from segment to segment",
+            has(StackSpec, lambda part: part.recurrence is not None),
+        ),
     ),
     cost="n^2 d parameters in the values: 1.07 billion for n = d = 1024. Arithmetic for 2 n scores and k rows a head;"
     " gradients of the rows that were read.",
@@ -82,6 +86,7 @@ MEMORY = Kind(
         Source("Mixture of A Million Experts (PEER)", "arXiv:2407.04153", "section 2"),
         Source("Transformer-XL", "arXiv:1901.02860", "section 3"),
         Source("Memorizing Transformers", "arXiv:2203.08913", "section 3"),
+        Source("Recurrent Memory Transformer", "arXiv:2207.06881", "section 3.2"),
     ),
     example=Example(
         "The 4 best of 100 x 100 sums, found among 4 x 4: a pair among the best of all has both halves among the best.",

@@ -33,6 +33,7 @@ from lamina.layers.longformer import Longformer, LongformerSpec
 from lamina.layers.norm import LayerNorm, LayerNormSpec, NormSpec, RMSNorm, RMSNormSpec
 from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
 from lamina.layers.product_keys import ProductKeys, ProductKeySpec
+from lamina.layers.recurrent import RecurrentMemory, RecurrentMemorySpec
 from lamina.layers.relative import ShawSpec, TransformerXLSpec
 from lamina.layers.rotary import (
     DynamicNTKScaling,
@@ -104,6 +105,8 @@ __all__ = [
     "RMSNorm",
     "RMSNormSpec",
     "Record",
+    "RecurrentMemory",
+    "RecurrentMemorySpec",
     "RotarySpec",
     "RouterLossSpec",
     "Segment",
