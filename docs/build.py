@@ -312,6 +312,40 @@ def memory_figures() -> str:
 """
 
 
+def values_figures() -> str:
+    """What benchmarks/memory_values.py measured; nothing before it has been run."""
+    if not (ROOT / "benchmarks/results/memory_values.json").is_file():
+        return ""
+    found = results("memory_values")
+    counts = list(next(iter(found["microseconds"].values())))
+    rows = [
+        (name, *(f"{times[count]['median']:.0f}" for count in counts), f"{found['ratios'][name]:.2f}")
+        for name, times in found["microseconds"].items()
+    ]
+    before = f"""Microseconds a token, width 1,024, 4 heads of 32 values, keys of 256, threads: {found["threads"]}, medians
+    of {found["rounds"]} rounds, and the median of the rounds' own ratios
+    ([benchmarks/memory_values.py](../benchmarks/memory_values.py),
+    [results](../benchmarks/results/memory_values.json)):"""
+    return f"{filled(before)}\n\n{_table(('', *(f'{count} values' for count in counts), 'ratio'), rows)}\n"
+
+
+def tokens_figures() -> str:
+    """What benchmarks/memory_tokens.py found; nothing before it has been run."""
+    if not (ROOT / "benchmarks/results/memory_tokens.json").is_file():
+        return ""
+    found = results("memory_tokens")
+    rows = [
+        (name, *(" ".join(f"{run[what]:.3f}" for run in runs) for what in ("accuracy", "cached")))
+        for name, runs in found["ways"].items()
+    ]
+    before = f"""48 tokens in segments of 16: in the first stands one of 16 values, and the last token asks for it. Shares
+    of 1,000 texts that are answered rightly after {found["steps"]:,} steps, each with its seed; chance is
+    {found["chance"]:.4f}; "cached" is read in other pieces than the segments
+    ([benchmarks/memory_tokens.py](../benchmarks/memory_tokens.py),
+    [results](../benchmarks/results/memory_tokens.json)):"""
+    return f"{filled(before)}\n\n{_table(('', 'whole', 'cached'), rows)}\n"
+
+
 def placed(text: str, name: str, content: str) -> str:
     """`text` with what stands between the two marks of `name` replaced."""
     begin, end = f"<!-- generated: {name} -->\n", f"<!-- end: {name} -->\n"
@@ -336,12 +370,20 @@ def pages() -> dict[Path, str]:
     }
     for name, part in parts.items():
         text = placed(text, name, part())
-    adding, memory = ROOT / "docs/adding-a-family.md", ROOT / "docs/memory.md"
-    return {
+    adding = ROOT / "docs/adding-a-family.md"
+    measured = {
+        "memory": ("memory", memory_figures),
+        "product-keys": ("values", values_figures),
+        "memory-tokens": ("tokens", tokens_figures),
+    }
+    memories = {
+        path: placed(path.read_text(encoding="utf-8"), mark, figures())
+        for path, (mark, figures) in ((ROOT / f"docs/{page}.md", each) for page, each in measured.items())
+    }
+    return memories | {
         ROOT / "docs/command-line.md": command_line(),
         ROOT / "docs/layers.md": layers_page(),
         adding: placed(adding.read_text(encoding="utf-8"), "lines", family_lines()),
-        memory: placed(memory.read_text(encoding="utf-8"), "memory", memory_figures()),
         readme: text,
     }
 

@@ -70,6 +70,7 @@ def tests_of(file: str) -> tuple[str, ...]:
             "router_loss": "experts",
             "expert_choice": "experts",
             "dispatch": "experts",
+            "batch_norm": "product_keys",
             "stack": "block",
             "call": "attention",
             "cached": "attention",
@@ -99,7 +100,7 @@ def tests_of(file: str) -> tuple[str, ...]:
             "run": ("records", "directory"),
             "report": ("curves", "past"),
             "guards": ("finite", "fitting"),
-            "loop": ("sums",),
+            "loop": ("sums", "optimiser"),
             "training": ("building",),
         }
         name = next((test for test, stems in through.items() if name in stems), name)

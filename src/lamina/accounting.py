@@ -365,9 +365,9 @@ def _scalar(out: Output) -> Tensor:
 
 
 def _held(slot: Slot, length: int) -> int:
-    """Bytes of the keys and values that a slot holds after `length` tokens, without the room to grow into."""
+    """Bytes that a slot holds after `length` tokens, without the room to grow into."""
     if slot.key is None:
-        return 0
+        return slot.bytes()
     places = slot.key.shape[2]
     if isinstance(slot.ledger, GrowingLedger):
         return slot.bytes() // places * length

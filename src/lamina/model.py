@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamina.cache import KINDS, Cache
+from lamina.cache import KINDS, Cache, RecurrentLedger
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import (
     Call,
@@ -245,9 +245,16 @@ class Model(nn.Module):
             raise UnsupportedError("an encoder reads its whole input at once; only decoders have a cache")
         if self.decoder.spec.repeat > 1:
             raise UnsupportedError("a decoder whose layers repeat has no cache: a layer would keep keys for each run")
+        recurrence = self.decoder.recurrence
+        if recurrence is not None and kind in ("fixed", "sinks"):
+            raise UnsupportedError(
+                f"a stack with memory tokens keeps one segment, which cache={kind!r} cannot; use 'auto'"
+            )
         cache = Cache(kind, batch, capacity, device=self.embedding.weight.device)
         for path, retained in _retained(self.decoder, "decoder"):
-            cache.add(path, retained)
+            cache.add(path, retained if recurrence is None else recurrence.keeps(retained))
+        if recurrence is not None:
+            cache.add_own(recurrence.path, RecurrentLedger())
         return cache
 
     def forward(

@@ -13,6 +13,7 @@ from lamina.cache.fixed import FixedLedger
 from lamina.cache.growing import GrowingLedger
 from lamina.cache.memory import MemoryLedger, MemorySlot
 from lamina.cache.neighbours import Found, NeighbourLedger, NeighbourSlot
+from lamina.cache.recurrent import Progress, RecurrentLedger, RecurrentSlot
 from lamina.cache.ring import RingLedger
 from lamina.cache.sinks import SinksLedger
 from lamina.cache.slot import Ledger, Slot
@@ -35,6 +36,9 @@ __all__ = [
     "MemorySlot",
     "NeighbourLedger",
     "NeighbourSlot",
+    "Progress",
+    "RecurrentLedger",
+    "RecurrentSlot",
     "RingLedger",
     "SinksLedger",
     "Slot",

@@ -47,6 +47,10 @@ class Cache:
         ledger = self._ledger(path, retained)
         self.slots[path] = ledger.slot()
 
+    def add_own(self, path: str, ledger: Ledger) -> None:
+        """Give the part at `path` the slot of a ledger of its own, whatever the kind of cache."""
+        self.ledgers[path], self.slots[path] = ledger, ledger.slot()
+
     def slot(self, path: str) -> Slot:
         """The slot of the layer at `path`."""
         return self.slots[path]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lamina.catalogue.kind import Correction, Counted, Example, Kind, Source, Variant, by_class, has, named, planned
-from lamina.layers import ChunkedCrossAttentionSpec, ProductKeySpec, StepSpec
+from lamina.layers import ChunkedCrossAttentionSpec, ProductKeySpec, StackSpec, StepSpec
 from lamina.model import ModelSpec
 from lamina.patterns import Window
 
@@ -43,8 +43,9 @@ MEMORY = Kind(
         "layers/infini.py",
         "layers/product_keys.py",
         "layers/batch_norm.py",
+        "layers/recurrent.py",
     ),
-    used=named("MemoryAttentionSpec", "ProductKeySpec"),
+    used=named("MemoryAttentionSpec", "ProductKeySpec", "RecurrentMemorySpec"),
     variants=(
         by_class("Transformer-XL", "keys and values before the segment, without gradients", "RecurrenceSpec"),
         by_class("compressive", "what leaves those, c positions as one key", "CompressiveSpec"),
@@ -65,7 +66,11 @@ MEMORY = Kind(
             "a value is a network with one hidden feature",
             has(ProductKeySpec, lambda part: part.act is not None),
         ),
-        planned("recurrent (RMT)", "trained tokens carried from segment to segment"),
+        Variant(
+            "recurrent (RMT)",
+            "vectors carried from segment to segment",
+            has(StackSpec, lambda part: part.recurrence is not None),
+        ),
     ),
     cost="n^2 d parameters in the values: 1.07 billion for n = d = 1024. Arithmetic for 2 n scores and k rows a head;"
     " gradients of the rows that were read.",
@@ -94,6 +99,7 @@ MEMORY = Kind(
         Source("Compressive Transformers", "arXiv:1911.05507", "section 3"),
         Source("Memorizing Transformers", "arXiv:2203.08913", "section 3"),
         Source("Infini-attention", "arXiv:2404.07143", "section 2.1"),
+        Source("Recurrent Memory Transformer", "arXiv:2207.06881", "section 3.2"),
     ),
     example=Example(
         "The 4 best of 100 x 100 sums, found among 4 x 4: a pair among the best of all has both halves among the best.",

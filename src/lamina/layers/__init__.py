@@ -38,6 +38,7 @@ from lamina.layers.norm import LayerNorm, LayerNormSpec, NormSpec, RMSNorm, RMSN
 from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
 from lamina.layers.product_keys import ProductKeys, ProductKeySpec
 from lamina.layers.recurrence import RecurrenceSpec
+from lamina.layers.recurrent import RecurrentMemory, RecurrentMemorySpec
 from lamina.layers.relative import ShawSpec, TransformerXLSpec
 from lamina.layers.retrieval import (
     ChunkedCrossAttention,
@@ -127,6 +128,8 @@ __all__ = [
     "RMSNormSpec",
     "Record",
     "RecurrenceSpec",
+    "RecurrentMemory",
+    "RecurrentMemorySpec",
     "RotarySpec",
     "RouterLossSpec",
     "Segment",

@@ -11,6 +11,7 @@ from lamina.errors import LaminaError
 from lamina.layers.bias import AlibiSpec, BucketBiasSpec
 from lamina.layers.block import LayerSpec
 from lamina.layers.call import Call
+from lamina.layers.cross import CrossAttentionSpec
 from lamina.layers.dropout import dropout
 from lamina.layers.embedding import SegmentSpec
 from lamina.layers.expert_choice import ExpertChoiceSpec
@@ -18,6 +19,8 @@ from lamina.layers.linear import Linear
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.layers.positions import LearnedPositionSpec, SinusoidalPositionSpec
 from lamina.layers.product_keys import check_tables, share_tables
+from lamina.layers.recurrent import RecurrentMemorySpec
+from lamina.layers.router_loss import RouterLossSpec
 from lamina.patterns import Pattern
 from lamina.specs import Spec
 
@@ -36,6 +39,7 @@ class StackSpec(Spec):
     layer_dropout: float = 0.0  # in training a layer is left out with this chance: M2M-100 (arXiv:1909.11556)
     score_bias: BucketBiasSpec | AlibiSpec | None = None  # T5; BLOOM, MPT
     input_width: int | None = None  # of what comes in, before a linear layer takes it to the model's: ALBERT
+    recurrence: RecurrentMemorySpec | None = None  # memory tokens between segments: Recurrent Memory Transformer
     repeat: int = 1  # each layer runs so many times in a row, with the same weights: ALBERT (arXiv:1909.11942)
 
     def check(self) -> None:
@@ -51,6 +55,27 @@ class StackSpec(Spec):
                 "experts that choose their tokens (ExpertChoiceSpec) let a token see later ones, and this stack is"
                 " causal; use TopKSpec, or causal=True if that is meant"
             )
+        if self.recurrence is not None:
+            self._check_recurrence(self.recurrence, patterns)
+
+    def _check_recurrence(self, recurrence: RecurrentMemorySpec, patterns: list[Pattern]) -> None:
+        """Refuse what a stack that reads in segments cannot have."""
+        if any(pattern.looks_ahead() for pattern in patterns):
+            raise LaminaError("recurrence is for causal stacks: memory is written after a segment, by what sees it all")
+        for path, part in self.walk():
+            if isinstance(part, CrossAttentionSpec | RouterLossSpec):
+                raise LaminaError(
+                    f"{path}: recurrence reads segment by segment, and {type(part).__name__} a whole text"
+                )
+        if self.segment is not None or self.input_width is not None:
+            raise LaminaError(
+                "recurrence has vectors of its own in front of the text: segment and input_width have none"
+            )
+        if isinstance(self.position, LearnedPositionSpec) and self.position.size < recurrence.columns:
+            raise LaminaError(
+                f"position.size is {self.position.size}; a segment of {recurrence.length} tokens with its memory has"
+                f" {recurrence.columns} positions"
+            )
 
     def build(self, width: int) -> Stack:
         return Stack(self, width)
@@ -64,6 +89,7 @@ class Stack(nn.Module):
         self.spec = spec
         self.path = ""
         inner = width if spec.input_width is None else spec.input_width
+        self.recurrence = None if spec.recurrence is None else spec.recurrence.build(width)
         self.position = None if spec.position is None else spec.position.build(inner)
         self.segment = None if spec.segment is None else spec.segment.build(inner)
         self.input_norm = None if spec.input_norm is None else spec.input_norm.build(inner)
@@ -75,6 +101,12 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, call: Call, segments: Tensor | None = None) -> Tensor:
         call = replace(call, bias=self.score_bias)
+        if self.recurrence is not None:
+            return self.recurrence(x, call, self.run)
+        return self.run(x, call, segments)
+
+    def run(self, x: Tensor, call: Call, segments: Tensor | None = None) -> Tensor:
+        """One pass over all layers: over the whole text, or, where there is a recurrence, over one of its segments."""
         outer = call.record.run  # of the stack that this one is a part of: RETRO's encoder of neighbours
         x = self.begin(x, call, segments)
         for i in range(len(self.layers) * self.spec.repeat):

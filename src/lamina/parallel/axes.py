@@ -14,6 +14,7 @@ from lamina.layers import (
     ExpertsSpec,
     FeedForwardSpec,
     LongformerSpec,
+    RecurrentMemorySpec,
     RotarySpec,
 )
 from lamina.model import ModelSpec
@@ -137,7 +138,7 @@ def _contexts(model: ModelSpec) -> None:
     if model.pooler is not None or (model.two_stacks and model.labels is not None):
         raise UnsupportedError("context above 1 cuts each text, and a pooled head reads one token of the whole")
     for path, part in model.walk():
-        if isinstance(part, LongformerSpec | ExpertChoiceSpec | CapacitySpec):
+        if isinstance(part, LongformerSpec | ExpertChoiceSpec | CapacitySpec | RecurrentMemorySpec):
             what = type(part).__name__.removesuffix("Spec")
             raise UnsupportedError(f"{path}: {what} counts or reads the tokens of a whole text, and context cuts it")
         if isinstance(part, RotarySpec) and part.limit:
