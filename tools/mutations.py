@@ -1462,6 +1462,19 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "memory_width=encoder.width",
         ),
     ],
+    "generation/retrieval.py": [
+        ("retriever: the chunk that has ended", "- self.count[row] + number * m", "- self.count[row] + number * m - 1"),
+        (
+            "retriever: padding does not count",
+            "mask.to(torch.int64).sum(dim=1)",
+            "torch.full_like(ids[:, 0], ids.shape[1])",
+        ),
+        ("retriever: beams", "self.ids, self.count = self.ids[index], self.count[index]", "pass"),
+        ("retriever: beams, without a cache", "None if self.all is None else self.all[index]", "self.all"),
+        ("retriever: whose neighbours they are", "out[row, which] = found", "out[row, which] = found.flip(0)"),
+        ("retriever: kept for reading anew", "self.all[row, number] = found", "pass"),
+        ("retriever: shapes", "tuple(found.shape[:2]) != expected or", "False or"),
+    ],
     "conformance/retrieval.py": [
         ("verify: neighbours too early", "early = max(early, gap(ours[:, :first], before[:, :first]))", "pass"),
         ("verify: gates at zero", "if unmoved and", "if False and"),
