@@ -104,6 +104,8 @@ def tests_of(file: str) -> tuple[str, ...]:
         return (f"tests/train/test_{name}.py",)
     if folder == "adapters":
         return ("tests/adapters/test_lora.py", "tests/adapters/test_peft.py")
+    if folder == "surgery":
+        return ("tests/surgery/test_retrofit.py",)
     if folder == "catalogue":
         return ("tests/test_catalogue.py",)
     if folder == "families":

@@ -1475,6 +1475,15 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("retriever: kept for reading anew", "self.all[row, number] = found", "pass"),
         ("retriever: shapes", "tuple(found.shape[:2]) != expected or", "False or"),
     ],
+    "surgery/retrofit.py": [
+        ("retrofit: gated from zero", "dropout=before.dropout, gate=True)", "dropout=before.dropout)"),
+        ("retrofit: key heads", "key_heads=own.key_heads", "key_heads=own.heads"),
+        ("retrofit: where by default", "range(5, len(stack.layers), 3)", "range(6, len(stack.layers), 3)"),
+    ],
+    "surgery/build.py": [
+        ("build: what the state lacks is said", "new = [name for name in wanted if name not in state]", "new = []"),
+        ("build: shapes", "if tensor.shape != wanted[name].shape:", "if False:"),
+    ],
     "conformance/retrieval.py": [
         ("verify: neighbours too early", "early = max(early, gap(ours[:, :first], before[:, :first]))", "pass"),
         ("verify: gates at zero", "if unmoved and", "if False and"),

@@ -33,15 +33,15 @@ class Retrieval:
         if type(self.count) is not int or self.count < 1:
             raise LaminaError(f"neighbours is {self.count!r}; it must be a whole number of at least 1")
 
-    def begin(self, model: Model) -> Found:
+    def begin(self, model: Model) -> Retrieved:
         """For one text a row. Raises UnsupportedError for a model that does not retrieve."""
         said = model.spec.retrieval
         if said is None:
             raise UnsupportedError("retriever is for models that retrieve; this one has no ChunkedCrossAttentionSpec")
-        return Found(self, said.chunk)
+        return Retrieved(self, said.chunk)
 
 
-class Found:
+class Retrieved:
     """What the rows have read so far, and what was found for their chunks."""
 
     def __init__(self, retrieval: Retrieval, chunk: int) -> None:
