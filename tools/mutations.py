@@ -333,6 +333,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("windows: aligned", "row * self.length if self.aligned else row", "row"),
         ("packed: lookahead", "if len(left) == lookahead:", "if False:"),
         ("packed: too long", 'self.long and longer == "refuse"', "False"),
+        ("packed: pieces that share a token", 'length if longer == "overlap" else room', "room"),
     ],
     "data/writer.py": [
         ("writer: the end token", "column.finish(self.end)", "column.finish(None)"),
@@ -1474,6 +1475,23 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("retriever: whose neighbours they are", "out[row, which] = found", "out[row, which] = found.flip(0)"),
         ("retriever: kept for reading anew", "self.all[row, number] = found", "pass"),
         ("retriever: shapes", "tuple(found.shape[:2]) != expected or", "False or"),
+    ],
+    "objectives/retrieval.py": [
+        ("neighbours: of the chunks that are read", "np.minimum(np.cumsum(sizes), length) -", "np.cumsum(sizes) -"),
+        (
+            "neighbours: of a piece within its document",
+            "(pieces[which] - begins[document]) // chunk + serial",
+            "serial",
+        ),
+        ("neighbours: not of the document after it", "np.where(number < starts[document + 1], number, -1)", "number"),
+        (
+            "neighbours: rows that are not full",
+            "(documents[:, :-1] >= 0).to(torch.int64)",
+            "(documents[:, :-1] >= -1).to(torch.int64)",
+        ),
+        ("neighbours: nothing asked of padding", ".masked_fill(documents[:, 1:] < 0, IGNORE)", ""),
+        ("neighbours: chunks of one length", "if spec.retrieval.chunk != self.chunk:", "if False:"),
+        ("neighbours: of another text", "if len(starts) != len(begins):", "if False:"),
     ],
     "surgery/retrofit.py": [
         ("retrofit: gated from zero", "dropout=before.dropout, gate=True)", "dropout=before.dropout)"),
