@@ -107,11 +107,14 @@ def tests_of(file: str) -> tuple[str, ...]:
         return (f"tests/train/test_{name}.py",)
     if folder == "adapters":
         return ("tests/adapters/test_lora.py", "tests/adapters/test_peft.py")
+    if folder == "surgery":
+        return ("tests/surgery/test_retrofit.py",)
     if folder == "catalogue":
         return ("tests/test_catalogue.py",)
     if folder == "families":
         return ("tests/test_families_fields.py", "tests/test_families.py", f"--family={name}")
-    name = {"attend": "attend", "cache": "cache", "patterns": "patterns", "report": "report"}.get(folder, name)
+    whole = ("attend", "cache", "patterns", "report", "conformance")  # rooms with one file of tests
+    name = folder if folder in whole else name
     return {"tokens": ("tests/test_patterns.py", "tests/test_cache.py")}.get(name, (f"tests/test_{name}.py",))
 
 

@@ -104,7 +104,15 @@ def test_documents_that_no_row_holds(tmp_path: Path):
     held = [cut[i]["tokens"][cut[i]["documents"] >= 0] for i in range(len(cut))]
     assert sorted(np.concatenate(held).tolist()) == sorted(found.slice(0, found.tokens).tolist())
     assert [len(each) for each in held] == [3, 8, 8, 7, 8, 8, 1]
-    with pytest.raises(LaminaError, match="longer='drop'; it must be 'refuse', 'cut' or 'skip'"):
+    over = Packed(found, 7, longer="overlap", lookahead=1)
+    rows = [over[i]["tokens"][over[i]["documents"] >= 0] for i in range(len(over))]
+    text = [found[i].tolist() for i in range(4)]
+    pieces = [text[0], text[1][:8], text[1][7:15], text[1][14:22], text[1][21:], text[2], text[3][:8], text[3][7:]]
+    assert [one.tolist() for one in rows] == [*pieces[:4], pieces[4], *pieces[5:]]
+    for row, one in enumerate(rows):
+        begins, sizes = over.pieces(row)
+        assert [found.slice(int(b), int(b + n)).tolist() for b, n in zip(begins, sizes, strict=True)] == [one.tolist()]
+    with pytest.raises(LaminaError, match="longer='drop'; it must be 'refuse', 'cut', 'skip' or 'overlap'"):
         Packed(found, 7, longer="drop")  # pyright: ignore[reportArgumentType]
     with pytest.raises(LaminaError, match="lookahead=0"):
         Packed(found, 7, lookahead=0)

@@ -57,17 +57,24 @@ class Packed:
 
     Documents are taken in order, each goes into the first row that has room for it, and `lookahead` rows are open at a
     time, so the documents of a row lie near each other. longer: what to do with documents that no row holds: "refuse"
-    them, "cut" them into rows, or "skip" them; `long` counts them. The plan takes 24 bytes a document.
+    them, "cut" them into rows, "skip" them, or "overlap": cut, and begin each piece with the token that the one before
+    it ends with, so that pieces begin at multiples of `length` and every token of a document but the first is asked
+    for. `long` counts them. The plan takes 24 bytes a document.
     """
 
     def __init__(
-        self, column: Column, length: int, *, lookahead: int = 16, longer: Literal["refuse", "cut", "skip"] = "refuse"
+        self,
+        column: Column,
+        length: int,
+        *,
+        lookahead: int = 16,
+        longer: Literal["refuse", "cut", "skip", "overlap"] = "refuse",
     ) -> None:
         _check(column, length)
         if type(lookahead) is not int or lookahead < 1:
             raise LaminaError(f"lookahead={lookahead!r}; it must be a whole number, 1 or more")
-        if longer not in ("refuse", "cut", "skip"):
-            raise LaminaError(f"longer={longer!r}; it must be 'refuse', 'cut' or 'skip'")
+        if longer not in ("refuse", "cut", "skip", "overlap"):
+            raise LaminaError(f"longer={longer!r}; it must be 'refuse', 'cut', 'skip' or 'overlap'")
         self.column, self.length = column, length
         room = length + 1
         sizes = column.lengths()
@@ -81,9 +88,10 @@ class Packed:
         if longer == "skip":
             starts, sizes = starts[sizes <= room], sizes[sizes <= room]
         else:  # a piece a room, and what is left; most documents are one piece
-            pieces = -(-sizes // room)
+            step = length if longer == "overlap" else room
+            pieces = np.maximum(-(-(sizes - (room - step)) // step), 1)
             which = np.repeat(np.arange(len(sizes)), pieces)
-            before = (np.arange(len(which)) - (np.cumsum(pieces) - pieces)[which]) * room
+            before = (np.arange(len(which)) - (np.cumsum(pieces) - pieces)[which]) * step
             starts, sizes = starts[which] + before, np.minimum(sizes[which] - before, room)
         rows = _first_fit(sizes, room, lookahead)
         kept = np.argsort(rows, kind="stable")
@@ -94,11 +102,15 @@ class Packed:
     def __len__(self) -> int:
         return self.rows
 
-    def __getitem__(self, row: int) -> Row:
+    def pieces(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """int64, of the documents of a row in their order: where in the stream each begins, and how many tokens."""
         if not 0 <= row < self.rows:
             raise IndexError(f"row {row}; there are {self.rows:,}")
         here = slice(self.firsts[row], self.firsts[row + 1])
-        starts, sizes = self.starts[here], self.sizes[here]
+        return self.starts[here], self.sizes[here]
+
+    def __getitem__(self, row: int) -> Row:
+        starts, sizes = self.pieces(row)
         filled = int(sizes.sum())
         found = {name: np.full(self.length + 1, HOLE) for name in ("documents", "positions")}
         tokens = np.zeros(self.length + 1, np.int64)

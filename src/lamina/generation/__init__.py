@@ -10,6 +10,7 @@ from lamina.generation.embed import embed
 from lamina.generation.limits import Limits, limits_of
 from lamina.generation.loop import Step, generate, stream
 from lamina.generation.perplexity import Score, log_probabilities, measure, score
+from lamina.generation.retrieval import Retrieval, Retriever
 from lamina.generation.sample import Sampling
 from lamina.generation.text import Found, Writing, find_texts, write
 
@@ -22,6 +23,8 @@ __all__ = [
     "Filled",
     "Found",
     "Limits",
+    "Retrieval",
+    "Retriever",
     "Sampling",
     "Score",
     "Step",

@@ -14,6 +14,7 @@ from torch import Tensor
 from lamina.errors import LaminaError
 from lamina.generation.feeder import Feeder, check_finite, warn_of_context
 from lamina.generation.limits import Limits, begun_with
+from lamina.generation.retrieval import Retrieval
 from lamina.generation.sample import Sampling
 from lamina.model import Model
 
@@ -71,6 +72,7 @@ def search(
     cache: str | None = "auto",
     decoder_input_ids: Tensor | None = None,
     marked: Tensor | None = None,
+    retrieval: Retrieval | None = None,
 ) -> Beams:
     """The best continuations of each row of `input_ids` (B, T), as `lamina.generate` with `beams` writes them; for a
     model with a stem `input_ids` are its features.
@@ -82,7 +84,7 @@ def search(
     """
     begun = begun_with(model, input_ids, decoder_input_ids)
     feeder, logits, room = Feeder.begin(
-        model, input_ids, attention_mask, limits, cache, decoder_input_ids, marked, engine=False
+        model, input_ids, attention_mask, limits, cache, decoder_input_ids, marked, engine=False, retrieval=retrieval
     )
     texts, device = logits.shape[0], logits.device
     # One row a text until it has been read; then its beams, as far as they differ.

@@ -13,6 +13,7 @@ from lamina.cache import Cache
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.generation.compiled import Reader
 from lamina.generation.limits import Limits, begun_with
+from lamina.generation.retrieval import Retrieval
 from lamina.layers import LearnedPositionSpec
 from lamina.model import Model, Output
 
@@ -51,9 +52,15 @@ class Feeder:
         room: int,
         source: Source | None = None,
         engine: bool = True,
+        retrieval: Retrieval | None = None,
     ) -> None:
         """`engine`: whether a compiled step may do it, which keeps one row as it is."""
         self.model, self.source = model, source
+        self.found = None if retrieval is None else retrieval.begin(model)
+        if self.found is not None and isinstance(cache, Cache) and cache.length:
+            raise UnsupportedError(
+                "a retriever needs the whole text, and this cache holds the beginning of one already"
+            )
         self.ids: Tensor | None = None
         self.mask: Tensor | None = None
         total = shape[1] + room
@@ -86,6 +93,7 @@ class Feeder:
         decoder_input_ids: Tensor | None,
         marked: Tensor | None = None,
         engine: bool = True,
+        retrieval: Retrieval | None = None,
     ) -> tuple[Feeder, Tensor, int]:
         """A feeder that has read the prompt, the (B, vocabulary) logits after it, and how many new tokens fit."""
         begun, source = begun_with(model, input_ids, decoder_input_ids), None
@@ -96,13 +104,15 @@ class Feeder:
         ids, mask = checked(model, begun, attention_mask)
         used = cache.length if isinstance(cache, Cache | Reader) else 0
         room = room_for(model, ids, mask, limits, cache, used)
-        feeder = cls(model, cache, ids.shape, room, source, engine)
+        feeder = cls(model, cache, ids.shape, room, source, engine, retrieval)
         return feeder, feeder.read(ids, mask), room
 
     def reorder(self, index: Tensor, alike: int = 0) -> None:
         """Go on with the rows `index` of what was read; the first `alike` columns of each are as before."""
         if self.cache is not None:
             self.cache.reorder(index, alike)
+        if self.found is not None:
+            self.found.reorder(index)
         if self.ids is not None:
             self.ids = self.ids[index]
             self.mask = None if self.mask is None else self.mask[index]
@@ -111,22 +121,23 @@ class Feeder:
         """(B, T) new ids -> (B, vocabulary) logits after the last."""
         if self.engine is not None and mask is None:
             return self.engine.read(ids)
+        neighbours = None if self.found is None else self.found.read(ids, mask)
         if self.cache is not None:
             while ids.shape[1] > self.block:
                 now, ids = ids.split([self.block, ids.shape[1] - self.block], dim=1)
                 seen, mask = (None, None) if mask is None else mask.split([self.block, ids.shape[1]], dim=1)
                 self._forward(now, seen, 0)
-            out = self._forward(ids, mask, 1)
+            out = self._forward(ids, mask, 1, neighbours)
         else:
             self.mask = _extend_mask(self.mask, mask, ids, self.ids)
             self.ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
-            out = self._forward(self.ids, self.mask, 1)
+            out = self._forward(self.ids, self.mask, 1, None if self.found is None else self.found.all)
         assert out.logits is not None
         return out.logits[:, -1]
 
-    def _forward(self, ids: Tensor, mask: Tensor | None, keep: int) -> Output:
+    def _forward(self, ids: Tensor, mask: Tensor | None, keep: int, neighbours: Tensor | None = None) -> Output:
         if self.source is None:
-            return self.model(ids, mask, cache=self.cache, keep_logits=keep)
+            return self.model(ids, mask, neighbours=neighbours, cache=self.cache, keep_logits=keep)
         more = self.source.arguments()
         return self.model(
             **more, decoder_input_ids=ids, decoder_attention_mask=mask, cache=self.cache, keep_logits=keep

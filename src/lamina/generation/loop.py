@@ -15,6 +15,7 @@ from lamina.generation import beam
 from lamina.generation.compiled import Reader
 from lamina.generation.feeder import Feeder, check_finite, warn_of_context
 from lamina.generation.limits import Limits, Stop, begun_with, limits_of
+from lamina.generation.retrieval import Retrieval, Retriever
 from lamina.generation.sample import Sampling
 from lamina.model import Model
 from lamina.specs import unknown
@@ -51,6 +52,8 @@ def generate(
     decoder_input_ids: Tensor | None = None,
     marked: Tensor | None = None,
     input_features: Tensor | None = None,
+    retriever: Retriever | None = None,
+    neighbours: int = 2,
     **wrong: Any,
 ) -> Tensor:
     """Continue each row of `input_ids` (B, T); returns (B, T + new) ids.
@@ -65,6 +68,8 @@ def generate(
     beams: above 1, the likeliest sequences are searched for (`lamina.generation.beam.search`), and the `best` of each
     row are returned, (B * best, T + new).
     cache: a kind (`lamina.cache.KINDS`), or None to read everything anew for each token.
+    retriever: of a model that retrieves, what finds so many `neighbours` of each chunk as soon as a row has ended it
+    (`lamina.generation.retrieval.Retriever`); None: it writes without.
     Raises LaminaError for values out of range, an empty prompt, or a prompt that leaves no room in the context.
     """
     if wrong:
@@ -80,6 +85,7 @@ def generate(
         raise LaminaError(f"{model.reads} is missing")
     begun = begun_with(model, reads, decoder_input_ids)
     given: dict[str, Any] = {"limits": limits, "cache": cache, "decoder_input_ids": decoder_input_ids, "marked": marked}
+    given["retrieval"] = None if retriever is None else Retrieval(retriever, neighbours)
     if beams > 1:
         return beam.search(model, reads, attention_mask, beaming=beaming, **given).ids
     steps = stream(model, reads, attention_mask, sampling=sampling, **given)
@@ -97,10 +103,13 @@ def stream(
     cache: str | Cache | Reader | None = "auto",
     decoder_input_ids: Tensor | None = None,
     marked: Tensor | None = None,
+    retrieval: Retrieval | None = None,
 ) -> Iterator[Step]:
     """`generate`, one column at a time. A `Cache`, or the `Reader` of a compiled step, that already holds the text
     before `input_ids` is continued. For a model with a stem `input_ids` are its features."""
-    feeder, logits, room = Feeder.begin(model, input_ids, attention_mask, limits, cache, decoder_input_ids, marked)
+    feeder, logits, room = Feeder.begin(
+        model, input_ids, attention_mask, limits, cache, decoder_input_ids, marked, retrieval=retrieval
+    )
     generator = sampling.generator(logits.device)
     done = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
     written: list[list[int]] = [[] for _ in done]

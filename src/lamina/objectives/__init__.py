@@ -11,6 +11,7 @@ from lamina.objectives.masked import MaskedLM
 from lamina.objectives.objective import Batch, ByIndex, Example, Examples, Objective, Task, Total
 from lamina.objectives.pairs import SequenceToSequence
 from lamina.objectives.prefix import PrefixLM
+from lamina.objectives.retrieval import Neighbours, Retrieving
 from lamina.objectives.sequence_classes import SequenceClassification
 from lamina.objectives.spans import SpanCorruption
 from lamina.objectives.token_classes import TokenClassification
@@ -42,8 +43,10 @@ __all__ = [
     "Examples",
     "Losses",
     "MaskedLM",
+    "Neighbours",
     "Objective",
     "PrefixLM",
+    "Retrieving",
     "SequenceClassification",
     "SequenceToSequence",
     "SpanCorruption",
