@@ -102,7 +102,7 @@ def warn_of_lost(out: Output, tokenizer: Tokenizer, text: str) -> list[str]:
 
 
 def named(lost: Iterable[str], most: int = 8) -> str:
-    """The first few of what a tokenizer has nothing for: characters by number, and words that are unknown as a whole."""
+    """The first few of what a tokenizer has nothing for: characters by number, and words unknown as a whole."""
     each = [f"U+{ord(part):04X}" if len(part) == 1 else ascii(part) for part in lost]
     return ", ".join(each[:most]) + (", ..." if len(each) > most else "")
 
