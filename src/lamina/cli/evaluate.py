@@ -17,12 +17,17 @@ from lamina.cli.prompts import load, loading, named
 from lamina.errors import LaminaError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lamina.generation import Score
     from lamina.generation.files import TextFile
+    from lamina.retrieve import KnnLM
+    from lamina.text import Tokenizer
 
 EXAMPLES = """
 lamina evaluate smollm2-135m book.txt
 lamina evaluate smollm2-135m a.txt b.txt --window 1024 --stride 512 --json
+lamina evaluate smollm2-135m book.txt --knn states --weight 0.25 --temperature 100
 lamina evaluate smollm2-135m --tasks arc_easy --tasks piqa --limit 100 --batch-size 8
 """
 TASKS_ONLY = ("limit", "shots", "chat", "include_path", "batch_size")
@@ -33,6 +38,10 @@ TASKS_ONLY = ("limit", "shots", "chat", "include_path", "batch_size")
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--window", type=int, help="Tokens read at once. [default: the context, at most 2048]")
 @click.option("--stride", type=int, help="Tokens scored in each window after the first. [default: half of it]")
+@click.option("--knn", type=click.Path(path_type=Path), help="kNN-LM: a database that index build --states made.")
+@click.option("--weight", type=float, help="With --knn: how much of the probability is its. [default: 0.25]")
+@click.option("--count", type=click.IntRange(1), help="With --knn: neighbours of each token. [default: 1024]")
+@click.option("--temperature", type=float, help="With --knn: what distances are divided by. [default: 1]")
 @click.option("--tasks", multiple=True, metavar="NAME", help="A task of lm-evaluation-harness; a,b or repeated.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first questions of each task.")
 @click.option("--shots", type=click.IntRange(0), help="Examples before each question. [default: as the task says]")
@@ -46,6 +55,7 @@ def evaluate(
     files: tuple[Path, ...],
     window: int | None,
     stride: int | None,
+    knn: Path | None,
     tasks: tuple[str, ...],
     **given: Any,
 ) -> None:
@@ -57,9 +67,12 @@ def evaluate(
     Tasks need the extra lamina[eval] and the data that they name. All options of the harness are those of
     `python -m lamina.harness --model lamina --model_args source=SOURCE --tasks NAME`.
     """
+    mixing = {name: value for name in ("weight", "count", "temperature") if (value := given.pop(name)) is not None}
+    if mixing and knn is None:
+        raise LaminaError(f"--{next(iter(mixing))} is for --knn")
     if tasks:
-        if files or window is not None or stride is not None:
-            raise LaminaError("--tasks brings its own texts: FILES, --window and --stride are not for it")
+        if files or knn is not None or window is not None or stride is not None:
+            raise LaminaError("--tasks brings its own texts: FILES, --knn, --window and --stride are not for it")
         return _tasks(out, source, tasks, given)
     for name in TASKS_ONLY:
         if given.pop(name) not in (None, False):
@@ -79,11 +92,17 @@ def evaluate(
     window, stride = window_of(model, window, stride)
     around = tokenizer.encode("")
     begin = around[0] if around and around[0] == tokenizer.bos else None
+    mixed = None
+    if knn is not None:
+        from lamina.retrieve import KnnLM, open_database
+
+        mixed = KnnLM(model, open_database(knn), **mixing)
     scores: list[Score] = []
     for path in files:
         text, found = TextFile(path, tokenizer), Score()
         first = _First(text)
-        for found in measure(model, first, begin=begin, window=window, stride=stride):
+        block = None if mixed is None else mixed.block(_same(mixed, tokenizer, path))
+        for found in measure(model, first, begin=begin, window=window, stride=stride, block=block):
             _progress(out, path, text, found)
         if found.tokens == 0:
             raise LaminaError(f"{path}: {text.bytes} bytes give no token to predict; a text is needed")
@@ -100,6 +119,7 @@ def evaluate(
         "source": source,
         "window": window,
         "stride": stride,
+        "knn": None if knn is None else str(knn),
         "files": [{"file": str(path), **_figures(each)} for path, each in zip(files, scores, strict=True)],
         **_figures(total),
     }
@@ -107,6 +127,18 @@ def evaluate(
     rows += [_row("together", total)] if len(files) > 1 else []
     header = ("file", "perplexity", "bits per byte", "tokens", "tokens/s")
     out.result(document, [*table(header, rows), f"windows of {window} tokens, {stride} new ones in each"])
+
+
+def _same(mixed: KnnLM, tokenizer: Tokenizer, path: Path) -> Tensor:
+    """(spans, 2): the documents of the database that this file is, which would only be copied."""
+    import torch
+
+    from lamina.data.prepared import sha256
+    from lamina.generation.files import TextFile
+    from lamina.retrieve.chunks import key_of
+
+    key = torch.tensor([key_of(TextFile(path, tokenizer))])
+    return mixed.database.own(key, [sha256(path)], torch.tensor([True]))[0]
 
 
 def _tasks(out: Output, source: str, tasks: tuple[str, ...], given: dict[str, Any]) -> None:

@@ -33,6 +33,10 @@ INFO = """
 lamina index info docs-index
 lamina index info docs-index --verify
 """
+NEIGHBOURS = """
+lamina index neighbours docs-index prepared/train -o prepared/neighbours
+lamina index neighbours docs-index prepared/train -o prepared/neighbours --count 10 --json
+"""
 EVERY = 10.0  # seconds between two lines of progress where nobody watches
 
 
@@ -65,6 +69,8 @@ EVERY = 10.0  # seconds between two lines of progress where nobody watches
     show_default=True,
     help="What is no text (not UTF-8, NUL): refused, replaced, or its document left out.",
 )
+@click.option("--states", is_flag=True, help="For kNN-LM: the state of EMBEDDER, a causal model, at every token.")
+@click.option("--window", type=int, help="With --states: tokens read at once. [default: the context, at most 2048]")
 @click.option("--force", is_flag=True, help="Replace a database; it stays readable until the new one is whole.")
 def build(
     out: Output,
@@ -78,33 +84,43 @@ def build(
     batch: int,
     dtype: str | None,
     device: str,
+    states: bool,
+    window: int | None,
     force: bool,
     **given: Any,
 ) -> None:
     """Make a database of CORPUS: texts as for lamina data prepare, or one directory that it prepared.
 
-    Each chunk of a document is stored with its vector and what continues it. What was killed goes on after the last
-    whole batch when it is run again.
+    Each chunk of a document is stored with its vector and what continues it; with --states each token with the state
+    before it. What was killed goes on after the last whole batch when it is run again.
     """
+    import lamina
     from lamina.retrieve import Embedder, Engine
     from lamina.retrieve.build import build as make
-    from lamina.retrieve.build import check_free
+    from lamina.retrieve.build import build_states, check_free
 
     check_free(output, force)
+    if window is not None and not states:
+        raise LaminaError("--window is for --states; an embedder reads a chunk at a time")
     chosen = Engine(engine, uri)  # pyright: ignore[reportArgumentType]
-    model = Embedder(embedder, dtype, device)
+    tokenizer = embedder if states and tokenizer is None else tokenizer
+    model = lamina.load(embedder, dtype, device) if states else Embedder(embedder, dtype, device)
     started = time.monotonic()
     line = _Line(out)
     try:
         prepared = _prepared(corpus, output, tokenizer, given, line)
         line.begin()
-        spec = make(prepared, output, model, chunk=chunk, engine=chosen, batch=batch, force=force, report=line.show)
+        more: dict[str, Any] = {"engine": chosen, "batch": batch, "force": force, "report": line.show}
+        if isinstance(model, Embedder):
+            spec = make(prepared, output, model, chunk=chunk, **more)
+        else:
+            spec = build_states(prepared, output, model, source=embedder, window=window, **more)
     finally:
         line.clear()
     seconds = time.monotonic() - started
     rate = line.made / max(line.seconds, 1e-9)
     document = {"directory": str(output), **_about(spec), "seconds": round(seconds, 3), "made": line.made}
-    done = f"{line.made:,} chunks embedded in {duration(line.seconds)}, {rate:,.1f} a second"
+    done = f"{line.made:,} {'states' if states else 'chunks'} made in {duration(line.seconds)}, {rate:,.1f} a second"
     out.result(document, [*_lines(output, spec), done])
 
 
@@ -132,7 +148,7 @@ def query(
     if database.embedder.cut:
         out.note(f"lamina: warning: only the first {database.embedder.room} tokens of the text are looked for")
     found = database.search(vectors, count)
-    neighbours, lines = [], []
+    rows, lines = [], []
     for row, distance in zip(found.rows[0].tolist(), found.distances[0].tolist()):
         if row < 0:
             break
@@ -140,7 +156,7 @@ def query(
         here, after = (_text(database.tokenizer, part) for part in value.chunk(2))
         document = int(database.document_of(found.rows.new_tensor(row)))
         name = database.name_of(document)
-        neighbours.append(
+        rows.append(
             {
                 "row": row,
                 "distance": distance,
@@ -171,10 +187,61 @@ def info(out: Output, directory: Path, verify: bool) -> None:
     out.result(document, lines)
 
 
+@command(NEIGHBOURS)
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("prepared", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+@click.option("--count", type=click.IntRange(1), default=2, show_default=True, help="Neighbours of each chunk.")
+@click.option(
+    "--batch", type=click.IntRange(1), default=1024, show_default=True, help="Chunks put on the disk at once."
+)
+@click.option("--embedder", help="SOURCE of the embedder, where it has moved. [default: as at the build]")
+@click.option("--device", default="cpu", show_default=True, help="Where vectors are compared: cpu, cuda, cuda:1.")
+def neighbours(
+    out: Output,
+    directory: Path,
+    prepared: Path,
+    output: Path,
+    count: int,
+    batch: int,
+    embedder: str | None,
+    device: str,
+) -> None:
+    """The neighbours in DIRECTORY of every chunk of PREPARED text, for training, and how much of it they hold.
+
+    Chunks of the same document are left out. What was killed goes on after the last whole batch when it is run again.
+    """
+    from lamina.data import open_prepared
+    from lamina.retrieve import find_neighbours, open_database
+    from lamina.retrieve.overlap import SHARES, overlaps
+
+    database, text = open_database(directory, device=device, embedder=embedder), open_prepared(prepared)
+    line = _Line(out)
+    try:
+        found = find_neighbours(database, text, output, count=count, batch=batch, report=line.show)
+    finally:
+        line.clear()
+    longest = overlaps(found, text)
+    asked = longest >= 0
+    within = [int((asked & (longest <= share * found.spec.chunk)).sum()) for share in SHARES]
+    shares = [{"share": share, "chunks": count} for share, count in zip(SHARES, within, strict=True)]
+    document = {
+        "directory": str(output),
+        "chunks": found.spec.chunks,
+        "searched": int(asked.sum()),
+        "count": count,
+        "missing": int((found.rows[asked] < 0).sum()),
+        "overlap": shares,
+    }
+    rows = [(f"at most {100 * each['share']:g} % of its tokens in a row", f"{each['chunks']:,}") for each in shares]
+    lines = [f"{output}: {count} neighbours of {int(asked.sum()):,} whole chunks, of {found.spec.chunks:,}"]
+    out.result(document, [*lines, *table(("a neighbour holds", "chunks"), rows)])
+
+
 command = click.Group(
     "index",
-    commands={"build": build, "query": query, "info": info},
-    help="Databases of text: build, query, info.",
+    commands={"build": build, "query": query, "info": info, "neighbours": neighbours},
+    help="Databases of text: build, query, info, neighbours.",
     context_settings=NAMES,
 )
 
@@ -266,9 +333,9 @@ class _Line:
         self._say(f"reading: {part:.0f} %, {progress.tokens:,} tokens, {Path(progress.source).name}")
 
     def show(self, progress: Progress) -> None:
-        if progress.what == "embedding":
+        if progress.what in ("embedding", "searching"):
             self.made, self.seconds = progress.rows - progress.begun, time.monotonic() - self.started
-        line = f"{progress.what}: {progress.rows:,} of {progress.total:,} chunks"
+        line = f"{progress.what}: {progress.rows:,} of {progress.total:,}"
         if self.made and progress.rows < progress.total:
             rate = self.made / self.seconds
             line += f", {rate:,.1f} a second, {duration((progress.total - progress.rows) / rate)} left"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -16,6 +16,8 @@ from lamina.model import Model, ModelSpec
 
 LONGEST = 2048
 """The window where none is asked for, in models that read more: attention grows with its square."""
+Block = Callable[[Model, list[int], int], Tensor]
+"""Log-probabilities of the last of some ids: as many as are asked for, or one less where nothing stands before them."""
 ROWS = 256  # positions whose logits exist at one time
 
 
@@ -73,13 +75,14 @@ def score(
     begin: int | None = None,
     window: int | None = None,
     stride: int | None = None,
+    block: Block | None = None,
 ) -> Iterator[Tensor]:
     """Log-probabilities (n,) float32 of the tokens of `ids`, in order, a block at a time; memory stays the same.
 
     The first `window` tokens are one block, each `stride` after them another; a block is read with as many tokens
     before it as the window holds. Example, window 4, stride 2, tokens 0..6: [0 1 2 3], 2 3 [4 5], 3 4 5 [6]: each is
     scored once. `begin` (the id of <s>) opens every window, where the checkpoint wants it; without it token 0 has
-    nothing before it and is not scored.
+    nothing before it and is not scored. `block` reads a window in another way: kNN-LM.
     """
     check_predicts(model.spec, "a text alone has no perplexity")
     window, stride = window_of(model, window, stride)
@@ -90,7 +93,7 @@ def score(
     held: list[int] = []
     while fresh := list(islice(source, stride if held else keep)):
         held = (held + fresh)[-keep:]
-        yield _block(model, opening + held, len(fresh))
+        yield (block or _block)(model, opening + held, len(fresh))
 
 
 def check_predicts(spec: ModelSpec, so: str) -> None:
@@ -144,12 +147,13 @@ def measure(
     begin: int | None = None,
     window: int | None = None,
     stride: int | None = None,
+    block: Block | None = None,
 ) -> Iterator[Score]:
     """The score so far, after each block. `bytes` is left to the caller, who knows the text."""
     total, clock = Score(), time.perf_counter()
-    for block in score(model, ids, begin=begin, window=window, stride=stride):
-        total.tokens += len(block)
-        total.nats -= float(block.double().sum())
+    for found in score(model, ids, begin=begin, window=window, stride=stride, block=block):
+        total.tokens += len(found)
+        total.nats -= float(found.double().sum())
         if not math.isfinite(total.nats):
             raise LaminaError(
                 f"the loss is not finite within the first {total.tokens} tokens; the weights or the dtype are at fault"

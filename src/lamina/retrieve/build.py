@@ -20,12 +20,14 @@ from lamina.data.prepare import PrepareSpec, prepare
 from lamina.data.prepare import Progress as Reading
 from lamina.data.sources import Source
 from lamina.errors import LaminaError
+from lamina.model import Model
 from lamina.retrieve import generations
 from lamina.retrieve.chunks import Chunks, Documents, once
 from lamina.retrieve.embedding import Embedder, EmbedderSpec
 from lamina.retrieve.engines import Engine, finish, writer
 from lamina.retrieve.exact import FILES
 from lamina.retrieve.manifest import IndexSpec, Origin, stored, write
+from lamina.retrieve.states import StateContent
 from lamina.retrieve.store import Batch
 from lamina.text import Tokenizer
 from lamina.weights.files import Entry, read_json, write_safetensors
@@ -119,6 +121,27 @@ def build(
     directory = Path(directory)
     check_free(directory, force)
     return grow(ChunkContent(prepared, chunk, embedder), directory, engine, batch=batch, report=report)
+
+
+def build_states(
+    prepared: Prepared,
+    directory: str | os.PathLike[str],
+    model: Model,
+    *,
+    source: str,
+    window: int | None = None,
+    stride: int | None = None,
+    engine: Engine = Engine(),  # noqa: B008
+    batch: int = BATCH,
+    force: bool = False,
+    report: Report = lambda progress: None,
+) -> IndexSpec:
+    """Make `directory` a database for kNN-LM: the state of a causal model at every token of prepared text, and the
+    token after it. `source` is what the model was loaded from; the text must have its ids."""
+    directory = Path(directory)
+    check_free(directory, force)
+    content = StateContent(prepared, model, source, window, stride)
+    return grow(content, directory, engine, batch=batch, report=report)
 
 
 def corpus_of(

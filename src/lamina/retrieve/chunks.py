@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +29,7 @@ class Documents:
             raise LaminaError(f"{prepared.directory}: holds {prepared.kind}; chunks are cut from text")
         self.bodies = Bodies(prepared.column("text"), prepared.end)
         self.sizes = np.diff(self.bodies.begins)
-        self.keys = np.array([_key(self.bodies.document(i)) for i in range(len(self.sizes))], np.int64)
+        self.keys = np.array([key_of([self.bodies.document(i)]) for i in range(len(self.sizes))], np.int64)
         counts = [source.documents for source in prepared.manifest.sources]
         known = np.repeat(np.arange(len(counts)), counts)
         self.files = known if len(known) == len(self.sizes) else np.full(len(self.sizes), -1)
@@ -72,6 +73,9 @@ def once(keys: np.ndarray) -> np.ndarray:
     return np.sort(np.unique(keys, return_index=True)[1])
 
 
-def _key(tokens: np.ndarray) -> int:
-    digest = hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+def key_of(parts: Iterable[Sequence[int] | np.ndarray]) -> int:
+    """A hash of a document's tokens, given in pieces and without the one that ends it."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(np.asarray(part, "<i4").tobytes())
+    return int.from_bytes(digest.digest(), "little", signed=True)

@@ -54,7 +54,12 @@ class Database:
 
     @cached_property
     def embedder(self) -> Embedder:
-        """What made the vectors. Raises LaminaError where the source is another model now."""
+        """What made the vectors. Raises LaminaError where the source is another model now, or rows are states."""
+        if self.spec.embedder.pooling == "state":
+            raise LaminaError(
+                f"{self.directory}: holds states of {self.spec.embedder.source}, for kNN-LM, and no chunks; build one"
+                " without --states"
+            )
         found = Embedder(self._embedder or self.spec.embedder.source, self.spec.embedder.dtype, self.device)
         same(self.spec.embedder, found.spec)
         return found

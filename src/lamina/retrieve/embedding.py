@@ -26,9 +26,11 @@ class EmbedderSpec(Spec):
     source: str  # as the user wrote it
     width: int
     dtype: str  # that it computes in
-    pooling: Literal["mean", "first"]
+    pooling: Literal["mean", "first", "state"]  # state: of each token, for kNN-LM
     normalise: bool
     hash: str  # of its weights and its tokenizer
+    window: int | None = None  # of states: tokens that are read at once,
+    stride: int | None = None  # and how many of them are new
 
 
 class Embedder:

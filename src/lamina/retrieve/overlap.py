@@ -1,0 +1,129 @@
+"""How much of a text its neighbours hold already: what is copied and what is understood are told apart by it
+(RETRO, arXiv:2112.04426, section 2.6)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lamina.errors import LaminaError
+from lamina.generation.perplexity import score
+from lamina.model import Model
+from lamina.retrieve.chunks import Chunks, Documents
+from lamina.retrieve.neighbours import Neighbours
+from lamina.text import Tokenizer
+
+if TYPE_CHECKING:
+    from lamina.data import Prepared
+
+SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
+"""Parts of a chunk: of 64 tokens the first is at most 8 in a row."""
+BLOCK = 256  # chunks compared at once
+
+
+def longest_common(chunks: Tensor, values: Tensor) -> Tensor:
+    """(n,) int64: the longest run of tokens of each chunk (n, m) that stands in one of its neighbours (n, k, r) too.
+
+    -1 is no token. Runs lie on diagonals of the table of equal tokens: each is laid out as a row, and the length of a
+    run is the distance to the last place that differs.
+    """
+    n, m = chunks.shape
+    r = values.shape[-1]
+    found = torch.zeros(n, dtype=torch.int64)
+    for start in range(0, n, BLOCK):
+        one, other = chunks[start : start + BLOCK], values[start : start + BLOCK]
+        equal = (one[:, None, :, None] == other[:, :, None, :]) & (one >= 0)[:, None, :, None]  # (b, k, m, r)
+        # Rows of m empty places and r, read again as rows of r + m + 1: what stood one below and one right stands
+        # below, so columns are diagonals.
+        laid = torch.nn.functional.pad(torch.nn.functional.pad(equal, (m, 0)).flatten(2), (0, m))
+        skewed = laid.unflatten(2, (m, r + m + 1))  # (b, k, m, diagonals)
+        places = torch.arange(m)[:, None].expand(m, r + m + 1)
+        differs = torch.where(skewed, -1, places).cummax(2).values
+        found[start : start + BLOCK] = (places - differs).flatten(1).amax(1)
+    return found
+
+
+def overlaps(neighbours: Neighbours, prepared: Prepared) -> Tensor:
+    """(chunks,) int64: the longest run that each chunk of the text shares with its neighbours; -1 for a chunk that its
+    document ends in, which was not looked for."""
+    documents = Documents(prepared)
+    chunks = Chunks(documents, np.arange(len(documents)), neighbours.spec.chunk)
+    parts = [torch.empty(0, dtype=torch.int64)]
+    for start in range(0, len(chunks), BLOCK):
+        stop = min(start + BLOCK, len(chunks))
+        tokens = chunks.tokens(start, stop)
+        longest = longest_common(tokens, neighbours.values(torch.arange(start, stop)))
+        parts.append(longest.masked_fill((tokens < 0).any(1), -1))
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of each chunk (n,): the sum of its tokens' losses in nats, how many were scored, and its bytes."""
+
+    nats: Tensor
+    tokens: Tensor
+    bytes: Tensor
+
+
+def losses(
+    model: Model, prepared: Prepared, chunk: int, window: int | None = None, stride: int | None = None
+) -> Losses:
+    """What each chunk of prepared text costs a causal model, each document by itself and read in windows as
+    `lamina evaluate` reads a file. The first token of a document has nothing before it and is not scored."""
+    documents = Documents(prepared)
+    chunks = Chunks(documents, np.arange(len(documents)), chunk)
+    nats, counts = torch.zeros(len(chunks), dtype=torch.float64), torch.zeros(len(chunks), dtype=torch.int64)
+    for i, begin in enumerate(chunks.starts[:-1].tolist()):
+        ids = documents.bodies.document(i).tolist()
+        found = [-part.double() for part in score(model, ids, window=window, stride=stride)] if len(ids) > 1 else []
+        each = torch.cat([torch.zeros(0, dtype=torch.float64), *found])
+        at = begin + torch.arange(1, len(each) + 1) // chunk
+        nats.index_add_(0, at, each)
+        counts.index_add_(0, at, torch.ones_like(at))
+    sizes = _sizes(prepared.tokenizer())
+    every = chunks.tokens(0, len(chunks))
+    return Losses(nats, counts, sizes[every.clamp(min=0)].masked_fill(every < 0, 0).sum(1))
+
+
+def _sizes(tokenizer: Tokenizer) -> Tensor:
+    """(vocabulary,) int64: the bytes that each token stands for. A letter of a byte-level token is a byte."""
+    sizes = torch.zeros(tokenizer.vocabulary, dtype=torch.int64)
+    for name, number in tokenizer.tokens.items():
+        letters = tokenizer.byte_level and name not in tokenizer.control
+        sizes[number] = len(name) if letters else len(name.removeprefix("##").encode())
+    return sizes
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a model loses on the chunks whose overlap is at most `share` of them."""
+
+    share: float
+    chunks: int
+    tokens: int
+    nats: float
+    bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+
+def by_overlap(longest: Tensor, found: Losses, chunk: int, shares: Sequence[float] = SHARES) -> list[Share]:
+    """Losses of chunks by the longest run that each (n,) shares with its neighbours, of `chunk` tokens. Each share
+    holds the chunks of those before it too; the last, 1, is all that were looked for."""
+    if len(longest) != len(found.nats):
+        raise LaminaError(f"{len(longest):,} overlaps and losses of {len(found.nats):,} chunks; of the same text?")
+    rows = []
+    for share in shares:
+        here = (longest >= 0) & (longest <= share * chunk)
+        sums = int(found.tokens[here].sum()), float(found.nats[here].sum()), int(found.bytes[here].sum())
+        rows.append(Share(share, int(here.sum()), *sums))
+    return rows
