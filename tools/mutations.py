@@ -14,6 +14,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "parallel/context.py": (*SAME, *STATE),
     "parallel/experts.py": SAME,
     "parallel/layout.py": (*SAME, *STATE),
+    "parallel/checkpoint.py": (*STATE, "tests/train/test_ranks.py"),
     "parallel/pipeline.py": (*SAME, *STATE, "tests/parallel/test_plan.py"),
     "parallel/state.py": (*STATE, *SAME),
     "parallel/mesh.py": STATE,
@@ -340,6 +341,16 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "parallel/checkpoint.py": [
         ("parts: the list of names", "if (module, name) in ALLOWED or isinstance(found, torch.dtype):", "if True:"),
+        (
+            "parts: what lies elsewhere is not written",
+            "tensors.items() if not tensor.is_meta}\n    try:\n        with _alone():\n            save",
+            "tensors.items()}\n    try:\n        with _alone():\n            save",
+        ),
+        (
+            "parts: names are checked",
+            'if stray := [name for name in entries if name.startswith("model.")',
+            'if stray := [name for name in [] if name.startswith("model.")',
+        ),
         ("parts: bytes", "if not isinstance(entry, TensorStorageMetadata):", "if False:"),
         ("parts: files elsewhere", "if not PART.fullmatch(where)", "if not PART.match(where)"),
     ],
@@ -1355,6 +1366,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "train/training.py": [
+        (
+            "parts: which place a tensor is for",
+            "names[id(like)]: place for place, like in pairs",
+            "names[id(pairs[0][1])]: place for place, like in pairs",
+        ),
         ("adapter: is folded into what ranks write", "whole if model.adapter is None else", "whole if True else"),
     ],
     "train/ranks.py": [

@@ -178,8 +178,9 @@ class Optimiser:
         return found
 
     def load(self, state: Mapping[str, Tensor], put: Callable[[Tensor, Tensor], None]) -> None:
-        """The inverse of `state`; `put` copies what belongs here. Raises LaminaError for a weight that is not trained
-        here, or has another shape."""
+        """The inverse of `state`; `put` fills a tensor with what belongs there.
+
+        Raises LaminaError for a weight that is not trained here, or has another shape."""
         homes = {id(p): one for one in self.optimisers for group in one.param_groups for p in group["params"]}
         for key, value in state.items():
             name, _, what = key.rpartition(":")
@@ -193,9 +194,11 @@ class Optimiser:
                     f"the optimiser's {what} of {name} has shape {tuple(value.shape)};"
                     f" the weight {tuple(parameter.shape)}"
                 )
-            place = torch.zeros_like(parameter, dtype=value.dtype) if value.shape == parameter.shape else value.clone()
             if value.shape == parameter.shape:
-                put(place, value)
+                place = torch.zeros_like(parameter, dtype=value.dtype)
+            else:
+                place = torch.zeros(value.shape, dtype=value.dtype)
+            put(place, value)
             homes[id(parameter)].state.setdefault(parameter, {})[what] = place
 
 
