@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.train.test_training import config, data, losses, records  # noqa: F401  (data is a fixture)
+from lamina.errors import LaminaError
+from lamina.train import checkpoint
+from lamina.train.training import train
+from tests.train.test_training import config, data, losses, records, spec_of  # noqa: F401  (data is a fixture)
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -112,6 +116,40 @@ def test_an_adapter_and_samples_are_those_of_one_process(tmp_path: Path, data: P
     (tmp_path / "tensor/checkpoints/step-4/adapter.safetensors").unlink()
     done = lamina(str(file), "-o", str(tmp_path / "tensor"), "--resume", "auto")
     assert done.returncode == 0 and close(losses(tmp_path / "alone"), losses(tmp_path / "tensor")), done.stderr
+
+
+def test_parts_are_written_by_each_rank_and_read_by_any_number(tmp_path: Path, data: Path):  # noqa: F811
+    """A part that is damaged is found, and the checkpoint before is taken; whole and in parts, runs are the same."""
+    more: dict[str, Any] = {"loop": {"steps": 6, "batch": 4, "micro": 1, "average": 0.9}}
+    train(spec_of(config(data, **more)), tmp_path / "alone")
+    more["checkpoints"] = {"every": 3, "layout": "parts"}
+    text, file, run = config(data, **more), tmp_path / "config.yaml", tmp_path / "run"
+    file.write_text(text)
+    last = run / "checkpoints/step-6"
+
+    def check(process: int) -> None:
+        assert close(losses(tmp_path / "alone"), losses(run))
+        one, other = (load_file(tmp_path / name / "model/model.safetensors") for name in ("alone", "run"))
+        assert all(abs(tensor - other[name]).max() < 2e-3 for name, tensor in one.items())
+        assert {path.name for path in last.iterdir()} == {"config.yaml", "manifest.json", "parts", "state.json"}
+        parts = [path for path in (last / "parts").iterdir() if path.name != ".metadata"]
+        assert {path.name.split("_")[2] for path in parts} == {str(rank) for rank in range(process)}
+        for path in parts[-1:]:  # as if the disk had lost a byte
+            path.write_bytes(path.read_bytes()[:-1])
+
+    both = lamina(str(file), "mesh.shard=2", "-o", str(run), "--nproc", "2")
+    assert both.returncode == 0, both.stderr
+    check(2)
+    said: list[Any] = []
+    train(spec_of(text), run, resume="auto", show=said.append)
+    assert any("step-6 is skipped" in str(one) and "manifest.json says" in str(one) for one in said)
+    check(1)
+    both = lamina(str(file), "mesh.pipeline=2", "-o", str(run), "--nproc", "2", "--resume", "auto")
+    assert both.returncode == 0, both.stderr
+    check(2)
+    shutil.rmtree(run / "checkpoints/step-3")
+    with pytest.raises(LaminaError, match="step-6"):
+        checkpoint.read(last)
 
 
 def test_a_mesh_that_does_not_fit_is_refused_by_all_in_one_line(tmp_path: Path, data: Path):  # noqa: F811

@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from lamina.errors import CheckpointError
+from lamina.errors import CheckpointError, StorageError
 from lamina.model import Model
+from lamina.parallel.mesh import Mesh
 from lamina.parallel.state import agree
 
 METADATA = "torch.distributed.checkpoint.metadata"
@@ -37,6 +40,7 @@ ALLOWED = {
 }
 """What `.metadata` is made of, beside dtypes. Not among it: BytesStorageMetadata, whose bytes torch would unpickle."""
 
+METADATA_FILE = ".metadata"
 PART = re.compile(r"__\d+_\d+\.distcp")
 LIMIT = 1_000_000_000
 """Bytes of a `.metadata` that is read."""
@@ -61,7 +65,7 @@ class _Reader(FileSystemReader):
     """torch's reader, with `.metadata` read as said above and files named in it within the directory only."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(os.fspath(self.path)) / ".metadata"
+        path = Path(os.fspath(self.path)) / METADATA_FILE
         metadata = read_metadata(path)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -71,7 +75,7 @@ class _Reader(FileSystemReader):
 def read_metadata(path: Path) -> Metadata:
     """`.metadata`, checked. Raises CheckpointError for what is not one, and runs nothing of it."""
     if not path.is_file():
-        raise CheckpointError(f"{path.parent}: holds no .metadata, which is written last: it was never finished")
+        raise CheckpointError(f"{path.parent}: holds no {METADATA_FILE}, which is written last: it was never finished")
     if path.stat().st_size > LIMIT:
         raise CheckpointError(f"{path}: is larger than {LIMIT:,} bytes")
     try:
@@ -114,7 +118,7 @@ def save_parts(
 
     agree(mesh, check)
     state = _state(model, optimizer) | {f"more.{name}": tensor for name, tensor in (more or {}).items()}
-    save(state, storage_writer=_Writer(target, sync_files=True), process_group=mesh.control)
+    write_tensors(target, state, mesh)
 
 
 def load_parts(
@@ -127,7 +131,7 @@ def load_parts(
     that are not those of the model.
     """
     target = Path(directory)
-    metadata = read_metadata(target / ".metadata")
+    metadata = read_metadata(target / METADATA_FILE)
     entries: dict[str, Any] = metadata.state_dict_metadata
     if optimizer is not None:
         _prepare(model, optimizer, entries)
@@ -135,12 +139,48 @@ def load_parts(
     more = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items() if _more(name)
     }
-    _fits(target, state, entries)
-    try:
-        load(state | more, storage_reader=_Reader(target), process_group=model.mesh.control)
-    except (CheckpointException, RuntimeError, OSError) as error:
-        raise CheckpointError(f"{target}: cannot be read: {_first(error)}") from error
+    if stray := [name for name in entries if name.startswith("model.") and name not in state]:
+        raise CheckpointError(f"{target}: holds {stray[0]}, and the model has none of that name")
+    read_tensors(target, state | more, model.mesh)
     return {name.removeprefix("more."): tensor for name, tensor in more.items()}
+
+
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor], mesh: Mesh | None) -> None:
+    """Write each rank's part of these tensors; all ranks must call it, or one process without a mesh. What lies on
+    other ranks alone, on "meta", is theirs to write. Raises StorageError where a rank could not."""
+    here = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+    try:
+        with _alone():
+            save(here, storage_writer=_Writer(directory, sync_files=True), **_over(mesh))
+    except (CheckpointException, OSError) as error:
+        raise StorageError(f"{directory}: cannot be written: {_first(error)}") from error
+
+
+def read_tensors(directory: Path, tensors: Mapping[str, Tensor], mesh: Mesh | None) -> None:
+    """Fill these tensors, or this rank's part of each, by name; those on "meta" are left out. All ranks must call it.
+
+    Raises CheckpointError, before anything is changed, for a damaged or foreign directory, and for names, shapes or
+    dtypes that it does not have.
+    """
+    _fits(directory, tensors, read_metadata(directory / METADATA_FILE).state_dict_metadata)
+    here = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+    try:
+        with _alone():
+            load(here, storage_reader=_Reader(directory), **_over(mesh))
+    except (CheckpointException, RuntimeError, OSError) as error:
+        raise CheckpointError(f"{directory}: cannot be read: {_first(error)}") from error
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process by itself is meant to be so, of which torch warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def _over(mesh: Mesh | None) -> dict[str, Any]:
+    return {"no_dist": True} if mesh is None else {"process_group": mesh.control}
 
 
 def _more(name: str) -> bool:
@@ -194,9 +234,3 @@ def _fits(target: Path, state: Mapping[str, Tensor], entries: Mapping[str, Any])
                 f"{target}: {name} is {entry.properties.dtype} {list(entry.size)}; "
                 f"{tensor.dtype} {list(tensor.shape)} is needed"
             )
-    if stray := [name for name in entries if name not in state and not _more(name) and _model(name)]:
-        raise CheckpointError(f"{target}: holds {stray[0]}, and the model has none of that name")
-
-
-def _model(name: str) -> bool:
-    return name.startswith("model.")

@@ -164,16 +164,18 @@ class Mesh:
         dist.broadcast(whole, group=column, group_src=int(owner))
         return whole
 
-    def said(self, text: str, stage: int) -> str:
-        """What the rank of this stage says, with which this one differs in pipeline alone."""
-        column = self.places["pipeline"].get_group()
-        data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
-        size = torch.tensor(len(data), device=self.device)
-        dist.broadcast(size, group=column, group_src=stage)
-        if self.stage != stage:
-            data = torch.empty(int(size), dtype=torch.uint8, device=self.device)
-        dist.broadcast(data, group=column, group_src=stage)
-        return bytes(data.tolist()).decode()
+    def said(self, text: str, stage: int | None = None) -> str:
+        """What rank 0 says; or what that of a stage says, with which this one differs in pipeline alone."""
+        group, device = self.control, torch.device("cpu")
+        if stage is not None:
+            group, device = self.places["pipeline"].get_group(), self.device
+        data = torch.frombuffer(bytearray(text.encode() + b" "), dtype=torch.uint8).to(device)
+        size = torch.tensor(len(data), device=device)
+        dist.broadcast(size, group=group, group_src=stage or 0)
+        if len(data) != int(size) or dist.get_rank(group) != (stage or 0):
+            data = torch.empty(int(size), dtype=torch.uint8, device=device)
+        dist.broadcast(data, group=group, group_src=stage or 0)
+        return bytes(data.tolist()).decode()[:-1]
 
     def listed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of all stages by name, in one order on all ranks; those of others without storage."""

@@ -24,6 +24,7 @@ CONFIG, SPEC, ENVIRONMENT = "config.yaml", "spec.json", "env.json"
 METRICS, EVENTS, LOCK, REPORT = "metrics.jsonl", "events.log", "run.lock", "report.html"
 SAMPLES, CHECKPOINTS, NONFINITE = "samples", "checkpoints", "nonfinite"
 ADAPTER, MODEL = "adapter", "model"
+PARTS = "parts"  # in a checkpoint, what each rank has written
 
 
 def owner(directory: str | os.PathLike[str]) -> str | None:

@@ -65,6 +65,7 @@ class Evaluated:
     parts: dict[str, float] = field(default_factory=dict)
 
 
+Fill = Callable[[list[tuple[Tensor, Tensor]]], None]
 Check = Callable[[int, float, float, nn.Module, Callable[[], Any] | None], bool]
 
 
@@ -288,19 +289,26 @@ class Trainer:
         return found
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Mapping[str, Tensor]], progress: Mapping[str, Any]) -> None:
+    def load(
+        self, tensors: Mapping[str, Mapping[str, Tensor]], progress: Mapping[str, Any], fill: Fill | None = None
+    ) -> None:
         """Go on from there: the inverse of `tensors` and of `progress.to_dict()`. Given whole tensors, each rank takes
-        its part."""
+        its part; `fill`, which is given all places each with its tensor, may do so in its stead."""
         self.ranks.settle()
-        state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        pairs: list[tuple[Tensor, Tensor]] = []
+        state: dict[str, Tensor] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, value in tensors[self.kept].items():
-            self.ranks.put(state[name], value)
-            if name in self.parameters:
-                self.ranks.put(self.parameters[name], value)
-        self.optimiser.load(tensors["optimiser"], self.ranks.put)
+            pairs.append((self.parameters.get(name, state[name]), value))
+        self.optimiser.load(tensors["optimiser"], lambda place, value: pairs.append((place, value)))
         if self.average is not None:
-            for name, place in self.average.values.items():
-                self.ranks.put(place, tensors["average"][name])
+            pairs += [(place, tensors["average"][name]) for name, place in self.average.values.items()]
+        if fill is not None:
+            fill(pairs)
+        else:
+            for place, value in pairs:
+                self.ranks.put(place, value)
+        if self.masters is not None:
+            self.masters.publish()
         self.progress = Progress(**progress)
         if self.scale is not None:
             self.scale.value, self.scale.good = self.progress.scale, self.progress.good

@@ -197,8 +197,9 @@ class Optimiser:
         return found
 
     def load(self, state: Mapping[str, Tensor], put: Callable[[Tensor, Tensor], None]) -> None:
-        """The inverse of `state`; `put` copies what belongs here. Raises LaminaError for a weight that is not trained
-        here, or has another shape."""
+        """The inverse of `state`; `put` fills a tensor with what belongs there.
+
+        Raises LaminaError for a weight that is not trained here, or has another shape."""
         homes = {id(p): one for one in self.optimisers for group in one.param_groups for p in group["params"]}
         for key, value in state.items():
             name, _, what = key.rpartition(":")
@@ -215,9 +216,11 @@ class Optimiser:
             if what == "step" and isinstance(homes[id(parameter)], torch.optim.SparseAdam):
                 homes[id(parameter)].state.setdefault(parameter, {})[what] = int(value)  # it counts in Python
                 continue
-            place = torch.zeros_like(parameter, dtype=value.dtype) if value.shape == parameter.shape else value.clone()
             if value.shape == parameter.shape:
-                put(place, value)
+                place = torch.zeros_like(parameter, dtype=value.dtype)
+            else:
+                place = torch.zeros(value.shape, dtype=value.dtype)
+            put(place, value)
             homes[id(parameter)].state.setdefault(parameter, {})[what] = place
 
 

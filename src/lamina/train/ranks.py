@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -53,6 +54,14 @@ class Ranks(Protocol):
         """Run `write` where `first` is true, with whole tensors, each put together when it is asked for."""
         ...
 
+    def parts(self, tensors: Mapping[str, Tensor], save: Callable[[Callable[[Path], None]], None]) -> None:
+        """Run `save` where `first` is true, with what has every rank write its part of the tensors into a folder."""
+        ...
+
+    def read_parts(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Fill tensors from such a folder, whoever wrote it."""
+        ...
+
     def put(self, place: Tensor, whole: Tensor) -> None:
         """Copy this rank's part of a tensor."""
         ...
@@ -86,6 +95,16 @@ class Alone:
 
     def write(self, tensors: Mapping[str, Tensor], write: Callable[[Mapping[str, Tensor]], None]) -> None:
         write(tensors)
+
+    def parts(self, tensors: Mapping[str, Tensor], save: Callable[[Callable[[Path], None]], None]) -> None:
+        from lamina.parallel.checkpoint import write_tensors
+
+        save(lambda folder: write_tensors(folder, tensors, None))
+
+    def read_parts(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        from lamina.parallel.checkpoint import read_tensors
+
+        read_tensors(folder, tensors, None)
 
     def put(self, place: Tensor, whole: Tensor) -> None:
         place.copy_(whole)
@@ -135,6 +154,30 @@ class Together:
         self.mesh.together(
             tensors, lambda name: self.mesh.whole(tensors[name]).cpu(), lambda read: write(_Whole(tensors, read))
         )
+
+    def parts(self, tensors: Mapping[str, Tensor], save: Callable[[Callable[[Path], None]], None]) -> None:
+        from lamina.parallel.checkpoint import write_tensors
+
+        place = [""]
+
+        def into(name: str) -> Tensor:  # on all ranks, once the first asks for it
+            write_tensors(Path(self.mesh.said(place[0])), tensors, self.mesh)
+            return torch.empty(0)
+
+        def write(ask: Callable[[str], Tensor]) -> None:
+            def told(folder: Path) -> None:
+                place[0] = str(folder)
+                ask("parts")
+
+            save(told)
+
+        self.settle()
+        self.mesh.together(["parts"], into, write)
+
+    def read_parts(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        from lamina.parallel.checkpoint import read_tensors
+
+        read_tensors(folder, tensors, self.mesh)
 
     def put(self, place: Tensor, whole: Tensor) -> None:
         from lamina.parallel.state import put

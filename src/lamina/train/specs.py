@@ -87,6 +87,7 @@ class CheckpointSpec(Spec):
 
     every: int = 500  # steps; 0: only at the end
     keep: int = 2  # the newest ones
+    layout: Literal["whole", "parts"] = "whole"  # parts: each rank writes its own, and the folder is no SOURCE
 
     def check(self) -> None:
         if self.keep < 2:

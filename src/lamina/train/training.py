@@ -35,7 +35,7 @@ from lamina.train.building import (
     unlike,
     write,
 )
-from lamina.train.directory import ADAPTER, CHECKPOINTS, CONFIG, MODEL
+from lamina.train.directory import ADAPTER, CHECKPOINTS, CONFIG, MODEL, PARTS
 from lamina.train.document import decode, parse
 from lamina.train.document import write as text_of
 from lamina.train.finite import Finite
@@ -350,19 +350,35 @@ class _Around:
     def _save(self) -> None:
         step, parts = self.trainer.progress.step, self.trainer.tensors()
         flat = {f"{file}/{name}": tensor for file, part in parts.items() for name, tensor in part.items()}
-        self.ranks.write(flat, lambda whole: self._keep(step, {file: _Part(file, whole) for file in parts}))
+        if self.spec.checkpoints.layout == "whole":
+            self.ranks.write(
+                flat, lambda whole: self._keep(step, self._content({file: _Part(file, whole) for file in parts}))
+            )
+            return
+        content, size = self._content({}), sum(tensor.numel() * tensor.itemsize for tensor in flat.values())
 
-    def _keep(self, step: int, parts: Mapping[str, Mapping[str, Any]]) -> None:
-        """Where this rank is the first: write them down."""
-        assert self.run is not None
+        def save(write: Callable[[Path], None]) -> None:
+            def fill(folder: Path) -> None:
+                write(folder / PARTS)
+                content.write(folder)
+
+            self._keep(step, fill, size)
+
+        self.ranks.parts(flat, save)
+
+    def _content(self, parts: Mapping[str, Mapping[str, Any]]) -> checkpoint.Content:
         files = {"config.yaml": text_of(self.spec).encode()}
-        if self.base is None:  # with an adapter the folder holds no model
+        if parts and self.base is None:  # else the folder holds no model
             files["spec.json"] = self.trainer.model.spec.to_json().encode()
-        content = checkpoint.Content(
+        return checkpoint.Content(
             tensors=parts,
             state={"progress": self.trainer.progress.to_dict(), "generators": generators(), "base": self.base},
             files=files,
         )
+
+    def _keep(self, step: int, content: checkpoint.Content | checkpoint.Write, estimate: int | None = None) -> None:
+        """Where this rank is the first: write it down."""
+        assert self.run is not None
         mesh = {name: getattr(self.spec.mesh, name) for name in self.spec.mesh.__dataclass_fields__}
         about = {
             "spec": _hash(self.trainer.model.spec),
@@ -370,7 +386,8 @@ class _Around:
             "world": self.ranks.world,
             "mesh": mesh,
         }
-        path = checkpoint.save(self.run.checkpoints, step, content, about=about, keep=self.spec.checkpoints.keep)
+        keep = self.spec.checkpoints.keep
+        path = checkpoint.save(self.run.checkpoints, step, content, about=about, estimate=estimate, keep=keep)
         self.run.event(f"checkpoint {path.name}")
 
 
@@ -467,8 +484,30 @@ def _refuse_another(spec: TrainSpec, model: Model, found: checkpoint.Saved, base
 
 
 def _resume(trainer: Trainer, found: checkpoint.Saved) -> None:
+    if any(name.startswith(f"{PARTS}/") for name in found.manifest.files):
+        _resume_parts(trainer, found)
+        return
     needed = {trainer.kept, "optimiser"} | ({"average"} if trainer.average is not None else set())
     if missing := needed - set(found.files):
         raise CheckpointError(f"{found.path}: holds no {sorted(missing)[0]}.safetensors")
     tensors: Mapping[str, Any] = {name: found.tensors(name) for name in needed}
     trainer.load(tensors, found.state["progress"])
+
+
+def _resume_parts(trainer: Trainer, found: checkpoint.Saved) -> None:
+    """From a checkpoint of which each rank has written its part: each reads what it needs."""
+    from lamina.parallel.checkpoint import METADATA_FILE, read_metadata
+
+    folder = found.path / PARTS
+    tensors: dict[str, dict[str, torch.Tensor]] = {trainer.kept: {}, "optimiser": {}, "average": {}}
+    names: dict[int, str] = {}
+    for key, entry in read_metadata(folder / METADATA_FILE).state_dict_metadata.items():
+        file, _, name = key.partition("/")
+        like = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")  # pyright: ignore
+        tensors.setdefault(file, {})[name] = like
+        names[id(like)] = key
+    trainer.load(
+        tensors,
+        found.state["progress"],
+        lambda pairs: trainer.ranks.read_parts(folder, {names[id(like)]: place for place, like in pairs}),
+    )
