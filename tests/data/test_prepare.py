@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -443,6 +444,32 @@ def test_parquet(tmp_path: Path):
         made(tmp_path / "field", tmp_path / "t.parquet", fields=("body",))
     with pytest.raises(LaminaError, match=r"bad\.parquet: "):
         made(tmp_path / "bad", put(tmp_path / "bad.parquet", b"PAR1 no"))
+
+
+def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """To `datasets` a directory of files is a data set like one of the hub, which is not asked here."""
+    pytest.importorskip("datasets", reason="needs the extra lamina[data]")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", [{"text": f"row {i}", "label": i % 2} for i in range(50)])
+    jsonl(folder / "test.jsonl", [{"text": "é", "label": 1}])
+
+    def prepared(name: str, **wishes: Any) -> Prepared:
+        prepare(find([name]), tmp_path / "out", BYTES, PrepareSpec(**wishes), force=True)
+        return open_prepared(tmp_path / "out", verify=True)
+
+    assert said(prepared(f"hf:{folder}")) == [f"row {i}" for i in range(50)]
+    found = prepared(f"hf:{folder}:test", kind="classification", fields=("text", "label"))
+    assert said(found) == ["é"] and found.labels is not None and found.labels.tolist() == [1]
+    with pytest.raises(LaminaError, match=r"set:none: .*Available splits: \['train', 'test'\]$"):
+        prepared(f"hf:{folder}:none")
+    with pytest.raises(LaminaError, match="1 of 1 rows are damaged.*row 1: body is missing; there are text, label"):
+        prepared(f"hf:{folder}:test", fields=("body",))
+    with pytest.raises(LaminaError, match="a data set is hf:owner/name"):
+        prepared("hf:")
+    with pytest.raises(LaminaError, match="hf:none/such: .*without a network, give a local file"):
+        prepared("hf:none/such")
 
 
 @pytest.mark.parametrize(
