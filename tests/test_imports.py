@@ -37,6 +37,7 @@ ROWS = (
     "patterns",
     "marks data",
     "specs tokens weights text packaged machine",
+    "durable",
     "errors",
 )
 FLOOR = {name: floor for floor, row in enumerate(reversed(ROWS)) for name in row.split()}

@@ -24,7 +24,8 @@ from lamina.data import manifest as layout
 from lamina.data.manifest import KINDS, Manifest, SourceFile
 from lamina.data.sources import CHUNK, Part, Source, Tally, rows, texts
 from lamina.data.training import train
-from lamina.data.writer import SHARD, Writer, sync_directory, write_whole
+from lamina.data.writer import SHARD, Writer
+from lamina.durable import SUFFIX, remove, sync, write_file
 from lamina.errors import LaminaError
 from lamina.specs import Spec, unknown
 from lamina.text import Tokenizer, cut_place, from_directory
@@ -148,7 +149,7 @@ def prepare(
         shutil.rmtree(work / "tokenizer", ignore_errors=True)
         (work / "journal.json").unlink()
         for path in [work, *(work / part for part in PARTS if spec.validation)]:
-            sync_directory(path)
+            sync(path)
         _install(work, target)
     return made
 
@@ -199,7 +200,7 @@ class _Run:
             for source in self.sources[len(self.counted) :]:
                 self._read(source)
                 states = [writer.state() for writer in self.writers]
-                write_whole(
+                write_file(
                     self.work / "journal.json",
                     json.dumps(
                         {
@@ -455,6 +456,8 @@ def _journal(work: Path, key: str) -> dict[str, Any]:
     path = work / "journal.json"
     found = json.loads(path.read_bytes()) if path.is_file() else {}
     if found.get("key") == key:
+        for partial in work.rglob(f".*{SUFFIX}"):  # whose writer was killed: there is one process at a time
+            remove(partial)
         return found
     for each in work.iterdir():
         shutil.rmtree(each) if each.is_dir() else each.unlink()
@@ -481,7 +484,7 @@ def _tokenizer(
     learnt = _learnt(sources, spec, None if kind == "characters" else most)
     made = train(kind, learnt, size=int(size) if size else None, special=special)
     made.save(work / "tokenizer")
-    write_whole(work / "journal.json", json.dumps({"key": key, "tokenizer": True}).encode())
+    write_file(work / "journal.json", json.dumps({"key": key, "tokenizer": True}).encode())
     return from_directory(work / "tokenizer")
 
 
@@ -521,7 +524,7 @@ def _install(work: Path, target: Path) -> None:
     if target.exists():
         os.rename(target, aside)
     os.rename(work, target)
-    sync_directory(target.parent)
+    sync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lamina.durable import write_file
 from lamina.errors import TrainingError
 from lamina.train.directory import NONFINITE
 from lamina.train.records import without_infinities
-from lamina.weights.saving import write_file
 
 
 class Finite:
