@@ -83,7 +83,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     ),
     "families/led.py": ("tests/test_families_led.py",),
     "opening.py": ("tests/test_families_t5.py",),
-    "exporting.py": ("tests/test_families_t5.py", "tests/test_families_bigbird.py"),
+    "exporting.py": ("tests/test_families_t5.py", "tests/test_families_bigbird.py", "tests/test_families_bert.py"),
     "families/gpt_neox.py": ("tests/test_families_parallel.py",),
     "families/palm.py": ("tests/test_families_unpublished.py",),
     "objectives/objective.py": ("tests/objectives/test_parity.py", "tests/objectives/test_masked.py"),
@@ -141,6 +141,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("generators: torch", '    torch.set_rng_state(_tensor(saved["torch"]))\n', ""),
     ],
     "train/run.py": [
+        (
+            "run: each sample has its file",
+            'name = f"step-{step}-{number + 1}.txt" if number else',
+            'name = f"step-{step}.txt" if number else',
+        ),
         ("run: one owner", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
         ("run: not into an old one", "if there and not resume:", "if False:"),
         ("run: a directory that has gone", "if here is None or (", "if False and ("),
@@ -222,6 +227,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("past: dates", "default=str", "default=repr"),
     ],
     "train/curves.py": [
+        (
+            "curves: room for long labels",
+            "left = max(LEFT, 16 + LETTER * max(map(len, labels.values())))",
+            "left = LEFT",
+        ),
         ("curves: the logarithmic axis", "math.log(max(each, 1)) if logarithmic else each", "each"),
         (
             "curves: no spike is lost",
@@ -241,6 +251,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("curves: the legend is text", "/></svg>{escape(line.name)}</li>", "/></svg>{line.name}</li>"),
     ],
     "train/report.py": [
+        (
+            "train/report: an encoder writes no text",
+            "spec is None or (spec.decoder is not None",
+            "True or (spec.decoder is not None",
+        ),
         ("report: samples are text", '{escape(sample["sample"])}', '{sample["sample"]}'),
         ("report: the configuration is text", "{escape(run.config)}", "{run.config}"),
         ("report: warnings are text", "<li>{escape(line)}</li>", "<li>{line}</li>"),
@@ -346,6 +361,9 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "data/sources.py": [
         ("sources: damaged rows stop", "if self.damaged > self.allowed * self.rows:", "if False:"),
+        ("sources: lost characters stop", "if self.lost > self.allowed * self.characters:", "if False:"),
+        ("sources: lost characters stop at once", "if self.characters >= ENOUGH:", "if False:"),
+        ("sources: characters lost oftenest", "key=lambda letter: -self.letters[letter]", "key=lambda letter: letter"),
         (
             "sources: a byte order mark",
             "text = text[1:]\n                tally.mended += 1\n        yield",
@@ -362,12 +380,16 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "at = PIECE",
         ),
         ("prepare: the journal's key", 'if found.get("key") == key:', 'if found.get("key"):'),
+        ("prepare: characters that vanish", "tally.lose(text.count(letter), letter)", "tally.lose(1, letter)"),
+        ("prepare: unknown tokens", "tally.lose(ids.count(self.unknown))", "pass"),
+        ("prepare: what a killed writer left", "remove(partial)", "pass"),
         ("prepare: one process", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
         ("prepare: labels of words", "labels[firsts[firsts >= 0]] = numbers[firsts >= 0]", "labels[:] = 0"),
         ("prepare: drawn from each group", 'int.from_bytes(digest, "little") % (after - first)', "0"),
     ],
     "data/training.py": [
         ("training: sentinels", "reversed(range(100))", "range(100)"),
+        ("training: an unknown character", 'if "unk" in roles and kind == "characters":', "if False:"),
         ("training: characters are sorted", "enumerate(sorted(found))", "enumerate(reversed(sorted(found)))"),
         ("training: what stands around", "if before or behind:", "if False:"),
     ],
@@ -1312,6 +1334,22 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "train/building.py": [
         (
+            "building: special tokens of a size",
+            '**_special(data), **choice.config, "model_type"',
+            '**choice.config, "model_type"',
+        ),
+        (
+            "building: what a decoder begins with",
+            "Fields(_begun(config), where=",
+            "Fields(config, where=",
+        ),
+        ("building: a decoder's own beginning", '"decoder_start_token_id" in config', "False"),
+        (
+            "building: prompts of an encoder",
+            "if spec.evaluation.prompts and (model.decoder is None",
+            "if False and (model.decoder is None",
+        ),
+        (
             "adapter: a run knows its model again",
             "digest.update(weight.detach()",
             "(lambda data: None)(weight.detach()",
@@ -1321,6 +1359,10 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "2 * cost.flops_prefill // length",
             "cost.flops_train_per_token",
         ),
+    ],
+    "train/training.py": [
+        ("training: a pair answers its prompt", 'yield f"{prompt} -> {text}" if pair else text', "yield text"),
+        ("training: a pair begins its own text", "(1 if pair else ids.shape[1])", "ids.shape[1] - 10_000"),
     ],
     "train/loop.py": [
         ("adapter: checkpoints hold it alone", "        if self.adapts:\n", "        if False:\n"),
@@ -2334,6 +2376,17 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("weights that are not finite", "check_finite(logits, count)", "pass"),
     ],
     "exporting.py": [
+        (
+            "exporting: a head that was gained",
+            "same = origin.spec == model.spec == chosen.spec(fields)",
+            "same = model.spec == chosen.spec(fields)",
+        ),
+        (
+            "exporting: the prefix of a new head",
+            "if origin is not None and origin.spec == spec:",
+            "if origin is not None:",
+        ),
+        ("exporting: names of other labels", "origin.spec.labels != model.spec.labels", "False"),
         ("what is read is not written twice", "if twin in plan and chosen.unread(one)", "if twin in plan"),
     ],
     "model.py": [
