@@ -379,13 +379,19 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "at = cut_place(rest[: PIECE + 1024], PIECE, self.tokenizer)",
             "at = PIECE",
         ),
+        ("prepare: labels of words", "labels[firsts[firsts >= 0]] = numbers[firsts >= 0]", "labels[:] = 0"),
+    ],
+    "data/workplace.py": [
         ("prepare: the journal's key", 'if found.get("key") == key:', 'if found.get("key"):'),
-        ("prepare: characters that vanish", "tally.lose(text.count(letter), letter)", "tally.lose(1, letter)"),
-        ("prepare: unknown tokens", "tally.lose(ids.count(self.unknown))", "pass"),
         ("prepare: what a killed writer left", "remove(partial)", "pass"),
         ("prepare: one process", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
-        ("prepare: labels of words", "labels[firsts[firsts >= 0]] = numbers[firsts >= 0]", "labels[:] = 0"),
+    ],
+    "data/division.py": [
         ("prepare: drawn from each group", 'int.from_bytes(digest, "little") % (after - first)', "0"),
+    ],
+    "data/lost.py": [
+        ("prepare: characters that vanish", "tally.lose(text.count(letter), letter)", "tally.lose(1, letter)"),
+        ("prepare: unknown tokens", "tally.lose(ids.count(self.unknown))", "pass"),
     ],
     "data/training.py": [
         ("training: sentinels", "reversed(range(100))", "range(100)"),

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from lamina.data import Prepared, open_prepared
-from lamina.data.prepare import NothingLeft, PrepareSpec, in_validation, prepare
+from lamina.data.division import in_validation
+from lamina.data.prepare import NothingLeft, prepare
 from lamina.data.sources import find
 from lamina.data.training import train
+from lamina.data.wishes import PrepareSpec
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.text import Tokenizer
 from tests import tiny
@@ -101,7 +103,8 @@ def test_a_line_without_end_takes_bounded_memory(tmp_path: Path):
         f"import sys, resource; sys.path[:0] = {sys.path!r}\n"
         "from lamina.data import prepare as module\n"
         "module.PIECE, module.BATCH = 1 << 14, 1 << 17\n"
-        "from lamina.data.prepare import PrepareSpec, prepare\n"
+        "from lamina.data.prepare import prepare\n"
+        "from lamina.data.wishes import PrepareSpec\n"
         "from lamina.data.sources import find\n"
         "from lamina.data.training import train\n"
         "prepare(find([sys.argv[1]]), sys.argv[2], train('bytes', []), PrepareSpec(split_on='\\n'))\n"
@@ -347,7 +350,7 @@ def test_the_same_sources_give_the_same_bytes(tmp_path: Path):
 KILLED = """
 import os, signal, sys
 sys.path[:0] = {path!r}
-from lamina.data import prepare, writer
+from lamina.data import prepare, wishes
 from lamina.data.sources import find
 count = 0
 real = os.fsync
@@ -358,7 +361,7 @@ def fsync(handle):
         os.kill(os.getpid(), signal.SIGKILL)
     real(handle)
 os.fsync = fsync
-spec = prepare.PrepareSpec(kind="classification", fields=("text", "label"), validation=0.2, shard_tokens=150)
+spec = wishes.PrepareSpec(kind="classification", fields=("text", "label"), validation=0.2, shard_tokens=150)
 prepare.prepare(find([sys.argv[1]]), sys.argv[2], sys.argv[4], spec, special="gpt")
 print(count)
 """
@@ -411,9 +414,9 @@ def test_directories_that_are_there(tmp_path: Path):
 
 
 def test_two_at_once(tmp_path: Path):
-    from lamina.data.prepare import _owned
+    from lamina.data.workplace import owned
 
-    with _owned(tmp_path / ".out.preparing"), pytest.raises(LaminaError, match="another process is preparing this"):
+    with owned(tmp_path / ".out.preparing"), pytest.raises(LaminaError, match="another process is preparing this"):
         made(tmp_path / "out", put(tmp_path / "t.txt", "text"))
 
 
