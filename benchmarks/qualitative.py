@@ -384,8 +384,9 @@ def _values(side: tuple[str, str] | float, runs: Runs) -> list[float]:
 
 def prepared(text: Path, directory: Path) -> tuple[Prepared, Prepared]:
     """The characters of a text: nine tenths to learn from, the last to be measured on."""
-    from lamina.data.prepare import PrepareSpec, prepare
+    from lamina.data.prepare import prepare
     from lamina.data.sources import find
+    from lamina.data.wishes import PrepareSpec
 
     prepare(find([str(text)]), directory, "characters", PrepareSpec(validation=0.1, split="end"))
     return open_prepared(directory / "train"), open_prepared(directory / "validation")

@@ -38,6 +38,7 @@ ROWS = (
     "marks data",
     "native",
     "specs tokens weights text packaged machine",
+    "durable",
     "errors",
 )
 FLOOR = {name: floor for floor, row in enumerate(reversed(ROWS)) for name in row.split()}

@@ -84,7 +84,8 @@ def tests_of(file: str) -> tuple[str, ...]:
     if folder == "generation":
         return (f"tests/generation/test_{ {'limits': 'beam', 'feeder': 'loop'}.get(name, name) }.py",)
     if folder == "data":
-        shared = {"column": "prepared", "writer": "prepared", "sources": "prepare"}
+        shared = {"column": "prepared", "writer": "prepared"}
+        shared |= dict.fromkeys(("sources", "wishes", "workplace", "division", "learning", "lost"), "prepare")
         return (f"tests/data/test_{shared.get(name, name)}.py",)
     if folder == "weights":
         shared = {"mapped": "weights/test_ctranslate2", "rules": "test_families_ctranslate2"}

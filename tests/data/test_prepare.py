@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from lamina.data import Prepared, open_prepared
-from lamina.data.prepare import NothingLeft, PrepareSpec, in_validation, prepare
+from lamina.data.division import in_validation
+from lamina.data.prepare import NothingLeft, prepare
 from lamina.data.sources import find
 from lamina.data.training import train
+from lamina.data.wishes import PrepareSpec
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.text import Tokenizer
 from tests import tiny
@@ -100,7 +103,8 @@ def test_a_line_without_end_takes_bounded_memory(tmp_path: Path):
         f"import sys, resource; sys.path[:0] = {sys.path!r}\n"
         "from lamina.data import prepare as module\n"
         "module.PIECE, module.BATCH = 1 << 14, 1 << 17\n"
-        "from lamina.data.prepare import PrepareSpec, prepare\n"
+        "from lamina.data.prepare import prepare\n"
+        "from lamina.data.wishes import PrepareSpec\n"
         "from lamina.data.sources import find\n"
         "from lamina.data.training import train\n"
         "prepare(find([sys.argv[1]]), sys.argv[2], train('bytes', []), PrepareSpec(split_on='\\n'))\n"
@@ -346,7 +350,7 @@ def test_the_same_sources_give_the_same_bytes(tmp_path: Path):
 KILLED = """
 import os, signal, sys
 sys.path[:0] = {path!r}
-from lamina.data import prepare, writer
+from lamina.data import prepare, wishes
 from lamina.data.sources import find
 count = 0
 real = os.fsync
@@ -357,7 +361,7 @@ def fsync(handle):
         os.kill(os.getpid(), signal.SIGKILL)
     real(handle)
 os.fsync = fsync
-spec = prepare.PrepareSpec(kind="classification", fields=("text", "label"), validation=0.2, shard_tokens=150)
+spec = wishes.PrepareSpec(kind="classification", fields=("text", "label"), validation=0.2, shard_tokens=150)
 prepare.prepare(find([sys.argv[1]]), sys.argv[2], sys.argv[4], spec, special="gpt")
 print(count)
 """
@@ -410,9 +414,9 @@ def test_directories_that_are_there(tmp_path: Path):
 
 
 def test_two_at_once(tmp_path: Path):
-    from lamina.data.prepare import _owned
+    from lamina.data.workplace import owned
 
-    with _owned(tmp_path / ".out.preparing"), pytest.raises(LaminaError, match="another process is preparing this"):
+    with owned(tmp_path / ".out.preparing"), pytest.raises(LaminaError, match="another process is preparing this"):
         made(tmp_path / "out", put(tmp_path / "t.txt", "text"))
 
 
@@ -443,6 +447,32 @@ def test_parquet(tmp_path: Path):
         made(tmp_path / "field", tmp_path / "t.parquet", fields=("body",))
     with pytest.raises(LaminaError, match=r"bad\.parquet: "):
         made(tmp_path / "bad", put(tmp_path / "bad.parquet", b"PAR1 no"))
+
+
+def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """To `datasets` a directory of files is a data set like one of the hub, which is not asked here."""
+    pytest.importorskip("datasets", reason="needs the extra lamina[data]")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", [{"text": f"row {i}", "label": i % 2} for i in range(50)])
+    jsonl(folder / "test.jsonl", [{"text": "é", "label": 1}])
+
+    def prepared(name: str, **wishes: Any) -> Prepared:
+        prepare(find([name]), tmp_path / "out", BYTES, PrepareSpec(**wishes), force=True)
+        return open_prepared(tmp_path / "out", verify=True)
+
+    assert said(prepared(f"hf:{folder}")) == [f"row {i}" for i in range(50)]
+    found = prepared(f"hf:{folder}:test", kind="classification", fields=("text", "label"))
+    assert said(found) == ["é"] and found.labels is not None and found.labels.tolist() == [1]
+    with pytest.raises(LaminaError, match=r"set:none: .*Available splits: \['train', 'test'\]$"):
+        prepared(f"hf:{folder}:none")
+    with pytest.raises(LaminaError, match="1 of 1 rows are damaged.*row 1: body is missing; there are text, label"):
+        prepared(f"hf:{folder}:test", fields=("body",))
+    with pytest.raises(LaminaError, match="a data set is hf:owner/name"):
+        prepared("hf:")
+    with pytest.raises(LaminaError, match="hf:none/such: .*without a network, give a local file"):
+        prepared("hf:none/such")
 
 
 @pytest.mark.parametrize(

@@ -415,8 +415,9 @@ def test_special_tokens_are_those_of_the_data(tmp_path: Path, size: str, special
     from transformers import AutoConfig
 
     from lamina.data import open_prepared
-    from lamina.data.prepare import PrepareSpec, prepare
+    from lamina.data.prepare import prepare
     from lamina.data.sources import find
+    from lamina.data.wishes import PrepareSpec
     from lamina.families import sizes
     from lamina.train.building import spec_of as described
     from lamina.train.specs import ModelChoice

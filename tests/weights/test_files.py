@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lamina import durable
 from lamina.errors import CheckpointError
-from lamina.weights import saving
 from lamina.weights.files import Checkpoint, Entry, SafetensorsFile, read_json, save_checkpoint, write_safetensors
 from lamina.weights.headers import DTYPES, LIMIT
 
@@ -645,7 +645,7 @@ def test_an_existing_destination(tmp_path: Path):
 
 
 def test_replacing_without_the_swap_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(saving, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(durable, "_exchange", lambda one, other: False)
     plan, tensors = one_plan()
     save_checkpoint(tmp_path / "m", plan, tensors.__getitem__, extra_files={"old.txt": b"old"})
     save_checkpoint(tmp_path / "m", plan, tensors.__getitem__, extra_files={"new.txt": b"new"}, force=True)
@@ -664,7 +664,7 @@ def test_a_new_directory_that_cannot_take_the_place_of_the_old_one_gives_it_back
             raise OSError(errno.EIO, "Input/output error")
         rename(one, other)
 
-    monkeypatch.setattr(saving, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(durable, "_exchange", lambda one, other: False)
     monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(CheckpointError, match="cannot be written: Input/output error; nothing was changed"):
         save_checkpoint(tmp_path / "m", plan, tensors.__getitem__, force=True)
@@ -676,7 +676,7 @@ def test_of_two_writers_at_once_one_wins_and_nothing_is_mixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: bool
 ):
     if not swap:
-        monkeypatch.setattr(saving, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(durable, "_exchange", lambda one, other: False)
     for force in (False, True):
         barrier, errors = threading.Barrier(2), []
 
@@ -717,7 +717,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_one_and_a_living_one_i
         partial = [path for path in tmp_path.iterdir() if path.name.startswith(".m.") and path != fresh]
         assert len(partial) == 1  # our own, and however old it looks nobody takes it away
         os.utime(partial[0], (0, 0))
-        saving._sweep(tmp_path / "m")
+        durable.sweep(tmp_path / "m")
         assert partial[0].is_dir()
         return tensors[name]
 

@@ -98,9 +98,10 @@ def prepare(
     A text file is one document unless --lines or --split-on divide it; each row of JSONL, Parquet or a data set is one.
     Files are read piece by piece. What was killed goes on after the last whole file when it is run again.
     """
-    from lamina.data.prepare import NothingLeft, PrepareSpec
+    from lamina.data.prepare import NothingLeft
     from lamina.data.prepare import prepare as make
     from lamina.data.sources import find
+    from lamina.data.wishes import PrepareSpec
 
     if lines and split_on is not None:
         raise LaminaError("--lines and --split-on: choose one; --lines is --split-on '\\n'")

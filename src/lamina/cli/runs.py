@@ -51,8 +51,8 @@ def runs(out: Output, what: str, directories: tuple[Path, ...], output: Path | N
     shown = document(found[0], events=True) if what == "show" else _comparison(found)
     lines = _show(found[0]) if what == "show" else _compare(found)
     if output is not None:
+        from lamina.durable import write_file
         from lamina.train.report import compared, report
-        from lamina.weights.saving import write_file
 
         page = report(found[0]) if what == "show" else compared(found)
         write_file(output, page.encode("utf-8", "backslashreplace"))

@@ -6,81 +6,39 @@ is put on the disk and the journal says where it stands; a later run with the sa
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from lamina.data import manifest as layout
+from lamina.data.division import in_validation
+from lamina.data.learning import learnt_tokenizer
+from lamina.data.lost import Lacks
 from lamina.data.manifest import KINDS, Manifest, SourceFile
-from lamina.data.sources import CHUNK, Part, Source, Tally, rows, texts
-from lamina.data.training import train
-from lamina.data.writer import SHARD, Writer, sync_directory, write_whole
+from lamina.data.sources import Part, Source, Tally, rows, texts
+from lamina.data.wishes import TYPES, PrepareSpec
+from lamina.data.workplace import JOURNAL, PARTS, check_target, install, journal_of, owned
+from lamina.data.writer import Writer
+from lamina.durable import sync, write_file
 from lamina.errors import LaminaError
-from lamina.specs import Spec, unknown
-from lamina.text import Tokenizer, cut_place, from_directory
+from lamina.specs import unknown
+from lamina.text import Tokenizer, cut_place
 
 PIECE = 1 << 18  # characters of a long text encoded together; pieces of a batch go to all cores
 BATCH = 1 << 21  # characters of a batch
-PARTS = ("train", "validation")
-VALUE = {"classification": "label", "contrastive": "score"}
-TYPES: dict[str, tuple[Any, ...]] = {
-    "text": (str,),
-    "pairs": (str, str),
-    "classification": (str, (str, int)),
-    "token-classification": ("words", "labels"),
-    "contrastive": (str, str, (int, float)),
-}
 NAMED = 20  # characters without a token that data.json names
 IGNORE = -100  # the label of a token of which nothing is asked: all of a word but the first
 
 
 class NothingLeft(LaminaError):
     """The sources are as they should be, and hold nothing to train on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareSpec(Spec):
-    """What is wanted of the sources."""
-
-    kind: Literal["text", "pairs", "classification", "token-classification", "contrastive"] = "text"
-    fields: tuple[str, ...] = ("text",)  # of a row, in the order of the columns; then the label or score
-    split_on: str | None = None  # what separates the documents of a text file; None: the file is one
-    characters: Literal["error", "replace", "skip"] = "error"  # bytes that are no UTF-8, NULs, halves of characters
-    damaged: float = 0.01  # part of the rows of a file that may be damaged
-    validation: float = 0.0  # part that is kept for validation
-    split: Literal["documents", "end"] = "documents"  # which part: some documents, or the end of each text file
-    end: bool = True  # each document ends with the tokenizer's end token, where it has one
-    control: bool = False  # names of control tokens in a text mean the token
-    labels: tuple[str, ...] = ()  # names of labels by number; none: in the order in which they are met
-    shard_tokens: int = SHARD
-
-    def check(self) -> None:
-        wanted = len(TYPES[self.kind]) - (self.kind == "contrastive" and len(self.fields) == 2)
-        if len(self.fields) != wanted:
-            raise LaminaError(f"fields are {', '.join(self.fields)}; {self.kind} has {wanted}")
-        if not 0 <= self.validation < 1 or not 0 <= self.damaged <= 1:
-            raise LaminaError(f"validation={self.validation}, damaged={self.damaged}; parts of the whole, 0 to 1")
-        if self.split_on == "":
-            raise LaminaError("split_on is empty; it is the text between two documents")
-        if self.shard_tokens < 1:
-            raise LaminaError(f"shard_tokens={self.shard_tokens}; it must be 1 or more")
-        if self.split == "end" and (self.kind != "text" or self.split_on is not None):
-            raise LaminaError("split='end' divides text files that are one document; others are divided by documents")
-
-    @property
-    def values(self) -> str | None:
-        """What there is one of a document."""
-        return "labels" if self.kind == "classification" else "scores" if len(self.fields) == 3 else None
 
 
 @dataclass
@@ -125,7 +83,7 @@ def prepare(
     Raises LaminaError for wrong sources and NothingLeft where they hold nothing.
     """
     target = Path(os.path.abspath(directory))
-    _check_target(target, force)
+    check_target(target, force)
     if not sources:
         raise LaminaError("no source; name files, directories or hf:owner/name")
     for source in sources:
@@ -134,22 +92,22 @@ def prepare(
         if source.kind != "text" and spec.split == "end":
             raise LaminaError(f"{source.name}: has rows; --split end divides text files, --split documents others")
     work = target.with_name(f".{target.name}.preparing")
-    with _owned(work):
+    with owned(work):
         wish = tokenizer if isinstance(tokenizer, str) else tokenizer.hash
         told = [spec.to_json(), wish, special, train_bytes, [asdict(source) for source in sources]]
         key = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-        journal = _journal(work, key)
+        journal = journal_of(work, key)
         if isinstance(tokenizer, str):
-            tokenizer = _tokenizer(work, journal, key, tokenizer, sources, spec, special, train_bytes)
+            tokenizer = learnt_tokenizer(work, journal, key, tokenizer, sources, spec, special, train_bytes)
         made = _Run(work, journal, tokenizer, sources, spec, report).run(key)
         tokenizer.save(work)
         for part in PARTS if spec.validation else ():
             tokenizer.save(work / part)
         shutil.rmtree(work / "tokenizer", ignore_errors=True)
-        (work / "journal.json").unlink()
+        (work / JOURNAL).unlink()
         for path in [work, *(work / part for part in PARTS if spec.validation)]:
-            sync_directory(path)
-        _install(work, target)
+            sync(path)
+        install(work, target)
     return made
 
 
@@ -201,8 +159,8 @@ class _Run:
                 self._read(source)
                 self.journaled.append(asdict(self.counted[-1]))
                 states = [writer.state() for writer in self.writers]
-                write_whole(
-                    self.work / "journal.json",
+                write_file(
+                    self.work / JOURNAL,
                     json.dumps(
                         {
                             "key": key,
@@ -384,48 +342,6 @@ class _Run:
         return self.labels[name]
 
 
-class Lacks:
-    """What a tokenizer loses of texts: characters that vanish, or, where it has an unknown token, what became that."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.unknown = tokenizer.tokens.get(tokenizer.unk_of_model() or "")
-        self.known: dict[str, bool] = {}  # of each character that was met, whether it vanishes
-
-    def count(self, text: str, ids: list[int], tally: Tally) -> None:
-        """Add to a tally what `text` has and its ids lack. Raises LaminaError where the tally has too much of it."""
-        tally.characters += len(text)
-        if self.unknown is not None:
-            tally.lose(ids.count(self.unknown))
-            return
-        letters = set(text)
-        if new := letters - self.known.keys():
-            vanish = self.tokenizer.lost("".join(sorted(new)))
-            self.known |= dict.fromkeys(new, False) | dict.fromkeys(vanish, True)
-        for letter in sorted(letter for letter in letters if self.known[letter]):
-            tally.lose(text.count(letter), letter)
-
-
-def in_validation(document: int, part: float) -> bool:
-    """Whether a document is for validation: of each 1 / part documents in a row, one that a hash draws.
-
-    With part 0.1, one of documents 0 to 9, one of 10 to 19, ...: the part is exact, and what repeats in the data
-    (ten classes in turn) does not always meet the same place.
-    """
-    share = Fraction(part).limit_denominator(1_000_000)
-    if share == 0:
-        return False
-    group = int(document * share)
-    first = _ceil(Fraction(group) / share)
-    after = _ceil(Fraction(group + 1) / share)
-    digest = hashlib.blake2b(f"lamina validation {group}".encode(), digest_size=8).digest()
-    return document == first + int.from_bytes(digest, "little") % (after - first)
-
-
-def _ceil(number: Fraction) -> int:
-    return -((-number) // 1)
-
-
 def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
     batch: list[Part] = []
     size = 0
@@ -450,92 +366,3 @@ def _words(tokenizer: Tokenizer, documents: list[list[str]]) -> Iterator[tuple[n
         inside = firsts < len(word)
         inside[inside] &= word[firsts[inside]] == np.flatnonzero(inside)
         yield ids, np.where(inside, firsts, -1)
-
-
-def _journal(work: Path, key: str) -> dict[str, Any]:
-    """What an earlier run with the same wishes left; anything else is cleared away."""
-    path = work / "journal.json"
-    found = json.loads(path.read_bytes()) if path.is_file() else {}
-    if found.get("key") == key:
-        return found
-    for each in work.iterdir():
-        shutil.rmtree(each) if each.is_dir() else each.unlink()
-    return {}
-
-
-def _tokenizer(
-    work: Path,
-    journal: dict[str, Any],
-    key: str,
-    wish: str,
-    sources: Sequence[Source],
-    spec: PrepareSpec,
-    special: str,
-    most: int,
-) -> Tokenizer:
-    """Train a tokenizer, or take the one that an earlier run had trained when it was killed."""
-    if journal.get("tokenizer"):
-        return from_directory(work / "tokenizer")
-    kind, _, size = wish.partition(":")
-    if size and not size.isdecimal():
-        raise LaminaError(f"tokenizer {wish!r}: {size!r} is no size; write bpe:8192")
-    # All characters are needed, and to collect them is quick; the others learn from the beginning.
-    learnt = _learnt(sources, spec, None if kind == "characters" else most)
-    made = train(kind, learnt, size=int(size) if size else None, special=special)
-    made.save(work / "tokenizer")
-    write_whole(work / "journal.json", json.dumps({"key": key, "tokenizer": True}).encode())
-    return from_directory(work / "tokenizer")
-
-
-def _learnt(sources: Sequence[Source], spec: PrepareSpec, most: int | None) -> Iterator[str]:
-    taken = 0
-    for source in sources:
-        tally = Tally()
-        if source.kind == "text":
-            found = texts(source, tally, split_on=spec.split_on, characters="replace", end=0.0)
-            parts = (part.texts for part in found)
-        else:
-            parts = rows(source, tally, spec.fields, TYPES[spec.kind], "replace")
-        for values in parts:
-            for value in values:
-                for text in value if isinstance(value, list) else [value]:
-                    if not isinstance(text, str):
-                        continue
-                    for start in range(0, len(text), CHUNK >> 4):
-                        yield text[start : start + (CHUNK >> 4)]
-                    taken += len(text.encode())
-            if most is not None and taken >= most:
-                return
-
-
-def _check_target(target: Path, force: bool) -> None:
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not force:
-        raise LaminaError(f"{target}: exists already; name another directory, or replace it with --force")
-    if not any((target / part / layout.NAME).is_file() for part in ("", *PARTS)):
-        raise LaminaError(f"{target}: is no prepared directory, so it is not replaced; name another one")
-
-
-def _install(work: Path, target: Path) -> None:
-    aside = target.with_name(f".{target.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if target.exists():
-        os.rename(target, aside)
-    os.rename(work, target)
-    sync_directory(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def _owned(work: Path) -> Iterator[None]:
-    """The working directory, for one process."""
-    work.mkdir(parents=True, exist_ok=True)
-    handle = os.open(work, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise LaminaError(f"{work}: another process is preparing this; wait for it") from None
-    finally:
-        os.close(handle)

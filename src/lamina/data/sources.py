@@ -366,6 +366,7 @@ def _hub(source: Source, tally: Tally, fields: Sequence[str]) -> Iterator[tuple[
             yield f"row {number:,}", row
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())[:200]
-        raise LaminaError(
-            f"{source.name}: {line}; without a network, give a local file (JSONL or Parquet) instead"
-        ) from None
+        remedy = (
+            "; without a network, give a local file (JSONL or Parquet) instead" if isinstance(error, OSError) else ""
+        )
+        raise LaminaError(f"{source.name}: {line}{remedy}") from None

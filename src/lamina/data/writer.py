@@ -13,6 +13,7 @@ import numpy as np
 from lamina.data import manifest as layout
 from lamina.data.manifest import KINDS, VALUES, ColumnFiles, Manifest, Shard, SourceFile, Values, dtype_of, file_of
 from lamina.data.prepared import sha256, value_file
+from lamina.durable import flush, write_file
 from lamina.errors import LaminaError
 
 SHARD = 1 << 27  # tokens after which a column goes on in another file
@@ -114,7 +115,7 @@ class Writer:
         for column in self.columns:
             column.sync()
         if self.value_file is not None:
-            _sync(self.value_file)
+            flush(self.value_file)
         fields = ("documents", "tokens", "sha256", "ends_sha256")
         shards = [[{f: getattr(shard, f) for f in fields} for shard in column.shards] for column in self.columns]
         tokens = [column.tokens for column in self.columns]
@@ -133,7 +134,7 @@ class Writer:
             column.end()
         values = ()
         if self.value_file is not None and self.values is not None:
-            _sync(self.value_file)
+            flush(self.value_file)
             values = (Values(name=self.values, sha256=sha256(self.directory / value_file(self.values))),)  # pyright: ignore[reportArgumentType]
         manifest = Manifest(
             kind=self.kind,  # pyright: ignore[reportArgumentType]
@@ -151,7 +152,7 @@ class Writer:
             notes=tuple(notes),
         )
         self.stop()
-        write_whole(self.directory / layout.NAME, layout.dump(manifest).encode())
+        write_file(self.directory / layout.NAME, layout.dump(manifest).encode())
         return manifest
 
     def _roll(self) -> None:
@@ -223,7 +224,7 @@ class _Column:
     def sync(self) -> None:
         self.flush()
         for file in self.files:
-            _sync(file)
+            flush(file)
 
     def roll(self, documents: int) -> None:
         """Close the shard and open the next one."""
@@ -242,30 +243,6 @@ class _Column:
             file.close()
             if self.tokens == 0:
                 Path(file.name).unlink(missing_ok=True)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """A file that is there whole or not at all, also after the power went."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        _sync(file)
-    os.replace(partial, path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Names are durable only when their directory is."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _at(path: Path, size: int) -> BinaryIO:

@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lamina.durable import install, refused, remove, sync, write_file
 from lamina.errors import CheckpointError, StorageError
 from lamina.machine import version
 from lamina.train.manifest import LONG, NAME, Manifest, as_json, check, durable, step_of, write_manifest
 from lamina.train.trees import flatten, unflatten
 from lamina.weights.files import Entry, SafetensorsFile, read_json, write_safetensors
-from lamina.weights.saving import FORMAT, install, refused, remove, sync, write_file
+from lamina.weights.saving import FORMAT
 
 STATE, LATEST = "state.json", "latest"
 TREE = "tree"  # in a file's metadata: what beside its tensors belongs to it, as JSON

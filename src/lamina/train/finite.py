@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lamina.durable import write_file
 from lamina.errors import TrainingError
 from lamina.train.directory import NONFINITE
 from lamina.train.ranks import local
 from lamina.train.records import without_infinities
-from lamina.weights.saving import write_file
 
 
 class Finite:

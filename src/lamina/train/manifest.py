@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lamina.durable import sync, write_file
 from lamina.errors import CheckpointError
 from lamina.weights.files import read_json
 from lamina.weights.headers import shown
-from lamina.weights.saving import sync, write_file
 
 VERSION = 1  # of the format of a checkpoint
 MANIFEST = "manifest.json"

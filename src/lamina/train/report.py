@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lamina.accounting import Account, account
+from lamina.durable import write_file
 from lamina.errors import LaminaError
 from lamina.model import ModelSpec
 from lamina.report import architecture, facts, page, short, size
@@ -18,7 +19,6 @@ from lamina.train.curves import STYLE, Line, charts
 from lamina.train.directory import REPORT
 from lamina.train.past import Past, differing, duration, read_run
 from lamina.train.records import smooth
-from lamina.weights.saving import write_file
 from lamina.words import shape_of
 
 EVENTS = 200  # the last lines of the events that are shown

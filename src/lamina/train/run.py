@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from lamina.durable import write_file
 from lamina.errors import LaminaError, StorageError
 from lamina.machine import cores, memory, version
 from lamina.train.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, EVENTS, LOCK, METRICS, SAMPLES, SPEC, owner
 from lamina.train.records import cut_back, without_infinities
-from lamina.weights.saving import write_file
 
 PACKAGES = ("lamina", "torch", "numpy", "tokenizers")
 

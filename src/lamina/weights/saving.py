@@ -1,15 +1,8 @@
 """Safetensors files and checkpoint directories, written tensor by tensor and put in place only when whole."""
 
-import ctypes
-import errno
-import fcntl
 import json
 import os
-import secrets
-import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -17,12 +10,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lamina.errors import CheckpointError, StorageError
+from lamina.durable import flush, install, locked, partial_name, reported, sync
+from lamina.errors import CheckpointError
 from lamina.weights.headers import Entry, header_bytes, in_file_order, shown
 
 FORMAT: Mapping[str, str] = MappingProxyType({"format": "pt"})  # what save_pretrained writes, and from_pretrained asks
-SUFFIX = ".partial"  # of what is being written, beside the place where it will stand
-STALE = 60.0  # seconds after which something partial that nobody holds is a dead writer's
 
 Plan = Mapping[str, Entry]
 Read = Callable[[str], Tensor]
@@ -36,20 +28,9 @@ def write_safetensors(
     The file appears whole or not at all; one that was there before stays until then, and stays if anything fails.
     """
     target = Path(os.path.realpath(path))
-    with _reported(target, _bytes(plan, metadata)), _locked(_partial(target), directory=False) as (partial, lock):
+    with reported(target, _bytes(plan, metadata)), locked(partial_name(target), directory=False) as (partial, lock):
         with open(lock, "wb", closefd=False) as file:
             _write(file, plan, read, metadata)
-        os.replace(partial, target)
-        sync(target.parent)
-
-
-def write_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes one small file, which appears whole or not at all, and replaces one that was there in one step."""
-    target = Path(os.path.realpath(path))
-    with _reported(target, len(data)), _locked(_partial(target), directory=False) as (partial, lock):
-        with open(lock, "wb", closefd=False) as file:
-            file.write(data)
-            _flush(file)
         os.replace(partial, target)
         sync(target.parent)
 
@@ -85,7 +66,7 @@ def save_checkpoint(
     if len(files_of) > 1:
         files["model.safetensors.index.json"] = _index(plan, files_of, index)
     needed = sum(_bytes(shard, metadata) for shard in files_of.values()) + sum(map(len, files.values()))
-    with _reported(target, needed), _locked(_partial(target), directory=True) as (partial, _):
+    with reported(target, needed), locked(partial_name(target), directory=True) as (partial, _):
         for name, shard in files_of.items():
             with open(partial / name, "xb") as file:
                 _write(file, shard, read, metadata)
@@ -93,7 +74,7 @@ def save_checkpoint(
             (partial / name).parent.mkdir(exist_ok=True)
             with open(partial / name, "xb") as file:
                 file.write(content)
-                _flush(file)
+                flush(file)
             sync((partial / name).parent)
         sync(partial)
         install(partial, target, force)
@@ -189,112 +170,4 @@ def _write(file: BinaryIO, plan: Plan, read: Read, metadata: Mapping[str, str] |
             plain = tensor.resolve_conj().resolve_neg().cpu().contiguous()
             plain = plain.as_strided((plain.numel(),), (1,))  # one item may have any stride and count as contiguous
             file.write(plain.view(torch.uint8).numpy().data)
-    _flush(file)
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync(directory: Path) -> None:
-    """Makes names durable: a rename is on disk only when its directory is."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _partial(target: Path) -> Path:
-    return target.parent / f".{target.name}.{secrets.token_hex(4)}{SUFFIX}"
-
-
-@contextmanager
-def _reported(target: Path, needed: int) -> Iterator[None]:
-    """Makes the parent, checks for room, and turns what the system refuses into one line that names both numbers."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
-        free = shutil.disk_usage(target.parent).free
-        if free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        yield
-    except OSError as error:
-        raise refused(target, needed, error) from error
-
-
-def refused(target: Path, needed: int, error: OSError, state: str = "nothing was changed") -> StorageError:
-    """What to raise when the system refuses to write: why, how much is needed and free, and how things stand now."""
-    reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free = shutil.disk_usage(next(folder for folder in target.absolute().parents if folder.is_dir())).free
-        reason = f"{reason}: {needed:,} bytes are needed, and {free:,} are free"
-    return StorageError(f"{target}: cannot be written: {reason}; {state}")
-
-
-@contextmanager
-def _locked(partial: Path, directory: bool) -> Iterator[tuple[Path, int]]:
-    """A new file or directory, locked so that others can tell that its writer lives, and removed if still there."""
-    if directory:
-        partial.mkdir()
-    handle = os.open(partial, os.O_RDONLY if directory else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield partial, handle
-    finally:
-        os.close(handle)
-        remove(partial)
-
-
-def _sweep(target: Path) -> None:
-    """Removes what writers of this target left behind when they were killed: old, and locked by nobody."""
-    for path in target.parent.iterdir():
-        if not (path.name.startswith(f".{target.name}.") and path.suffix == SUFFIX):
-            continue
-        try:
-            handle = os.open(path, os.O_RDONLY)
-        except OSError:  # it has gone meanwhile, or belongs to another user
-            continue
-        try:
-            if time.time() - os.fstat(handle).st_mtime > STALE:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove(path)
-        except BlockingIOError:  # its writer lives
-            pass
-        finally:
-            os.close(handle)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def install(partial: Path, target: Path, force: bool) -> None:
-    """Gives the whole directory its name. What it replaces then bears the partial one's name, and is removed."""
-    if force and target.exists() and _exchange(partial, target):
-        return
-    aside = partial.with_name(partial.name.removesuffix(SUFFIX) + f".old{SUFFIX}")
-    replaced = force and target.exists()
-    if replaced:
-        os.rename(target, aside)
-    try:
-        os.rename(partial, target)  # onto nothing, or onto an empty directory; the system refuses all else
-    except OSError as error:
-        if replaced:
-            os.rename(aside, target)
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise CheckpointError(f"{target}: another process has written it meanwhile; nothing was changed") from None
-        raise
-    if replaced:
-        remove(aside)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two names in one step, where the system can: Linux, renameat2 with RENAME_EXCHANGE (2)."""
-    swap = getattr(ctypes.CDLL(None), "renameat2", None)
-    here = -100  # AT_FDCWD: names are relative to the working directory, as everywhere
-    return swap is not None and swap(here, os.fsencode(one), here, os.fsencode(other), 2) == 0
+    flush(file)
