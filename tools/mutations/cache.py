@@ -5,6 +5,7 @@ from __future__ import annotations
 ALSO: dict[str, tuple[str, ...]] = {
     "cache/growing.py": ("tests/generation/test_beam.py",),
     "cache/neighbours.py": ("tests/layers/test_retrieval.py",),
+    "cache/recurrent.py": ("tests/layers/test_recurrent.py",),
     "cache/summed.py": ("tests/layers/test_memory_attention.py",),
 }
 """Tests of a file beside those that its name tells."""
@@ -148,6 +149,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "kept.position, kept.document, row=kept.row, chunk=kept.chunk",
         ),
         ("found: places of a shorter one are holes", "value=HOLE", "value=0"),
+    ],
+    "cache/recurrent.py": [
+        ("recurrent cache: beams", "self.progress.select(index)", "self.progress"),
+        ("recurrent cache: detached", "memory=self.progress.memory.detach()", "memory=self.progress.memory"),
+        ("recurrent cache: bytes", "self.progress.memory.numel() * ", ""),
     ],
     "cache/ring.py": [
         (

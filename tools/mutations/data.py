@@ -14,6 +14,13 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("column: a shard begins a document", "if start <= base < stop:", "if start < base < stop:"),
         ("column: copies without maps", 'self.__dict__ | {"_maps": {}}', "self.__dict__"),
     ],
+    "data/division.py": [
+        ("prepare: drawn from each group", 'int.from_bytes(digest, "little") % (after - first)', "0"),
+    ],
+    "data/lost.py": [
+        ("prepare: characters that vanish", "tally.lose(text.count(letter), letter)", "tally.lose(1, letter)"),
+        ("prepare: unknown tokens", "tally.lose(ids.count(self.unknown))", "pass"),
+    ],
     "data/order.py": [
         ("order: another each epoch", "{self.seed} {epoch}", "{self.seed}"),
         ("order: cycle walking", "while beyond.size:", "while False:"),
@@ -26,10 +33,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "at = cut_place(rest[: PIECE + 1024], PIECE, self.tokenizer)",
             "at = PIECE",
         ),
-        ("prepare: the journal's key", 'if found.get("key") == key:', 'if found.get("key"):'),
-        ("prepare: one process", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
         ("prepare: labels of words", "labels[firsts[firsts >= 0]] = numbers[firsts >= 0]", "labels[:] = 0"),
-        ("prepare: drawn from each group", 'int.from_bytes(digest, "little") % (after - first)', "0"),
     ],
     "data/prepared.py": [
         ("prepared: sizes", "if size != expected:", "if False:"),
@@ -40,6 +44,9 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "data/sources.py": [
         ("sources: damaged rows stop", "if self.damaged > self.allowed * self.rows:", "if False:"),
+        ("sources: lost characters stop", "if self.lost > self.allowed * self.characters:", "if False:"),
+        ("sources: lost characters stop at once", "if self.characters >= ENOUGH:", "if False:"),
+        ("sources: characters lost oftenest", "key=lambda letter: -self.letters[letter]", "key=lambda letter: letter"),
         (
             "sources: a byte order mark",
             "text = text[1:]\n                tally.mended += 1\n        yield",
@@ -51,6 +58,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "data/training.py": [
         ("training: sentinels", "reversed(range(100))", "range(100)"),
+        ("training: an unknown character", 'if "unk" in roles and kind == "characters":', "if False:"),
         ("training: characters are sorted", "enumerate(sorted(found))", "enumerate(reversed(sorted(found)))"),
         ("training: what stands around", "if before or behind:", "if False:"),
     ],
@@ -60,6 +68,12 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("windows: aligned", "row * self.length if self.aligned else row", "row"),
         ("packed: lookahead", "if len(left) == lookahead:", "if False:"),
         ("packed: too long", 'self.long and longer == "refuse"', "False"),
+        ("packed: pieces that share a token", 'length if longer == "overlap" else room', "room"),
+    ],
+    "data/workplace.py": [
+        ("prepare: the journal's key", 'if found.get("key") == key:', 'if found.get("key"):'),
+        ("prepare: what a killed writer left", "remove(partial)", "pass"),
+        ("prepare: one process", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
     ],
     "data/writer.py": [
         ("writer: the end token", "column.finish(self.end)", "column.finish(None)"),

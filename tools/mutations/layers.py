@@ -4,7 +4,6 @@ from __future__ import annotations
 
 ALSO: dict[str, tuple[str, ...]] = {
     "layers/attention.py": ("tests/test_cache.py",),
-    "layers/batch_norm.py": ("tests/layers/test_product_keys.py",),
     "layers/bigbird.py": ("tests/test_families_bigbird.py",),
     "layers/block.py": ("tests/layers/test_cross.py",),
     "layers/cached.py": ("tests/test_cache.py", "tests/layers/test_latent.py", "tests/layers/test_differential.py"),
@@ -34,7 +33,9 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         (
             "qk-norm before the phases",
             "        return self._request(query, key, value, queries, keys, call)\n",
-            "        if self.q_norm is not None and self.k_norm is not None:\n            query, key = self.q_norm(query), self.k_norm(key)\n        return self._request(query, key, value, queries, keys, call)\n",
+            (
+                "        if self.q_norm is not None and self.k_norm is not None:\n            query, key = self.q_norm(query), self.k_norm(key)\n        return self._request(query, key, value, queries, keys, call)\n"
+            ),
         ),
         (
             "bias of the layer beside that of the stack",
@@ -184,7 +185,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "over[:, :-1] = groups.document[:, 1:] == groups.document[:, :-1]",
             "over[:] = True",
         ),
-        ("compressive: as old as that", "gap=size - FAR", "gap=size - FAR - 1"),
+        ("compressive: as old as that", "gap=size - FAR", "gap=size - FAR + 1"),
         (
             "compressive: how many",
             "reach = spec.length, spec.size, spec.rate * spec.count",
@@ -574,7 +575,16 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "scores.topk(min(count, key.shape[2]), dim=-1)",
             "scores.topk(min(count + 1, key.shape[2]), dim=-1)",
         ),
-        ("memorizing: fewer than asked for", ".softmax(dim=-1).masked_fill(missing, 0.0)", ".softmax(dim=-1)"),
+        (
+            "memorizing: fewer than asked for",
+            "scores.masked_fill(missing, torch.finfo(scores.dtype).min).softmax(dim=-1)",
+            "scores.softmax(dim=-1)",
+        ),
+        (
+            "memorizing: where nothing is found",
+            "~missing.all(dim=-1, keepdim=True)",
+            "mask.any(dim=-1, keepdim=True).expand(-1, heads, -1, -1)",
+        ),
         ("memorizing: what a cache keeps", "Retained(self.spec.size + self.spec.length,", "Retained(self.spec.size,"),
         ("memorizing: clusters that are probed", "inside & rows.gather(3, candidate)", "rows.gather(3, candidate)"),
         ("memorizing: the mask of a clustered search", "inside & rows.gather(3, candidate)", "inside"),
@@ -677,6 +687,58 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("recurrence: how far back", "back=spec.size, gap=0", "back=spec.size + 1, gap=0"),
         ("recurrence: biases twice", "torch.cat([bias, bias], dim=-1)", "torch.cat([bias, 0 * bias], dim=-1)"),
         ("recurrence: marks are refused", "        refuse_marks(attention.pattern)", "        pass"),
+    ],
+    "layers/recurrent.py": [
+        ("recurrent: position of tokens", "n + piece.position % length, HOLE", "piece.position % length, HOLE"),
+        ("recurrent: position of what is written", "n + length + each, HOLE", "n + each, HOLE"),
+        (
+            "recurrent: rows that do not begin",
+            "torch.where(piece.begins, each, HOLE)",
+            "torch.where(piece.begins | True, each, HOLE)",
+        ),
+        (
+            "recurrent: rows that do not end",
+            "torch.where(piece.ends, n + length",
+            "torch.where(piece.ends | True, n + length",
+        ),
+        ("recurrent: segments apart", "serial = progress.serial + piece.begins", "serial = progress.serial"),
+        (
+            "recurrent: a new document",
+            "torch.where(piece.fresh[:, :, None], self.memory, progress.memory)",
+            "progress.memory",
+        ),
+        ("recurrent: gradients end", "memory.detach(), memory)\n        serial", "memory, memory)\n        serial"),
+        ("recurrent: after how many segments", "% (self.spec.gradients + 1) == 0", "% (self.spec.gradients + 1) == 1"),
+        ("recurrent: rows that read nothing", "here = piece.segment >= 0", "here = piece.segment >= -1"),
+        (
+            "recurrent: what is handed on",
+            "out[:, -self.spec.tokens :], progress.memory)",
+            "out[:, : self.spec.tokens], progress.memory)",
+        ),
+        (
+            "recurrent: rows that leave nothing",
+            "torch.where(piece.ends[:, :, None], out",
+            "torch.where(piece.ends[:, :, None] | True, out",
+        ),
+        ("recurrent: goes on", "first = start == span[0] and not started", "first = start == span[0]"),
+        ("recurrent: a piece in the middle", "piece.start == 0 or not piece.some_begin", "True"),
+        (
+            "recurrent: documents",
+            "begins = real & (other | (earlier != segment))",
+            "begins = real & (earlier != segment)",
+        ),
+        ("recurrent: new documents", "fresh = real & (other | (earlier < 0))", "fresh = real & (earlier < 0)"),
+        ("recurrent: padding", "number = torch.where(real, begins.cumsum(1), -1)", "number = begins.cumsum(1)"),
+        ("recurrent: its end", "position % length == length - 1)", "position % length == length - 2)"),
+        (
+            "recurrent: what a cache keeps",
+            "min(retained.recent, self.spec.columns)",
+            "retained.recent + self.spec.columns",
+        ),
+        ("recurrent: all of a segment", "return self.length + 2 * self.tokens", "return self.length + self.tokens"),
+        ("recurrent: marks", "if call.tokens.marked is not None:", "if False:"),
+        ("recurrent: progress is kept", "            slot.progress = progress\n", "            pass\n"),
+        ("recurrent: initial values", "draw.table(self.memory)", "nn.init.ones_(self.memory)"),
     ],
     "layers/relative.py": [
         ("Shaw: clip", ".clamp(-self.clip, self.clip) + self.clip", ".clamp(-self.clip, 0) + self.clip"),

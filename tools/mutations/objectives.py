@@ -91,6 +91,23 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("prefix: what is marked", '"marked": column < prefix', '"marked": column < prefix - 1'),
         ("prefix: any length", "random.integers(1, size)", "random.integers(2, size)"),
     ],
+    "objectives/retrieval.py": [
+        ("neighbours: of the chunks that are read", "np.minimum(np.cumsum(sizes), length) -", "np.cumsum(sizes) -"),
+        (
+            "neighbours: of a piece within its document",
+            "(pieces[which] - begins[document]) // chunk + serial",
+            "serial",
+        ),
+        ("neighbours: not of the document after it", "np.where(number < starts[document + 1], number, -1)", "number"),
+        (
+            "neighbours: rows that are not full",
+            "(documents[:, :-1] >= 0).to(torch.int64)",
+            "(documents[:, :-1] >= -1).to(torch.int64)",
+        ),
+        ("neighbours: nothing asked of padding", ".masked_fill(documents[:, 1:] < 0, IGNORE)", ""),
+        ("neighbours: chunks of one length", "if spec.retrieval.chunk != self.chunk:", "if False:"),
+        ("neighbours: of another text", "if len(starts) != len(begins):", "if False:"),
+    ],
     "objectives/rows.py": [
         ("rows: an end is said once", "prepared.end if self.ended else None", "None"),
         ("rows: what is too long is refused", 'if longer == "refuse" and long.any():', "if False:"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 ALSO: dict[str, tuple[str, ...]] = {
-    "train/optimiser.py": ("tests/train/test_loop.py",),
     "train/past.py": ("tests/cli/test_runs.py",),
     "train/training.py": ("tests/train/test_ranks.py",),
 }
@@ -20,6 +19,18 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "adapter: frozen matrices have no gradients",
             "2 * cost.flops_prefill // length",
             "cost.flops_train_per_token",
+        ),
+        (
+            "building: special tokens of a size",
+            '**_special(data), **choice.config, "model_type"',
+            '**choice.config, "model_type"',
+        ),
+        ("building: what a decoder begins with", "Fields(_begun(config), where=", "Fields(config, where="),
+        ("building: a decoder's own beginning", '"decoder_start_token_id" in config', "False"),
+        (
+            "building: prompts of an encoder",
+            "if spec.evaluation.prompts and (model.decoder is None",
+            "if False and (model.decoder is None",
         ),
     ],
     "train/checkpoint.py": [
@@ -58,6 +69,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             '    title = f"<title>{line.name}',
         ),
         ("curves: the legend is text", "/></svg>{escape(line.name)}</li>", "/></svg>{line.name}</li>"),
+        (
+            "curves: room for long labels",
+            "left = max(LEFT, 16 + LETTER * max(map(len, labels.values())))",
+            "left = LEFT",
+        ),
     ],
     "train/finite.py": [
         ("finite: the loss", "math.isfinite(loss) and math.isfinite(norm)", "math.isfinite(norm)"),
@@ -171,6 +187,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("report: warnings are text", "<li>{escape(line)}</li>", "<li>{line}</li>"),
         ("report: tables are text", '<th scope="row">{escape(row[0])}</th>', '<th scope="row">{row[0]}</th>'),
         ("report: compute", "cost.flops_train_per_token * summary", "cost.flops_per_token * summary"),
+        (
+            "train/report: an encoder writes no text",
+            "spec is None or (spec.decoder is not None",
+            "True or (spec.decoder is not None",
+        ),
     ],
     "train/run.py": [
         ("run: one owner", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
@@ -184,6 +205,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "except KeyError as error:  # a broken",
         ),
         ("run: git's changes", "bool(changed)}", "False}"),
+        (
+            "run: each sample has its file",
+            'name = f"step-{step}-{number + 1}.txt" if number else',
+            'name = f"step-{step}.txt" if number else',
+        ),
     ],
     "train/sums.py": [
         (
@@ -200,6 +226,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "names[id(pairs[0][1])]: place for place, like in pairs",
         ),
         ("adapter: is folded into what ranks write", "whole if model.adapter is None else", "whole if True else"),
+        ("training: a pair answers its prompt", 'yield f"{prompt} -> {text}" if pair else text', "yield text"),
+        ("training: a pair begins its own text", "(1 if pair else ids.shape[1])", "ids.shape[1] - 10_000"),
     ],
     "train/trees.py": [
         ("trees: tuples", 'return items if isinstance(value, list) else {"$tuple": items}', "return items"),
