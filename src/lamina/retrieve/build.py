@@ -19,6 +19,7 @@ from lamina.data import open_prepared
 from lamina.data.prepare import PrepareSpec, prepare
 from lamina.data.prepare import Progress as Reading
 from lamina.data.sources import Source
+from lamina.durable import remove, sync, write_file
 from lamina.errors import LaminaError
 from lamina.model import Model
 from lamina.retrieve import generations
@@ -31,7 +32,6 @@ from lamina.retrieve.states import StateContent
 from lamina.retrieve.store import Batch
 from lamina.text import Tokenizer
 from lamina.weights.files import Entry, read_json, write_safetensors
-from lamina.weights.saving import remove, sync, write_file
 
 if TYPE_CHECKING:
     from lamina.data import Prepared

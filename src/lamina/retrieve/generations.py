@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lamina.durable import remove, sync, write_file
 from lamina.errors import CheckpointError, LaminaError
-from lamina.weights.saving import remove, sync, write_file
 
 CURRENT, BUILDING, CORPUS = "current", ".building", "corpus"
 NAMES = frozenset((CURRENT, BUILDING, CORPUS, f".{CORPUS}.preparing", f".{CORPUS}.old"))

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lamina.durable import write_file
 from lamina.errors import CheckpointError, LaminaError
 from lamina.retrieve.embedding import EmbedderSpec
 from lamina.specs import Spec
 from lamina.weights.files import read_json
-from lamina.weights.saving import write_file
 
 NAME = "index.json"
 FORMAT = 1

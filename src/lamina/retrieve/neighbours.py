@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lamina.durable import write_file
 from lamina.errors import CheckpointError, LaminaError
 from lamina.retrieve.build import Progress, said
 from lamina.retrieve.chunks import Chunks, Documents
@@ -21,7 +22,6 @@ from lamina.retrieve.database import Database
 from lamina.retrieve.flat import Growing, mapped
 from lamina.specs import Spec
 from lamina.weights.files import read_json
-from lamina.weights.saving import write_file
 
 if TYPE_CHECKING:
     from lamina.data import Prepared
