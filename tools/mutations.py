@@ -1653,8 +1653,9 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("compressive: what a cache keeps", "spec.count + (spec.size + spec.length) // spec.rate", "spec.count"),
         ("compressive: for the mask alone", "torch.where(made.real, made.position + FAR, HOLE)", "made.position"),
         ("compressive: mean of what there is", "/ there.sum(dim=2).clamp(min=1)", "/ self.spec.rate"),
-        ("compressive: its inputs are constant", "x.detach(), call)", "x, call)"),
+        ("compressive: its inputs are constant", "x.detach(), constant, call)", "x, constant, call)"),
         ("compressive: its weights are constant", "name: p.detach() for", "name: p for"),
+        ("compressive: its queries are constant", "tuple(part.detach() for part in parts)", "parts"),
         ("compressive: loss", "self.spec.loss * self._reconstruction", "self._reconstruction"),
         ("compressive: what is evicted", "back=size + length, gap=size)", "back=size + length, gap=0)"),
         (
@@ -1703,11 +1704,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("segments: by document", "(document[:, 1:] != document[:, :-1]) | (ordered", "(ordered"),
         ("segments: the last document last", "_ends(tokens.document), (~", "tokens.document, (~"),
         ("segments: where a plain span begins", "segment - first, place, count", "segment, place, count"),
-        (
-            "segments: holes last",
-            "for key in (_ends(tokens.document), (~tokens.real).to(torch.int8)):",
-            "for key in (_ends(tokens.document),):",
-        ),
     ],
     "cache/summed.py": [
         ("summed: the open segment", "& (seen.position // self.length == position // self.length)", ""),
