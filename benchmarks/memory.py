@@ -61,6 +61,7 @@ MODELS: dict[str, tuple[Pattern, Any]] = {
     "compressive, convolution": (Causal(), CompressiveSpec(length=SEGMENT, size=SEGMENT, count=16, rate=2)),
     "memorizing, nearest 4": (OWN, MemorizingSpec(length=SEGMENT, size=3 * SEGMENT, count=4, sharpness=10.0)),
     "memorizing, nearest 16": (OWN, MemorizingSpec(length=SEGMENT, size=3 * SEGMENT, count=16, sharpness=10.0)),
+    "memorizing, sharper": (OWN, MemorizingSpec(length=SEGMENT, size=3 * SEGMENT, count=8, sharpness=30.0)),
     "memorizing, clusters": (
         OWN,
         MemorizingSpec(length=SEGMENT, size=3 * SEGMENT, count=16, sharpness=10.0, clusters=8, probes=3),

@@ -291,6 +291,14 @@ def test_a_memory_needs_what_came_before():
             )
 
 
+def test_what_a_memory_keeps_is_counted():
+    """After 4 tokens, rate 3, two layers: 4 keys and values of 2 heads of 6, one compressed pair, one input of 16."""
+    counted = lamina.account(build("compressive, mean"), context=4)
+    assert counted.cache_bytes == 2 * 8 * (4 * 2 * 12 + 2 * 12 + 16)
+    after_many = lamina.account(build("infini"), context=13)  # 3 near keys, one of a new segment, M and z
+    assert after_many.cache_bytes == 2 * 8 * (3 * 2 * 12 + 2 * 12 + 2 * 6 * 7)
+
+
 @pytest.mark.parametrize("name", MEMORIES)
 def test_it_is_read_back_counted_and_verified(name: str):
     model = build(name)

@@ -141,19 +141,19 @@ class Compressive(nn.Module):
         """The same attention, through which no gradient leaves a segment."""
         return stopped(request, self.own, self.earlier | self.older)
 
-    def learn(self, layer: MemoryAttention, x: Tensor, call: Call) -> None:
-        """Write down the loss of a convolution in training."""
+    def learn(self, layer: MemoryAttention, x: Tensor, parts: tuple[Tensor, Tensor, Tensor], call: Call) -> None:
+        """Write down the loss of a convolution in training; `parts`: queries, keys and values without phases."""
         if layer.training and self.compress.convolution is not None and self.spec.loss:
-            loss = self.spec.loss * self._reconstruction(layer, x.detach(), call)
+            constant = tuple(part.detach() for part in parts)
+            loss = self.spec.loss * self._reconstruction(layer, x.detach(), constant, call)
             call.record.losses[f"{call.record.called(self.path)}.reconstruction"] = loss
 
-    def _reconstruction(self, layer: MemoryAttention, x: Tensor, call: Call) -> Tensor:
+    def _reconstruction(self, layer: MemoryAttention, x: Tensor, parts: tuple[Tensor, ...], call: Call) -> Tensor:
         tokens, memo = call.tokens, call.memo
         groups = segments(tokens, self.spec.rate, memo)
         shorter = self.compress(groups.laid_out(x[:, None])[:, 0], groups.there())
         constant = {name: p.detach() for name, p in layer.named_parameters()}
-        with torch.no_grad():
-            query, key, value = layer.project(x)
+        query, key, value = parts
         short_key, short_value = functional_call(_Keys(layer), {f"layer.{n}": p for n, p in constant.items()}, shorter)
         made = compressed(groups, tokens, call)
         means = [

@@ -75,10 +75,11 @@ class MemoryAttention(Attention):
         memory, spec = self.memory, self.spec
         if isinstance(memory, GatedMemory):
             return self.request(query, key, value, call)
+        if isinstance(memory, Compressive):
+            memory.learn(self, x, (query, key, value), call)
         query, key, value, queries, keys = with_cache(self.path, call, query, key, value, spec.rotary, spec.head_dim)
         masked = keys
         if isinstance(memory, Compressive):
-            memory.learn(self, x, call)
             short_key, short_value, made = memory.keys(self, x, call)
             keys, masked = beside(keys, made, call)
             key, value = torch.cat([key, short_key], dim=2), torch.cat([value, short_value], dim=2)

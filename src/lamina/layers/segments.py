@@ -66,7 +66,8 @@ def _segments(tokens: Tokens, length: int) -> Segments:
         first, count = tokens.span[0] // length, (tokens.span[1] - 1) // length - tokens.span[0] // length + 1
         number = torch.arange(first, first + count, device=segment.device).expand(segment.shape[0], -1)
         return Segments(segment - first, place, count, length, tokens.document[:, :1].expand(-1, count), number)
-    # Sorted by segment, then by document, then with the holes last: stable sorts, the least important first.
+    # Sorted by segment, then by document, then with the holes last, which have no group and would only cost one: stable
+    # sorts, the least important first.
     order = segment.argsort(dim=1, stable=True)
     for key in (_ends(tokens.document), (~tokens.real).to(torch.int8)):
         order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
