@@ -4,8 +4,8 @@
 
 48 tokens: fillers, and in the first 16 somewhere a mark and one of 16 values; the last token asks for the value. Two
 layers of width 64 with rotary positions read segments of 16. Without a memory each segment is a text of its own, so the
-answer is a guess (1 in 16). With memory vectors a value has to be written twice and read once; gradients go through both
-ends, or through none. One thread, a minute or two a run.
+answer is a guess (1 in 16). With memory vectors a value has to be written twice and read once; gradients go through
+both ends, or through none. One thread, a minute or two a run.
 """
 
 from __future__ import annotations

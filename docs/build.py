@@ -306,8 +306,8 @@ def values_figures() -> str:
         (name, *(f"{times[count]['median']:.0f}" for count in counts), f"{found['ratios'][name]:.2f}")
         for name, times in found["microseconds"].items()
     ]
-    before = f"""Microseconds a token, width 1,024, 4 heads of 32 values, keys of 256, threads: {found["threads"]}, medians
-    of {found["rounds"]} rounds, and the median of the rounds' own ratios
+    before = f"""Microseconds a token, width 1,024, 4 heads of 32 values, keys of 256, threads: {found["threads"]},
+    medians of {found["rounds"]} rounds, and the median of the rounds' own ratios
     ([benchmarks/memory_values.py](../benchmarks/memory_values.py),
     [results](../benchmarks/results/memory_values.json)):"""
     return f"{filled(before)}\n\n{_table(('', *(f'{count} values' for count in counts), 'ratio'), rows)}\n"
@@ -322,8 +322,8 @@ def tokens_figures() -> str:
         (name, *(" ".join(f"{run[what]:.3f}" for run in runs) for what in ("accuracy", "cached")))
         for name, runs in found["ways"].items()
     ]
-    before = f"""48 tokens in segments of 16: in the first stands one of 16 values, and the last token asks for it. Shares
-    of 1,000 texts that are answered rightly after {found["steps"]:,} steps, each with its seed; chance is
+    before = f"""48 tokens in segments of 16: in the first stands one of 16 values, and the last token asks for it.
+    Shares of 1,000 texts that are answered rightly after {found["steps"]:,} steps, each with its seed; chance is
     {found["chance"]:.4f}; "cached" is read in other pieces than the segments
     ([benchmarks/memory_tokens.py](../benchmarks/memory_tokens.py),
     [results](../benchmarks/results/memory_tokens.json)):"""

@@ -626,7 +626,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "torch.where(piece.ends[:, :, None] | True, out",
         ),
         ("recurrent: goes on", "first = start == span[0] and not started", "first = start == span[0]"),
-        ("recurrent: a piece in the middle", "piece.start == 0 or not piece.some_begin", "True"),
         (
             "recurrent: documents",
             "begins = real & (other | (earlier != segment))",

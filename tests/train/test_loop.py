@@ -405,7 +405,7 @@ def test_a_table_of_values_gets_only_the_rows_that_were_read():
     """Against Adam on those rows, written out; the norm and the clipping count a row that was read twice once."""
     one = trainer(MEMORY, batch=4, micro=2, rate=1e-2, clip=0.05)
     table = one.model.get_parameter(VALUES)
-    means, squares, steps, moved = torch.zeros_like(table), torch.zeros_like(table), 0, set()
+    means, squares, moved = torch.zeros_like(table), torch.zeros_like(table), set()
     for step in range(3):
         before, twin = table.detach().clone(), copy.deepcopy(one.model)
         for part in twin.modules():
@@ -424,10 +424,9 @@ def test_a_table_of_values_gets_only_the_rows_that_were_read():
         taken = one.step()
         assert taken.gradient_norm == pytest.approx(float(norm), rel=1e-5) and float(norm) > 0.05
         gradient = gradient[rows] * 0.05 / norm
-        steps += 1
         means[rows] = 0.9 * means[rows] + 0.1 * gradient
         squares[rows] = 0.95 * squares[rows] + 0.05 * gradient.square()
-        size = 1e-2 * (1 - 0.95**steps) ** 0.5 / (1 - 0.9**steps)
+        size = 1e-2 * (1 - 0.95 ** (step + 1)) ** 0.5 / (1 - 0.9 ** (step + 1))
         expected = before.clone()
         expected[rows] -= size * means[rows] / (squares[rows].sqrt() + 1e-8)
         torch.testing.assert_close(table.detach(), expected, rtol=1e-4, atol=2e-6)
