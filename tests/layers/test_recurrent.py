@@ -134,7 +134,9 @@ def test_rows_of_different_lengths_and_documents_in_every_split(split: list[int]
             torch.cat([model(part[None]).logits[0] for part in parts])
             for parts in ((text[0, 4:],), (text[1, 11:],), (text[2, :9], text[2, 9:]))
         ]
-        whole = model(text, mask, document_ids=documents).logits
+        out = model(text, mask, document_ids=documents)
+        whole = out.logits
+        assert not out.hidden[mask == 0].any()
         cache, start, out = model.new_cache(kind, 3), 0, []
         for size in split:
             at = slice(start, start := start + size)
