@@ -4,10 +4,10 @@
 
 One layer of width 1,024 (4 heads, 32 values each, keys of 256 features) with 256^2 and with 1,024^2 values, by itself
 ("plain": Lample et al.; "gated": Memory+) and in a layer of a model, beside its attention and its feed-forward network:
-forward; and forward, backward and a step of the optimiser, with gradients of the rows that were read and (--whole) with
-whole ones. Sizes take turns within a round, and a ratio is the median of the rounds' own ratios. Times are those of the
-processor, which other programs disturb less than those of a clock. Weights lie in large pages, as those of a compiled
-model do.
+forward; and, of width 256, forward, backward and a step of the optimiser, with gradients of the rows that were read and
+(--whole) with whole ones. Sizes take turns within a round, and a ratio is the median of the rounds' own ratios. Times
+are those of the processor, which other programs disturb less than those of a clock. Weights lie in large pages, as those
+of a compiled model do.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def memory(keys: int, kind: str) -> Any:
     return ProductKeySpec(heads=4, keys=keys, key_dim=256, gated=kind != "plain")
 
 
-def layer(keys: int, kind: str) -> tuple[torch.nn.Module, torch.Tensor, Any]:
+def layer(keys: int, kind: str, width: int = WIDTH) -> tuple[torch.nn.Module, torch.Tensor, Any]:
     """A memory by itself, or in a layer of a model, with what it reads."""
     from lamina.generation.pages import settle_in_large_pages
     from lamina.layers import (
@@ -54,9 +54,16 @@ def layer(keys: int, kind: str) -> tuple[torch.nn.Module, torch.Tensor, Any]:
         parts = {"attention": attention, "feedforward": FeedForwardSpec(hidden=2816), "memory": spec}
         steps = (StepSpec(name=name, op=part, pre=RMSNormSpec()) for name, part in parts.items())
         spec = LayerSpec(steps=tuple(steps))
-    module = spec.build(WIDTH)
+    with torch.device("meta"):
+        module = spec.build(width)
+    module.to_empty(device="cpu")
+    for weight in module.parameters():
+        if weight.numel() > 2**23:
+            torch.nn.init.constant_(weight, 0.02)  # drawing a table takes minutes, and its values do not matter here
+        else:
+            torch.nn.init.normal_(weight, std=0.02)
     settle_in_large_pages(module)
-    return module, torch.randn(1, TOKENS, WIDTH), Call(tokens=plain(1, TOKENS))
+    return module, torch.randn(1, TOKENS, width), Call(tokens=plain(1, TOKENS))
 
 
 def forward(keys: int, kind: str) -> Callable[[], Any]:
@@ -71,7 +78,7 @@ def forward(keys: int, kind: str) -> Callable[[], Any]:
 
 def step(keys: int, sparse: bool) -> Callable[[], Any]:
     """Forward, backward and optimiser, of a plain memory."""
-    module, x, call = layer(keys, "plain")
+    module, x, call = layer(keys, "plain", 256)
     module.values.sparse = sparse  # pyright: ignore
     tables = list(module.values.parameters())  # pyright: ignore
     others = [p for p in module.parameters() if all(p is not table for table in tables)]
@@ -110,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--whole", action="store_true", help="also steps with whole gradients: 17 GB of memory")
+    parser.add_argument("--whole", action="store_true", help="also steps with whole gradients: 8 GB of memory")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -13,6 +13,7 @@ import lamina
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.generation import generate
 from lamina.layers import (
+    Call,
     CrossAttentionSpec,
     ExpertsSpec,
     FeedForwardSpec,
@@ -28,6 +29,7 @@ from lamina.layers import (
 from lamina.parallel import MeshSpec, plan
 from lamina.patterns import Causal, Everything, Window
 from lamina.specs import edit
+from lamina.tokens import Tokens, plain
 from tests.small import MIXED, build, decoder, ids
 from tests.tiny import checkpoint
 
@@ -132,7 +134,9 @@ def test_rows_of_different_lengths_and_documents_in_every_split(split: list[int]
             torch.cat([model(part[None]).logits[0] for part in parts])
             for parts in ((text[0, 4:],), (text[1, 11:],), (text[2, :9], text[2, 9:]))
         ]
-        whole = model(text, mask, document_ids=documents).logits
+        out = model(text, mask, document_ids=documents)
+        whole = out.logits
+        assert not out.hidden[mask == 0].any()
         cache, start, out = model.new_cache(kind, 3), 0, []
         for size in split:
             at = slice(start, start := start + size)
@@ -175,6 +179,16 @@ def test_positions_may_have_gaps():
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-10)
         alone = model(text[:, 3:]).logits  # the first segment has left nothing
         torch.testing.assert_close(whole[:, 3:], alone, rtol=0, atol=1e-10)
+
+
+def test_a_text_may_begin_in_the_middle_of_a_segment():
+    """Told by a span, or by positions alone."""
+    stack, x = text_model().decoder, torch.randn(2, 12, 16, dtype=torch.float64)
+    assert stack is not None
+    known = plain(2, 12, start=3)
+    with torch.no_grad():
+        found = [stack(x, Call(tokens=tokens)) for tokens in (known, Tokens(known.position, known.document))]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-10)
 
 
 def test_a_cache_holds_one_segment_and_the_memory():
