@@ -1388,11 +1388,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("retrieval: the neighbours of its own document", "& (document == found.document[:, :1])", ""),
         (
-            "retrieval: places without a token",
-            "there, position.gather(1, place) - m",
-            "place >= 0, position.gather(1, place) - m",
-        ),
-        (
             "retrieval: chunks that end here",
             "tokens.real & ((tokens.position + 1) % m == 0)",
             "tokens.real & (tokens.position % m == 0)",
