@@ -92,7 +92,7 @@ def tests_of(file: str) -> tuple[str, ...]:
         return (f"tests/{shared.get(name, f'weights/test_{name}')}.py",)
     if folder == "objectives":
         shared = {"prefix": "spans", "next_sentence": "masked", "loss": "distillation"}
-        known = ("masked", "spans", "denoising", "distillation", "stream")
+        known = ("masked", "spans", "denoising", "distillation", "stream", "retrieval")
         shared |= {"boundaries": "stream", "rows": "stream"} | {one: one for one in known}
         return (f"tests/objectives/test_{shared.get(name, 'pairs')}.py",)
     if folder == "train":
