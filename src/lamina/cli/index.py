@@ -37,6 +37,9 @@ NEIGHBOURS = """
 lamina index neighbours docs-index prepared/train -o prepared/neighbours
 lamina index neighbours docs-index prepared/train -o prepared/neighbours --count 10 --json
 """
+COPY = """
+lamina index copy docs-index -o docs-lance --engine lance
+"""
 EVERY = 10.0  # seconds between two lines of progress where nobody watches
 
 
@@ -98,6 +101,7 @@ def build(
     from lamina.retrieve import Embedder, Engine
     from lamina.retrieve.build import build as make
     from lamina.retrieve.build import build_states, check_free
+    from lamina.retrieve.states import keyed
 
     check_free(output, force)
     if window is not None and not states:
@@ -105,6 +109,8 @@ def build(
     chosen = Engine(engine, uri)  # pyright: ignore[reportArgumentType]
     tokenizer = embedder if states and tokenizer is None else tokenizer
     model = lamina.load(embedder, dtype, device) if states else Embedder(embedder, dtype, device)
+    if not isinstance(model, Embedder):
+        keyed(model)  # before the text is read
     started = time.monotonic()
     line = _Line(out)
     try:
@@ -167,7 +173,7 @@ def query(
             }
         )
         lines += [f"{distance:.4f}  {name}, row {row:,}", f"  {shown(here)!r}", f"  {shown(after)!r}", ""]
-    out.result({"directory": str(directory), "query": text, "neighbours": neighbours}, lines[:-1])
+    out.result({"directory": str(directory), "query": text, "neighbours": neighbours, "copy": copy}, lines[:-1])
 
 
 @command(INFO)
@@ -238,10 +244,30 @@ def neighbours(
     out.result(document, [*lines, *table(("a neighbour holds", "chunks"), rows)])
 
 
+@command(COPY)
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the copy.")
+@click.option("--engine", type=click.Choice(["exact", "lance"]), required=True, help="Of the copy.")
+@click.option("--uri", default="", help="Where lance keeps its rows: another directory, or s3://...")
+@click.option("--force", is_flag=True, help="Replace a database; it stays readable until the new one is whole.")
+def copy(out: Output, directory: Path, output: Path, engine: str, uri: str, force: bool) -> None:
+    """The rows of DIRECTORY in another engine; nothing is embedded again."""
+    from lamina.retrieve import Engine, open_database
+    from lamina.retrieve import copy as make
+
+    line = _Line(out)
+    try:
+        chosen = Engine(engine, uri)  # pyright: ignore[reportArgumentType]
+        spec = make(open_database(directory), output, chosen, force=force, report=line.show)
+    finally:
+        line.clear()
+    out.result({"directory": str(output), **_about(spec)}, _lines(output, spec))
+
+
 command = click.Group(
     "index",
-    commands={"build": build, "query": query, "info": info, "neighbours": neighbours},
-    help="Databases of text: build, query, info, neighbours.",
+    commands={"build": build, "query": query, "info": info, "neighbours": neighbours, "copy": copy},
+    help="Databases of text: build, query, info, neighbours, copy.",
     context_settings=NAMES,
 )
 

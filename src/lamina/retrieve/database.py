@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +45,11 @@ class Database:
 
     def __len__(self) -> int:
         return self.spec.rows
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the manifest of the generation: rows are numbers in it alone."""
+        return hashlib.sha256(self.spec.to_json().encode()).hexdigest()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
