@@ -18,7 +18,7 @@ from lamina.errors import LaminaError
 if TYPE_CHECKING:
     from lamina.data import Prepared
     from lamina.data.prepare import Progress as Reading
-    from lamina.retrieve import IndexSpec, Progress
+    from lamina.retrieve import Database, IndexSpec, Progress
     from lamina.retrieve.manifest import TableSpec
 
 BUILD = """
@@ -137,8 +137,18 @@ def build(
 @click.option("--count", type=click.IntRange(1, 1000), default=3, show_default=True, help="Neighbours to show.")
 @click.option("--embedder", help="SOURCE of the embedder, where it has moved. [default: as at the build]")
 @click.option("--device", default="cpu", show_default=True, help="Where vectors are compared: cpu, cuda, cuda:1.")
+@click.option("--faiss", is_flag=True, help="Find rows by an index of faiss, made once (extra lamina[faiss]).")
+@click.option("--trust-index", type=click.Path(path_type=Path), help="With --faiss: an index from elsewhere, trusted.")
 def query(
-    out: Output, directory: Path, text: str | None, file: Path | None, count: int, embedder: str | None, device: str
+    out: Output,
+    directory: Path,
+    text: str | None,
+    file: Path | None,
+    count: int,
+    embedder: str | None,
+    device: str,
+    faiss: bool,
+    trust_index: Path | None,
 ) -> None:
     """The chunks of DIRECTORY that are nearest to TEXT, with what continues them."""
     from lamina.retrieve import open_database
@@ -149,6 +159,7 @@ def query(
     if not text.strip():
         raise LaminaError("the text is empty; there is nothing to look for")
     database = open_database(directory, device=device, embedder=embedder)
+    _accelerate(out, database, faiss, trust_index)
     warn_of_lost(out, database.embedder.tokenizer, text)
     vectors = database.embedder([text])
     if database.embedder.cut:
@@ -203,6 +214,8 @@ def info(out: Output, directory: Path, verify: bool) -> None:
 )
 @click.option("--embedder", help="SOURCE of the embedder, where it has moved. [default: as at the build]")
 @click.option("--device", default="cpu", show_default=True, help="Where vectors are compared: cpu, cuda, cuda:1.")
+@click.option("--faiss", is_flag=True, help="Find rows by an index of faiss, made once (extra lamina[faiss]).")
+@click.option("--trust-index", type=click.Path(path_type=Path), help="With --faiss: an index from elsewhere, trusted.")
 def neighbours(
     out: Output,
     directory: Path,
@@ -212,6 +225,8 @@ def neighbours(
     batch: int,
     embedder: str | None,
     device: str,
+    faiss: bool,
+    trust_index: Path | None,
 ) -> None:
     """The neighbours in DIRECTORY of every chunk of PREPARED text, for training, and how much of it they hold.
 
@@ -222,6 +237,7 @@ def neighbours(
     from lamina.retrieve.overlap import SHARES, overlaps
 
     database, text = open_database(directory, device=device, embedder=embedder), open_prepared(prepared)
+    _accelerate(out, database, faiss, trust_index)
     line = _Line(out)
     try:
         found = find_neighbours(database, text, output, count=count, batch=batch, report=line.show)
@@ -298,6 +314,15 @@ def _prepared(
         return corpus_of(find(corpus, given["glob"]), output, lamina.tokenizer(tokenizer), spec, line.reading)
     except NothingLeft as error:
         raise Failed(str(error)) from None
+
+
+def _accelerate(out: Output, database: Database, faiss: bool, trusted: Path | None) -> None:
+    if trusted is not None and not faiss:
+        raise LaminaError("--trust-index is for --faiss")
+    if faiss:
+        database.accelerate(trusted)
+        found = database.store
+        out.note(f"faiss: recall of the 10 nearest {found.recall:.3f}, {found.probes} lists looked into")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _from(file: Path | None) -> str:

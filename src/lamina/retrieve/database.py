@@ -39,6 +39,15 @@ class Database:
         spec = self.spec
         return f"Database({str(self.directory)!r}, {spec.engine}, rows={spec.rows:,}, documents={spec.documents:,})"
 
+    def accelerate(self, trusted: str | os.PathLike[str] | None = None) -> None:
+        """Find rows by an index of faiss from now on, made once and kept in the cache directory (extra lamina[faiss]).
+
+        trusted: one that was made elsewhere. A file that was made to harm can run code when faiss reads it.
+        """
+        from lamina.retrieve.accelerator import accelerated
+
+        self.store = accelerated(self.store, self.hash, trusted)
+
     def close(self) -> None:
         """Let go of the generation, so that a later build may remove it."""
         self._hold.close()
