@@ -2498,7 +2498,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("figures by their own count", "value / max(asked[name[0]], 1.0)", "value / max(sum(asked.values()), 1.0)"),
     ],
     "retrieve/flat.py": [
-        ("what was not put on the disk is cut off", "self.file.truncate(size)", "pass"),
+        ("it goes on after the rows that are there", "self.file.seek(size)", "pass"),
         ("a file of another shape is not gone on with", "(done and not self._begins(head))", "False"),
     ],
     "retrieve/store.py": [

@@ -53,12 +53,9 @@ class Accelerated:
     def _search(self, queries: Tensor, count: int, exclude: Tensor | None) -> Found:
         faiss, wanted = _faiss(), min(count, self.rows)
         parameters = faiss.SearchParametersIVF(nprobe=self.probes)
-        distances, rows = self.index.search(
-            queries.numpy(), count + (0 if exclude is None else SPARE), params=parameters
-        )
-        found = Found(
-            torch.from_numpy(rows), torch.from_numpy(distances).masked_fill(torch.from_numpy(rows) < 0, torch.inf)
-        )
+        fetched = count if exclude is None else count + SPARE
+        distances, rows = map(torch.from_numpy, self.index.search(queries.numpy(), fetched, params=parameters))
+        found = Found(rows, distances.masked_fill(rows < 0, torch.inf))
         found = found if exclude is None else without(found, exclude, count)
         short = (found.rows[:, :wanted] < 0).any(1)
         if bool(short.any()):  # few: most of what was found was left out, or the lists held too little
