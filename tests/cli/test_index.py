@@ -88,6 +88,54 @@ def test_progress_is_said(room: Path, tmp_path: Path, lam, monkeypatch: pytest.M
     assert quiet.status == 0 and quiet.err == ""
 
 
+def test_neighbours_for_training(room: Path, index: Path, tmp_path: Path, lam):
+    made.rows(tmp_path / "t.jsonl", ["the cat sat on the hill", "the cat sat on the hill and the dog ran"])
+    lam("data", "prepare", tmp_path / "t.jsonl", "-o", tmp_path / "text", "--tokenizer", room / "llama")
+    said = lam("index", "neighbours", index, tmp_path / "text", "-o", tmp_path / "n", "--json").document
+    ids = [tiny.tokenizer().encode(text, special=False) for text in ("the cat sat on the hill",
+           "the cat sat on the hill and the dog ran")]  # fmt: skip
+    assert said["searched"] == sum(len(each) // 5 for each in ids) and said["missing"] == 0
+    assert said["chunks"] == sum(-(-len(each) // 5) for each in ids)
+    counts = [each["chunks"] for each in said["overlap"]]
+    assert counts == sorted(counts) and counts[-1] == said["searched"]
+    again = lam("index", "neighbours", index, tmp_path / "text", "-o", tmp_path / "n")
+    again.refused("holds neighbours already")
+    lam("data", "prepare", tmp_path / "t.jsonl", "-o", tmp_path / "other", "--tokenizer", "bytes")
+    lam("index", "neighbours", index, tmp_path / "other", "-o", tmp_path / "m").refused("another tokenizer")
+
+
+def test_states_and_their_perplexity(room: Path, tmp_path: Path, lam):
+    done = lam("index", "build", room / "texts", "-o", tmp_path / "states", "--embedder", room / "llama", "--states",
+               "--window", "32")  # fmt: skip
+    assert done.status == 0 and "states made in" in done.out, done.err
+    text = tmp_path / "new.txt"
+    text.write_text("the cat sat on the hill. the dog ran over")
+    words = ("evaluate", room / "llama", text, "--json")
+    knn = ("--knn", tmp_path / "states", "--weight", "0.5", "--temperature", "0.5", "--count", "4")
+    plain, mixed = lam(*words).document, lam(*words, *knn).document
+    assert mixed["knn"] == str(tmp_path / "states") and plain["knn"] is None
+    assert mixed["perplexity"] < 0.5 * plain["perplexity"] and mixed["tokens"] == plain["tokens"]
+    known = lam("evaluate", room / "llama", room / "texts/a.txt", "--json", *knn).document  # left out: it is in there
+    assert known["perplexity"] > mixed["perplexity"]
+    lam(*words, "--weight", "0.5").refused("--weight is for --knn")
+    lam(*words, "--knn", tmp_path / "none").refused("no database")
+    lam("index", "build", room / "texts", "-o", tmp_path / "x", "--embedder", room / "bert", "--states",
+        "--tokenizer", room / "llama").refused("does not predict the next token")  # fmt: skip
+    lam("index", "build", room / "texts", "-o", tmp_path / "x", "--embedder", room / "bert", "--window", "8",
+        "--tokenizer", room / "llama").refused("--window is for --states")  # fmt: skip
+    lam("index", "query", tmp_path / "states", "cat").refused("for kNN-LM, and no chunks")
+
+
+def test_copy(index: Path, tmp_path: Path, lam):
+    assert lam("index", "copy", index, "-o", tmp_path / "copy", "--engine", "exact").status == 0
+    one, other = open_database(index), open_database(tmp_path / "copy")
+    rows = torch.arange(len(one))
+    assert torch.equal(one.store.vectors(0, len(one)), other.store.vectors(0, len(one)))
+    assert torch.equal(one.values(rows), other.values(rows)) and torch.equal(one.keys, other.keys)
+    assert one.name_of(1) == other.name_of(1)
+    lam("index", "copy", index, "-o", index, "--engine", "exact").refused("holds a database already")
+
+
 def test_mistakes(room: Path, index: Path, tmp_path: Path, lam):
     words = ("index", "build", room / "texts", "-o", tmp_path / "x", "--embedder", room / "bert")
     lam(*words).refused("--tokenizer: name the SOURCE of the model")

@@ -18,7 +18,7 @@ lamina doctor
 lamina doctor --json
 """
 PACKAGES = ("torch", "numpy", "tokenizers", "huggingface_hub", "click", "rich", "jinja2", "pyyaml")
-OPTIONAL = ("transformers", "safetensors", "gguf")
+OPTIONAL = ("transformers", "safetensors", "gguf", "pyarrow", "lancedb", "faiss-cpu")
 
 
 @command(EXAMPLES)

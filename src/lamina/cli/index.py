@@ -18,7 +18,7 @@ from lamina.errors import LaminaError
 if TYPE_CHECKING:
     from lamina.data import Prepared
     from lamina.data.prepare import Progress as Reading
-    from lamina.retrieve import IndexSpec, Progress
+    from lamina.retrieve import Database, IndexSpec, Progress
     from lamina.retrieve.manifest import TableSpec
 
 BUILD = """
@@ -36,6 +36,9 @@ lamina index info docs-index --verify
 NEIGHBOURS = """
 lamina index neighbours docs-index prepared/train -o prepared/neighbours
 lamina index neighbours docs-index prepared/train -o prepared/neighbours --count 10 --json
+"""
+COPY = """
+lamina index copy docs-index -o docs-lance --engine lance
 """
 EVERY = 10.0  # seconds between two lines of progress where nobody watches
 
@@ -98,6 +101,7 @@ def build(
     from lamina.retrieve import Embedder, Engine
     from lamina.retrieve.build import build as make
     from lamina.retrieve.build import build_states, check_free
+    from lamina.retrieve.states import keyed
 
     check_free(output, force)
     if window is not None and not states:
@@ -105,6 +109,8 @@ def build(
     chosen = Engine(engine, uri)  # pyright: ignore[reportArgumentType]
     tokenizer = embedder if states and tokenizer is None else tokenizer
     model = lamina.load(embedder, dtype, device) if states else Embedder(embedder, dtype, device)
+    if not isinstance(model, Embedder):
+        keyed(model)  # before the text is read
     started = time.monotonic()
     line = _Line(out)
     try:
@@ -131,8 +137,18 @@ def build(
 @click.option("--count", type=click.IntRange(1, 1000), default=3, show_default=True, help="Neighbours to show.")
 @click.option("--embedder", help="SOURCE of the embedder, where it has moved. [default: as at the build]")
 @click.option("--device", default="cpu", show_default=True, help="Where vectors are compared: cpu, cuda, cuda:1.")
+@click.option("--faiss", is_flag=True, help="Find rows by an index of faiss, made once (extra lamina[faiss]).")
+@click.option("--trust-index", type=click.Path(path_type=Path), help="With --faiss: an index from elsewhere, trusted.")
 def query(
-    out: Output, directory: Path, text: str | None, file: Path | None, count: int, embedder: str | None, device: str
+    out: Output,
+    directory: Path,
+    text: str | None,
+    file: Path | None,
+    count: int,
+    embedder: str | None,
+    device: str,
+    faiss: bool,
+    trust_index: Path | None,
 ) -> None:
     """The chunks of DIRECTORY that are nearest to TEXT, with what continues them."""
     from lamina.retrieve import open_database
@@ -143,6 +159,7 @@ def query(
     if not text.strip():
         raise LaminaError("the text is empty; there is nothing to look for")
     database = open_database(directory, device=device, embedder=embedder)
+    _accelerate(out, database, faiss, trust_index)
     warn_of_lost(out, database.embedder.tokenizer, text)
     vectors = database.embedder([text])
     if database.embedder.cut:
@@ -167,7 +184,7 @@ def query(
             }
         )
         lines += [f"{distance:.4f}  {name}, row {row:,}", f"  {shown(here)!r}", f"  {shown(after)!r}", ""]
-    out.result({"directory": str(directory), "query": text, "neighbours": neighbours}, lines[:-1])
+    out.result({"directory": str(directory), "query": text, "neighbours": neighbours, "copy": copy}, lines[:-1])
 
 
 @command(INFO)
@@ -197,6 +214,8 @@ def info(out: Output, directory: Path, verify: bool) -> None:
 )
 @click.option("--embedder", help="SOURCE of the embedder, where it has moved. [default: as at the build]")
 @click.option("--device", default="cpu", show_default=True, help="Where vectors are compared: cpu, cuda, cuda:1.")
+@click.option("--faiss", is_flag=True, help="Find rows by an index of faiss, made once (extra lamina[faiss]).")
+@click.option("--trust-index", type=click.Path(path_type=Path), help="With --faiss: an index from elsewhere, trusted.")
 def neighbours(
     out: Output,
     directory: Path,
@@ -206,6 +225,8 @@ def neighbours(
     batch: int,
     embedder: str | None,
     device: str,
+    faiss: bool,
+    trust_index: Path | None,
 ) -> None:
     """The neighbours in DIRECTORY of every chunk of PREPARED text, for training, and how much of it they hold.
 
@@ -216,6 +237,7 @@ def neighbours(
     from lamina.retrieve.overlap import SHARES, overlaps
 
     database, text = open_database(directory, device=device, embedder=embedder), open_prepared(prepared)
+    _accelerate(out, database, faiss, trust_index)
     line = _Line(out)
     try:
         found = find_neighbours(database, text, output, count=count, batch=batch, report=line.show)
@@ -238,10 +260,30 @@ def neighbours(
     out.result(document, [*lines, *table(("a neighbour holds", "chunks"), rows)])
 
 
+@command(COPY)
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the copy.")
+@click.option("--engine", type=click.Choice(["exact", "lance"]), required=True, help="Of the copy.")
+@click.option("--uri", default="", help="Where lance keeps its rows: another directory, or s3://...")
+@click.option("--force", is_flag=True, help="Replace a database; it stays readable until the new one is whole.")
+def copy(out: Output, directory: Path, output: Path, engine: str, uri: str, force: bool) -> None:
+    """The rows of DIRECTORY in another engine; nothing is embedded again."""
+    from lamina.retrieve import Engine, open_database
+    from lamina.retrieve import copy as make
+
+    line = _Line(out)
+    try:
+        chosen = Engine(engine, uri)  # pyright: ignore[reportArgumentType]
+        spec = make(open_database(directory), output, chosen, force=force, report=line.show)
+    finally:
+        line.clear()
+    out.result({"directory": str(output), **_about(spec)}, _lines(output, spec))
+
+
 command = click.Group(
     "index",
-    commands={"build": build, "query": query, "info": info, "neighbours": neighbours},
-    help="Databases of text: build, query, info, neighbours.",
+    commands={"build": build, "query": query, "info": info, "neighbours": neighbours, "copy": copy},
+    help="Databases of text: build, query, info, neighbours, copy.",
     context_settings=NAMES,
 )
 
@@ -272,6 +314,15 @@ def _prepared(
         return corpus_of(find(corpus, given["glob"]), output, lamina.tokenizer(tokenizer), spec, line.reading)
     except NothingLeft as error:
         raise Failed(str(error)) from None
+
+
+def _accelerate(out: Output, database: Database, faiss: bool, trusted: Path | None) -> None:
+    if trusted is not None and not faiss:
+        raise LaminaError("--trust-index is for --faiss")
+    if faiss:
+        database.accelerate(trusted)
+        found = database.store
+        out.note(f"faiss: recall of the 10 nearest {found.recall:.3f}, {found.probes} lists looked into")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _from(file: Path | None) -> str:

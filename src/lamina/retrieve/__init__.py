@@ -1,6 +1,7 @@
 """Databases of text: chunks, their vectors, what continues them; the nearest of a chunk; kNN-LM."""
 
 from lamina.retrieve.build import Progress, build, build_states
+from lamina.retrieve.copying import copy
 from lamina.retrieve.database import Database, open_database
 from lamina.retrieve.embedding import Embedder, EmbedderSpec
 from lamina.retrieve.engines import Engine
@@ -21,6 +22,7 @@ __all__ = [
     "Progress",
     "build",
     "build_states",
+    "copy",
     "find_neighbours",
     "open_database",
     "open_neighbours",

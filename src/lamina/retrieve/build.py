@@ -58,10 +58,13 @@ Report = Callable[[Progress], None]
 class Content(Protocol):
     """What a database is made of: rows by number."""
 
-    prepared: Prepared
-    documents: Documents
-    chosen: np.ndarray  # the documents that are in it
-    starts: np.ndarray  # (chosen + 1,): the first row of each, and the number of rows
+    hash: str  # of the text
+    tokenizer: Tokenizer
+    origins: tuple[Origin, ...]
+    keys: np.ndarray  # (documents,): of each that is in it, a hash of its tokens,
+    files: np.ndarray  # and the number of its file
+    starts: np.ndarray  # (documents + 1,): the first row of each, and the number of rows
+    left: int  # documents left out, which are the same as others
     chunk: int
     embedder: EmbedderSpec
     cut: int  # texts that were cut so far
@@ -80,12 +83,13 @@ class ChunkContent:
     out."""
 
     def __init__(self, prepared: Prepared, chunk: int, embedder: Embedder) -> None:
-        self.prepared, self.chunk, self.embed, self.embedder = prepared, chunk, embedder, embedder.spec
-        self.documents = Documents(prepared)
-        self.chosen = once(self.documents.keys)
-        self.chunks = Chunks(self.documents, self.chosen, chunk)
-        self.starts, self.tokenizer = self.chunks.starts, prepared.tokenizer()
-        self.cut = 0
+        self.chunk, self.embed, self.embedder = chunk, embedder, embedder.spec
+        documents = Documents(prepared)
+        chosen = once(documents.keys)
+        self.chunks = Chunks(documents, chosen, chunk)
+        self.hash, self.tokenizer, self.origins = prepared.hash, prepared.tokenizer(), documents.origins
+        self.keys, self.files, self.starts = documents.keys[chosen], documents.files[chosen], self.chunks.starts
+        self.left, self.cut = len(documents) - len(chosen), 0
 
     def tokens(self, start: int, stop: int) -> Tensor:
         return self.chunks.tokens(start, stop)
@@ -176,11 +180,11 @@ def check_free(directory: Path, force: bool) -> None:
 
 def grow(content: Content, directory: Path, engine: Engine, *, batch: int, report: Report) -> IndexSpec:
     """Write the content as the newest generation of `directory`."""
-    prepared, total = content.prepared, int(content.starts[-1])
+    total, tokenizer = int(content.starts[-1]), content.tokenizer
     if total == 0:
-        raise LaminaError(f"{prepared.directory}: no document with a token, so there is nothing to find")
+        raise LaminaError("the text has no document with a token to store, so there is nothing to find")
     shape = total, content.embedder.width, content.chunk
-    wish = [prepared.hash, content.chunk, content.embedder.to_json(), engine.kind, engine.uri]
+    wish = [content.hash, content.chunk, content.embedder.to_json(), engine.kind, engine.uri]
     key = hashlib.sha256(json.dumps(wish).encode()).hexdigest()
     with generations.alone(directory) as work:
         journal = _journal(work, key)
@@ -199,7 +203,7 @@ def grow(content: Content, directory: Path, engine: Engine, *, batch: int, repor
             out.close()
         table = finish(engine, work, name, shape, lambda what: report(Progress(what, total, total, begun)))
         _write_documents(work, content)
-        prepared.tokenizer().save(work / TOKENIZER)
+        tokenizer.save(work / TOKENIZER)
         (work / JOURNAL).unlink()
         names = [f"{each}.safetensors" for each in FILES] if table is None else []
         names += [DOCUMENTS, *(f"{TOKENIZER}/{path.name}" for path in sorted((work / TOKENIZER).iterdir()))]
@@ -207,15 +211,12 @@ def grow(content: Content, directory: Path, engine: Engine, *, batch: int, repor
             chunk=content.chunk,
             rows=total,
             width=content.embedder.width,
-            documents=len(content.chosen),
-            vocabulary=prepared.vocabulary,
-            tokenizer=prepared.tokenizer_hash,
+            documents=len(content.keys),
+            vocabulary=tokenizer.vocabulary,
+            tokenizer=tokenizer.hash,
             embedder=content.embedder,
             engine=engine.kind,
-            origins=tuple(
-                Origin(name=each.name, sha256=each.sha256, documents=each.documents)
-                for each in prepared.manifest.sources
-            ),
+            origins=content.origins,
             files=stored(work, names),
             table=table,
             notes=tuple(_notes(content)),
@@ -262,14 +263,13 @@ def _journal(work: Path, key: str) -> dict[str, Any]:
 def _write_documents(work: Path, content: Content) -> None:
     tensors = {
         "starts": torch.from_numpy(content.starts),
-        "keys": torch.from_numpy(content.documents.keys[content.chosen]),
-        "files": torch.from_numpy(content.documents.files[content.chosen]),
+        "keys": torch.from_numpy(content.keys),
+        "files": torch.from_numpy(content.files),
     }
     plan = {name: Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     write_safetensors(work / DOCUMENTS, plan, tensors.__getitem__)
 
 
 def _notes(content: Content) -> list[str]:
-    left = len(content.documents) - len(content.chosen)
-    notes = [f"documents left out, which are the same as others: {left:,}"] if left else []
+    notes = [f"documents left out, which are the same as others: {content.left:,}"] if content.left else []
     return [*notes, *([f"chunks cut for the embedder, which reads less: {content.cut:,}"] if content.cut else [])]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lamina.errors import LaminaError
 from lamina.objectives.stream import Bodies
+from lamina.retrieve.manifest import Origin
 
 if TYPE_CHECKING:
     from lamina.data import Prepared
@@ -21,7 +22,7 @@ class Documents:
     """The documents of prepared text, without the tokens that end them, and what tells them apart.
 
     `keys` (documents,) int64: a hash of the tokens, the same for the same text wherever it lies. `files` (documents,)
-    int64: the number of the source file that each came from, -1 where that is not known.
+    int64: the number of the file in `origins` that each came from, -1 where that is not known.
     """
 
     def __init__(self, prepared: Prepared) -> None:
@@ -30,7 +31,9 @@ class Documents:
         self.bodies = Bodies(prepared.column("text"), prepared.end)
         self.sizes = np.diff(self.bodies.begins)
         self.keys = np.array([key_of([self.bodies.document(i)]) for i in range(len(self.sizes))], np.int64)
-        counts = [source.documents for source in prepared.manifest.sources]
+        sources = prepared.manifest.sources
+        self.origins = tuple(Origin(name=s.name, sha256=s.sha256, documents=s.documents) for s in sources)
+        counts = [source.documents for source in sources]
         known = np.repeat(np.arange(len(counts)), counts)
         self.files = known if len(known) == len(self.sizes) else np.full(len(self.sizes), -1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from functools import cached_property
 from pathlib import Path
@@ -38,12 +39,26 @@ class Database:
         spec = self.spec
         return f"Database({str(self.directory)!r}, {spec.engine}, rows={spec.rows:,}, documents={spec.documents:,})"
 
+    def accelerate(self, trusted: str | os.PathLike[str] | None = None) -> None:
+        """Find rows by an index of faiss from now on, made once and kept in the cache directory (extra lamina[faiss]).
+
+        trusted: one that was made elsewhere. A file that was made to harm can run code when faiss reads it.
+        """
+        from lamina.retrieve.accelerator import accelerated
+
+        self.store = accelerated(self.store, self.hash, trusted)
+
     def close(self) -> None:
         """Let go of the generation, so that a later build may remove it."""
         self._hold.close()
 
     def __len__(self) -> int:
         return self.spec.rows
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the manifest of the generation: rows are numbers in it alone."""
+        return hashlib.sha256(self.spec.to_json().encode()).hexdigest()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

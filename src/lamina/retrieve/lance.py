@@ -21,11 +21,10 @@ from torch import Tensor
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.retrieve.manifest import TableSpec
 from lamina.retrieve.recall import NEAREST, exactly, fewest, sampled
-from lamina.retrieve.store import BLOCK, Batch, Found, checked, joined
+from lamina.retrieve.store import BLOCK, SPARE, Batch, Found, checked, joined, without
 
 FEWEST = 5000  # rows below which every one is compared
 LIST = 200  # rows of a list of the inverted file, about
-SPARE = 50  # rows fetched beyond those asked for where some are left out
 
 
 def _packages() -> tuple[Any, Any]:
@@ -174,11 +173,8 @@ class Lance:
         fetch = count if exclude is None else count + SPARE
         rows, distances = self._fetch(queries, fetch)
         if exclude is not None:
-            own = ((rows[..., None] >= exclude[:, None, :, 0]) & (rows[..., None] < exclude[:, None, :, 1])).any(2)
-            distances = distances.masked_fill(own, torch.inf)
-            distances, order = distances.sort(dim=1, stable=True)
-            rows, distances = rows.gather(1, order)[:, :count], distances[:, :count]
-            rows = rows.masked_fill(distances.isinf(), -1)
+            found = without(Found(rows, distances), exclude, count)
+            rows, distances = found.rows, found.distances
         for i in (rows < 0).any(1).nonzero()[:, 0].tolist():  # few: most of what was fetched was its own, or missing
             spans = [] if exclude is None else exclude[i].tolist()
             rows[i], distances[i] = self._filtered(queries[i], count, spans)

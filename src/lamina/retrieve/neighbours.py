@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -87,7 +86,7 @@ def find_neighbours(
         raise LaminaError(f"{directory}: holds neighbours already; name another directory")
     directory.mkdir(parents=True, exist_ok=True)
     said_of = NeighboursSpec(
-        chunks=len(chunks), count=count, chunk=spec.chunk, text=prepared.hash, database=hash_of(database)
+        chunks=len(chunks), count=count, chunk=spec.chunk, text=prepared.hash, database=database.hash
     )
     own = own_of(database, prepared, documents)
     key = said_of.to_json()
@@ -117,7 +116,7 @@ def open_neighbours(directory: str | os.PathLike[str], database: Database, prepa
         )
     spec = NeighboursSpec.from_json((directory / NAME).read_text(encoding="utf-8"))
     for name, known, given in (
-        ("database", spec.database, hash_of(database)),
+        ("database", spec.database, database.hash),
         ("text", spec.text, prepared.hash),
     ):
         if known != given:
@@ -130,11 +129,6 @@ def open_neighbours(directory: str | os.PathLike[str], database: Database, prepa
     if int(starts[-1]) != spec.chunks:
         raise CheckpointError(f"{directory / NAME}: chunks is {spec.chunks:,}; the text has {int(starts[-1]):,}")
     return Neighbours(directory, spec, starts, database)
-
-
-def hash_of(database: Database) -> str:
-    """SHA-256 of the manifest of a generation."""
-    return hashlib.sha256(database.spec.to_json().encode()).hexdigest()
 
 
 def own_of(database: Database, prepared: Prepared, documents: Documents) -> Tensor:

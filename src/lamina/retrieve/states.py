@@ -77,15 +77,17 @@ class StateContent:
 
     def __init__(self, prepared: Prepared, model: Model, source: str, window: int | None, stride: int | None) -> None:
         keyed(model)
-        self.prepared, self.model = prepared, model
+        self.model = model
         self.window, self.stride = window_of(model, window, stride)
-        self.documents = Documents(prepared)
-        self.chosen = once(self.documents.keys)
+        documents = Documents(prepared)
+        self.chosen = once(documents.keys)
+        self.hash, self.tokenizer, self.origins = prepared.hash, prepared.tokenizer(), documents.origins
+        self.keys, self.files = documents.keys[self.chosen], documents.files[self.chosen]
         self.column = prepared.column("text")  # with the tokens that end documents, which are predicted too
         sizes = self.column.lengths()[self.chosen] - 1
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self.embedder = key_spec(model, source, prepared.tokenizer_hash, self.window, self.stride)
-        self.cut = 0
+        self.left, self.cut = len(documents) - len(self.chosen), 0
 
     def tokens(self, start: int, stop: int) -> Tensor:
         parts = [self.column[int(self.chosen[i])][1 + low : 1 + high] for i, low, high in self._parts(start, stop)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from lamina.errors import LaminaError
 
 QUERIES = 512  # queries compared at once
+SPARE = 50  # rows that an index gives beyond those asked for, where some are left out
 BLOCK = 1 << 15  # rows compared at once: with 512 queries 64 MiB of distances
 
 
@@ -115,6 +116,15 @@ def checked(queries: Tensor, width: int, count: int, exclude: Tensor | None) -> 
     for start in range(0, len(queries), QUERIES):
         here = slice(start, start + QUERIES)
         yield queries[here].float(), None if exclude is None else exclude[here]
+
+
+def without(found: Found, exclude: Tensor, count: int) -> Found:
+    """The `count` nearest of what was found that are not left out: (n, spans, 2) rows, from to before."""
+    rows = found.rows[..., None]
+    own = ((rows >= exclude[:, None, :, 0]) & (rows < exclude[:, None, :, 1])).any(2)
+    distances, order = found.distances.masked_fill(own, torch.inf).sort(dim=1, stable=True)
+    kept, distances = found.rows.gather(1, order)[:, :count], distances[:, :count]
+    return Found(kept.masked_fill(distances.isinf(), -1), distances)
 
 
 def joined(found: Iterable[Found], count: int) -> Found:

@@ -1,0 +1,118 @@
+"""Databases of real text: how fast chunks are embedded, how fast neighbours are found, and how many of them.
+
+    lamina index build CORPUS... -o DIR --embedder minilm-l6 --dtype bfloat16 --tokenizer smollm2-135m
+    python benchmarks/retrieval.py DIR [--threads 2] [--queries 2000] [--embed 2048] [--json FILE]
+
+DIR is a database of the engine exact; its rows are copied to the engine lance (extra lamina[retrieval]). Queries are
+vectors of rows, which do not find themselves; they are asked in batches. Rates are the best of three. Recall is that of
+the 10 nearest beside the exact search of the same queries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lamina.machine import cores
+from lamina.retrieve import Database, Engine, copy, open_database
+from lamina.retrieve.build import said
+from lamina.retrieve.recall import NEAREST, exactly, recall, sampled
+
+ROUNDS = 3
+BATCH = 512
+
+
+def best(search: Any, queries: int) -> float:
+    """Queries a second, the best of some rounds."""
+    times = []
+    for _ in range(ROUNDS):
+        begun = time.perf_counter()
+        search()
+        times.append(time.perf_counter() - begun)
+    return round(queries / min(times), 1)
+
+
+def embedding(database: Database, count: int) -> dict[str, float]:
+    """Chunks a second, from tokens to vectors, of chunks from all over the database."""
+    rows = torch.linspace(0, len(database) - 1, count).long()
+    texts = said(database.tokenizer, database.store.tokens(rows))
+    embedder = database.embedder
+    embedder(texts[:64])
+    begun = time.perf_counter()
+    vectors = embedder(texts)
+    seconds = time.perf_counter() - begun
+    stored = torch.cat([database.store.vectors(int(row), int(row) + 1) for row in rows])
+    return {
+        "chunks_per_second": round(count / seconds, 1),
+        "least_cosine": round(float((vectors * stored).sum(1).min()), 5),
+    }
+
+
+def searching(database: Database, queries: int) -> dict[str, Any]:
+    """The exact engine, then lance with more and more probes."""
+    store = database.store
+    vectors, spans = sampled(store, queries)
+    right = exactly(store, vectors, NEAREST, spans)
+    exact = best(lambda: store.search(vectors, NEAREST), queries)
+    found: dict[str, Any] = {"exact_queries_per_second": exact, "queries": queries}
+    if importlib.util.find_spec("lancedb") is None:
+        return found | {"lance": "lancedb is not installed"}
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.perf_counter()
+        spec = copy(database, Path(folder) / "lance", Engine("lance"))
+        seconds = time.perf_counter() - begun
+        lance = open_database(Path(folder) / "lance").store
+        assert spec.table is not None
+        rows, probes = [], 1
+        chosen = spec.table.probes
+        while probes <= spec.table.lists:
+            lance.spec = spec.table.replace(probes=probes)  # pyright: ignore[reportAttributeAccessIssue]
+            reached = recall(lance.search(vectors, NEAREST, spans), right)
+            speed = best(lambda: lance.search(vectors, NEAREST), queries)
+            rows.append({"probes": probes, "recall": round(reached, 4), "queries_per_second": speed})
+            rows[-1]["times_exact"] = round(speed / exact, 2)
+            if reached > 0.995:
+                break
+            probes *= 2
+        size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    more = {"lists": spec.table.lists, "chosen_probes": chosen, "chosen_recall": spec.table.recall}
+    return found | {"lance": {"copied_and_indexed_seconds": round(seconds, 1), "bytes": size, **more, "probes": rows}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--queries", type=int, default=2000)
+    parser.add_argument("--embed", type=int, default=2048)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    database = open_database(given.directory)
+    spec = database.spec
+    document: dict[str, Any] = {
+        "threads": given.threads,
+        "rows": spec.rows,
+        "documents": spec.documents,
+        "chunk": spec.chunk,
+        "width": spec.width,
+        "embedder": spec.embedder.source,
+        "dtype": spec.embedder.dtype,
+    }
+    document |= {"searching": searching(database, given.queries)}
+    if given.embed:
+        document |= {"embedding": embedding(database, given.embed)}
+    print(json.dumps(document, indent=1))
+    if given.json is not None:
+        given.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
