@@ -1289,6 +1289,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("TXL: base", 'order="interleaved", base=spec.base', 'order="interleaved"'),
     ],
     "layers/lowrank.py": [
+        ("low rank: nothing keeps the whole of a part alive", "base.register_parameter(name, None)", "pass"),
         ("low rank: the scale", "(change * self.scale)", "change"),
         ("low rank: dropout of what A reads", "self.rate, self.training)", "0.0, self.training)"),
         ("low rank: merged in float32", "torch.promote_types(weight.dtype, torch.float32)", "weight.dtype"),
