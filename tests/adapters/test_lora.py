@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -55,6 +57,19 @@ def test_it_begins_as_the_model_and_leaves_it_as_it_was(config: dict[str, Any]):
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
     assert all(weight.requires_grad for weight in after.values())
     assert torch.equal(logits(model), plain)
+
+
+def test_a_weight_that_is_replaced_is_let_go():
+    """As ranks do that share it out: nothing keeps the whole alive, and what is detached has the part."""
+    model = tiny.model(tiny.LLAMA)
+    attach(model, LoRASpec(rank=3))
+    name, layer = next(iter(adapted(model).items()))
+    gone = weakref.ref(layer.weight)
+    part = layer.weight = torch.nn.Parameter(layer.weight.detach()[:4].clone(), requires_grad=False)
+    gc.collect()
+    assert gone() is None
+    detach(model)
+    assert model.get_submodule(name).weight is part
 
 
 @pytest.mark.parametrize("rslora", [False, True])

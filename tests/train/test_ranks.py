@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+import lamina as lamina_package
 from lamina.errors import LaminaError
 from lamina.train import checkpoint
 from lamina.train.training import train
 from tests.train.test_training import config, data, losses, records, spec_of  # noqa: F401  (data is a fixture)
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(lamina_package.__file__).parent.parent)}
+"""Processes import what the test imports."""
 
 
 def lamina(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -126,10 +126,10 @@ def killed(file: Path, run: Path, backward: int) -> subprocess.CompletedProcess[
     """`lamina train`, killed with kill -9 before the backward of this number."""
     code = (
         "import sys, os, signal, lamina.train.loop as loop; from lamina.cli import main;"
-        " made = loop.Trainer._backward; count = [0]\n"
+        " made = loop.Trainer._loss; count = [0]\n"
         "def killed(*given):\n    count[0] += 1\n"
-        f"    if count[0] == {backward}: os.kill(os.getpid(), signal.SIGKILL)\n    made(*given)\n"
-        "loop.Trainer._backward = killed\nsys.exit(main(sys.argv[1:]))"
+        f"    if count[0] == {backward}: os.kill(os.getpid(), signal.SIGKILL)\n    return made(*given)\n"
+        "loop.Trainer._loss = killed\nsys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "train", str(file), "-o", str(run), "-q"]
     return subprocess.run(command, capture_output=True, text=True, timeout=100)

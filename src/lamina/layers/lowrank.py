@@ -25,6 +25,8 @@ class LowRank(Linear):
         self.base = [base]  # in a list, so that it is no part of this module: its parameters have their names here
         self.scale, self.rate = scale, rate
         self.weight, self.bias = base.weight, base.bias
+        for name in ("weight", "bias"):  # ranks that share them out must not find the whole kept alive here
+            base.register_parameter(name, None)
         self.lora_a, self.lora_b = nn.Parameter(lora_a), nn.Parameter(lora_b)
         self.train(base.training)
 

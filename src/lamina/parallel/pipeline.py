@@ -39,7 +39,7 @@ def owners(model: Model, stages: int) -> dict[str, tuple[int, ...]]:
         part = path.removeprefix(f"{name}.").split(".")
         if path.startswith(f"{name}.layers."):
             found[path] = (int(part[1]) * stages // layers,)
-        elif path == f"{name}.norm.{part[-1]}" or path.startswith(("head.", "pooler.", "labels.")):
+        elif path.startswith((f"{name}.norm.", "head.", "pooler.", "labels.")):
             found[path] = (last,)
         elif path.startswith(f"{name}.score_bias."):
             found[path] = tuple(range(stages))
