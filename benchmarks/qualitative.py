@@ -356,9 +356,9 @@ CLAIMS = (
         0.5,
     ),
     Claim(
-        "the same, unit table, one layer: a fifth right at most", ("induction, 1 layer, unit table", "accuracy"), 0.2
+        "induction, unit table, one layer: a fifth right at most", ("induction, 1 layer, unit table", "accuracy"), 0.2
     ),
-    Claim("the same, unit table, two layers: 95 % right", 0.95, ("induction, 2 layers, unit table", "accuracy")),
+    Claim("induction, unit table, two layers: 95 % right", 0.95, ("induction, 2 layers, unit table", "accuracy")),
     Claim("one period for all: one layer is enough, 95 % right", 0.95, ("induction, 1 layer, one period", "accuracy")),
     Claim("a small T5 copies 12 symbols after 3,000 steps", 0.8, ("T5 copy", "exact")),
 )
