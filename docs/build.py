@@ -296,6 +296,22 @@ holds {found["cache_bytes"]["window of 512"]["8512"] / 2**20:.1f} MiB after 1,00
 """
 
 
+def data_figures() -> str:
+    """What benchmarks/data.py measured, as far as it has been run."""
+    found = results("data")
+    rows = [
+        f"| {name} | {one['text_bytes'] / 1e6:,.0f} MB | {one['text_bytes'] / one['processor_seconds'] / 1e6:,.1f} |"
+        f" {one['peak_bytes'] / 2**20:,.0f} MiB |"
+        for name, one in found["rows"].items()
+    ]
+    said = """`lamina data prepare` on one core, in seconds of the processor, start and imports among them, and the most
+    memory that the process held ([benchmarks/data.py](../benchmarks/data.py),
+    [results](../benchmarks/results/data.json)):"""
+    return (
+        f"{filled(said)}\n\n" + "\n".join(["| source | size | MB a second | peak |", "|---|---|---|---|", *rows]) + "\n"
+    )
+
+
 def placed(text: str, name: str, content: str) -> str:
     """`text` with what stands between the two marks of `name` replaced."""
     begin, end = f"<!-- generated: {name} -->\n", f"<!-- end: {name} -->\n"
@@ -320,8 +336,9 @@ def pages() -> dict[Path, str]:
     }
     for name, part in parts.items():
         text = placed(text, name, part())
-    adding = ROOT / "docs/adding-a-family.md"
+    adding, data = ROOT / "docs/adding-a-family.md", ROOT / "docs/data.md"
     return {
+        data: placed(data.read_text(encoding="utf-8"), "data", data_figures()),
         ROOT / "docs/command-line.md": command_line(),
         ROOT / "docs/layers.md": layers_page(),
         adding: placed(adding.read_text(encoding="utf-8"), "lines", family_lines()),
