@@ -346,6 +346,22 @@ def tokens_figures() -> str:
     return f"{filled(before)}\n\n{_table(('', 'whole', 'cached'), rows)}\n"
 
 
+def data_figures() -> str:
+    """What benchmarks/data.py measured, as far as it has been run."""
+    found = results("data")
+    rows = [
+        f"| {name} | {one['text_bytes'] / 1e6:,.0f} MB | {one['text_bytes'] / one['processor_seconds'] / 1e6:,.1f} |"
+        f" {one['peak_bytes'] / 2**20:,.0f} MiB |"
+        for name, one in found["rows"].items()
+    ]
+    said = """`lamina data prepare` on one core, in seconds of the processor, start and imports among them, and the most
+    memory that the process held ([benchmarks/data.py](../benchmarks/data.py),
+    [results](../benchmarks/results/data.json)):"""
+    return (
+        f"{filled(said)}\n\n" + "\n".join(["| source | size | MB a second | peak |", "|---|---|---|---|", *rows]) + "\n"
+    )
+
+
 def placed(text: str, name: str, content: str) -> str:
     """`text` with what stands between the two marks of `name` replaced."""
     begin, end = f"<!-- generated: {name} -->\n", f"<!-- end: {name} -->\n"
@@ -372,6 +388,7 @@ def pages() -> dict[Path, str]:
         text = placed(text, name, part())
     adding = ROOT / "docs/adding-a-family.md"
     measured = {
+        "data": ("data", data_figures),
         "memory": ("memory", memory_figures),
         "product-keys": ("values", values_figures),
         "memory-tokens": ("tokens", tokens_figures),

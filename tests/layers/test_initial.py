@@ -21,6 +21,7 @@ from lamina.families import Fields, family, sizes
 from lamina.layers import Draw, FanInInitialSpec, NormalInitialSpec
 from lamina.model import Model, ModelSpec
 from tests import families, small
+from tests.train.small import experts
 
 CUT = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
 """0.88: the deviation of what N(0, 1) has within -2 and 2."""
@@ -217,6 +218,16 @@ def test_a_new_language_model_knows_nothing(row: families.Row):
     target = families.tokens(8, families.LENGTH, seed=5)
     loss = float(F.cross_entropy(logits.flatten(0, 1), target.flatten()))
     assert loss == pytest.approx(math.log(logits.shape[-1]), rel=0.02)
+
+
+def test_experts_add_to_the_residual_stream_what_the_network_in_their_place_would():
+    """No published family has experts and a smaller deviation of what is added; their last matrices would have it."""
+    model = experts().replace(initial=NormalInitialSpec(std=0.02, residual=0.002)).build(seed=3)
+    found = {name: weight for name, weight in model.named_parameters() if ".experts." in name}
+    assert len(found) == 6
+    for name, weight in found.items():
+        std = 0.002 if name.endswith("down.weight") else 0.02
+        assert spread(weight) == pytest.approx(std, rel=error(weight)), name
 
 
 @pytest.mark.parametrize(

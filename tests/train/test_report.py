@@ -113,7 +113,11 @@ def test_labels_of_the_axes_stand_on_the_paper(visit, tmp_path: Path):
 def test_what_to_do_with_it_is_what_it_can_do(tmp_path: Path):
     """An encoder writes no text."""
     trained(tmp_path / "a")
-    assert "lamina generate " in report(read_run(tmp_path / "a"))
+    text = report(read_run(tmp_path / "a"))
+    assert f"lamina train {tmp_path / 'a/config.yaml'} -o {tmp_path / 'a'} --resume auto" in text
+    assert "lamina generate " not in text  # a checkpoint has no tokenizer
+    (tmp_path / "a/model").mkdir()
+    assert f"lamina generate {tmp_path / 'a/model'}" in report(read_run(tmp_path / "a"))
     said = {"model_type": "bert", "num_hidden_layers": 1, "architectures": ["BertForMaskedLM"]}
     (tmp_path / "a/spec.json").write_text(family("bert").spec(Fields(said)).to_json())
     text = report(read_run(tmp_path / "a"))

@@ -16,7 +16,7 @@ from lamina.errors import LaminaError
 from lamina.model import ModelSpec
 from lamina.report import architecture, facts, page, short, size
 from lamina.train.curves import STYLE, Line, charts
-from lamina.train.directory import REPORT
+from lamina.train.directory import MODEL, REPORT
 from lamina.train.past import Past, differing, duration, read_run
 from lamina.train.records import smooth
 from lamina.words import shape_of
@@ -171,14 +171,14 @@ def _samples(run: Past) -> str:
 def _going_on(run: Past, spec: ModelSpec | None) -> str:
     if not run.checkpoints:
         return '<h2 id="going-on">Going on</h2><p>No checkpoint was saved.</p>'
-    config, last = run.directory / "config.yaml", run.directory / "checkpoints" / f"step-{run.checkpoints[-1]}"
+    config, made = run.directory / "config.yaml", run.directory / MODEL
     steps = ", ".join(f"{step:,}" for step in run.checkpoints)
     writes = spec is None or (spec.decoder is not None and spec.head is not None)
     use = ("let it write", "generate", " 'Once upon a time'") if writes else ("look at it", "show", "")
-    lines = (
-        ("go on with the run", f"lamina train {shlex.quote(str(config))} --resume auto"),
-        (use[0], f"lamina {use[1]} {shlex.quote(str(last))}{use[2]}"),
-    )
+    place = shlex.quote(str(run.directory))
+    lines = [("go on with the run", f"lamina train {shlex.quote(str(config))} -o {place} --resume auto")]
+    if made.is_dir():  # a checkpoint has no tokenizer
+        lines.append((use[0], f"lamina {use[1]} {shlex.quote(str(made))}{use[2]}"))
     rows = "".join(
         f'<tr><td class="what">{words}</td><td class="what"><code>{escape(line)}</code></td></tr>'
         for words, line in lines
