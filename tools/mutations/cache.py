@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 ALSO: dict[str, tuple[str, ...]] = {
+    "cache/cache.py": ("tests/layers/test_memory_attention.py",),
     "cache/growing.py": ("tests/generation/test_beam.py",),
     "cache/neighbours.py": ("tests/layers/test_retrieval.py",),
     "cache/recurrent.py": ("tests/layers/test_recurrent.py",),
@@ -21,6 +22,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("sums are not for a fixed cache", 'if retained.summed and self.kind == "fixed":', "if False:"),
         ("compressed keys are not for a fixed cache", 'if retained.every > 1 and self.kind == "fixed":', "if False:"),
         ("compressed keys have rings of their own", "elif retained.every > 1:", "elif False:"),
+        ("compressed keys are counted", ", every=retained.every)", ")"),
         ("detached", "            slot.detach()", "            pass"),
         ("what a pattern forgets is forgotten", 'elif self.kind == "auto" and forgets(retained):', "elif False:"),
         ("sinks beside a window are forgotten", 'elif self.kind in ("auto", "ring") and windowed:', "elif False:"),

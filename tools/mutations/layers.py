@@ -194,8 +194,9 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("compressive: what a cache keeps", "spec.count + (spec.size + spec.length) // spec.rate", "spec.count"),
         ("compressive: for the mask alone", "torch.where(made.real, made.position + FAR, HOLE)", "made.position"),
         ("compressive: mean of what there is", "/ there.sum(dim=2).clamp(min=1)", "/ self.spec.rate"),
-        ("compressive: its inputs are constant", "x.detach(), call)", "x, call)"),
+        ("compressive: its inputs are constant", "x.detach(), constant, call)", "x, constant, call)"),
         ("compressive: its weights are constant", "name: p.detach() for", "name: p for"),
+        ("compressive: its queries are constant", "tuple(part.detach() for part in parts)", "parts"),
         ("compressive: loss", "self.spec.loss * self._reconstruction", "self._reconstruction"),
         ("compressive: what is evicted", "back=size + length, gap=size)", "back=size + length, gap=0)"),
         (
@@ -562,6 +563,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("low rank: merged in float32", "torch.promote_types(weight.dtype, torch.float32)", "weight.dtype"),
         ("low rank: merging scales", "+ scale * change)", "+ change)"),
         ("low rank: the weight as it is now", "        base.weight, base.bias = self.weight, self.bias\n", ""),
+        ("low rank: nothing keeps the whole of a part alive", "base.register_parameter(name, None)", "pass"),
     ],
     "layers/memorizing.py": [
         ("memorizing: keys of length 1", "F.normalize(key.detach(), dim=-1)", "key.detach()"),
@@ -721,7 +723,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "torch.where(piece.ends[:, :, None] | True, out",
         ),
         ("recurrent: goes on", "first = start == span[0] and not started", "first = start == span[0]"),
-        ("recurrent: a piece in the middle", "piece.start == 0 or not piece.some_begin", "True"),
         (
             "recurrent: documents",
             "begins = real & (other | (earlier != segment))",
@@ -765,11 +766,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "position // m - 1 == found",
         ),
         ("retrieval: the neighbours of its own document", "& (document == found.document[:, :1])", ""),
-        (
-            "retrieval: places without a token",
-            "there, position.gather(1, place) - m",
-            "place >= 0, position.gather(1, place) - m",
-        ),
         (
             "retrieval: chunks that end here",
             "tokens.real & ((tokens.position + 1) % m == 0)",
@@ -926,11 +922,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("segments: by document", "(document[:, 1:] != document[:, :-1]) | (ordered", "(ordered"),
         ("segments: the last document last", "_ends(tokens.document), (~", "tokens.document, (~"),
         ("segments: where a plain span begins", "segment - first, place, count", "segment, place, count"),
-        (
-            "segments: holes last",
-            "for key in (_ends(tokens.document), (~tokens.real).to(torch.int8)):",
-            "for key in (_ends(tokens.document),):",
-        ),
     ],
     "layers/stack.py": [
         ("layers left out", "if not self._left_out(call):", "if True:"),

@@ -82,7 +82,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("pipeline: sums of layers before", "call.memo[self.path, self.router[0]] = sums", "pass"),
         ("pipeline: pooled losses where the last has none", "call.record.losses.setdefault(name, loss)", "pass"),
-        ("pipeline: micro-batches of any length", "max(rows * columns for rows, columns in shapes)", "(11 * 2)"),
+        ("pipeline: micro-batches of any length", "hidden = max(rows * columns", "hidden = min(rows * columns"),
         ("pipeline: which backward is the last", "last(number == count - 1)", "last(True)"),
         ("pipeline: layers of others are passed", "layer.forward = _passed", "pass"),
         ("pipeline: it runs through `through` alone", "if not model.stage.running:", "if False:"),

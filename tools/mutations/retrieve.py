@@ -1,0 +1,83 @@
+"""Features of `retrieve/`, and how to delete or bend each: file -> (feature, snippet, replacement)."""
+
+from __future__ import annotations
+
+ALSO: dict[str, tuple[str, ...]] = {
+    "retrieve/knn.py": ("tests/retrieve/test_knn.py",),
+    "retrieve/neighbours.py": ("tests/retrieve/test_neighbours.py",),
+    "retrieve/overlap.py": ("tests/retrieve/test_neighbours.py",),
+    "retrieve/recall.py": ("tests/retrieve/test_lance.py",),
+    "retrieve/states.py": ("tests/retrieve/test_knn.py",),
+}
+"""Tests of a file beside those that its name tells."""
+
+MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
+    "retrieve/build.py": [
+        ("another wish begins anew", 'if found.get("key") != key:', "if not found:"),
+        ("texts cut are counted", "self.cut += self.embed.cut - before", "pass"),
+    ],
+    "retrieve/chunks.py": [
+        ("the last chunk ends with its document", "int(self.sizes[document]) - first)", "10**9)"),
+        ("what is twice is kept once", "np.sort(np.unique(keys, return_index=True)[1])", "np.arange(len(keys))"),
+    ],
+    "retrieve/database.py": [
+        ("no continuation beyond the document", "(after == self.starts", "(inside == self.starts"),
+        ("the same document by its tokens", "(self.keys[same] != keys)[:, None], 0", "torch.tensor(True), 0"),
+        ("the same document by its file", "out[i, 1] = torch.tensor([low, high])", "pass"),
+        ("ids are those of the vocabulary", "if found.numel() and not -1 <=", "if False and not -1 <="),
+    ],
+    "retrieve/embedding.py": [
+        (
+            "the embedder is the one of the build",
+            "        if one != other:\n            one, other",
+            "        if False:\n            one, other",
+        ),
+        ("what is too long is cut within its frame", "*row[: self.room], *self.after]", "*row[: self.room]]"),
+    ],
+    "retrieve/exact.py": [
+        ("vectors that are not finite are named", "if start not in self._sound:", "if False:"),
+        ("lengths that are not finite are named", "if not bool(squares.isfinite().all()):", "if False:"),
+    ],
+    "retrieve/flat.py": [
+        ("it goes on after the rows that are there", "self.file.seek(size)", "pass"),
+        ("a file of another shape is not gone on with", "(done and not self._begins(head))", "False"),
+    ],
+    "retrieve/generations.py": [
+        ("a reader holds its generation", "fcntl.flock(self.handle, fcntl.LOCK_SH | fcntl.LOCK_NB)", "pass"),
+        ("old generations are removed", "            _remove(path)", "            pass"),
+    ],
+    "retrieve/knn.py": [
+        ("kNN-LM: the mixture", "(1 - self.weight) * log", "log"),
+        ("kNN-LM: temperature", "-found.distances / self.temperature", "-found.distances"),
+        ("kNN-LM: only what followed", "(shares * (tokens == target[:, None]))", "(shares * (tokens >= 0))"),
+        (
+            "kNN-LM: what is left out",
+            "self.database.search(states, self.count, spans)",
+            "self.database.search(states, self.count)",
+        ),
+    ],
+    "retrieve/neighbours.py": [
+        ("neighbours: not of the document itself", "count, own[of[whole]]).rows", "count).rows"),
+        ("neighbours: of whole chunks", "whole = (tokens >= 0).all(1)", "whole = (tokens >= 0).any(1)"),
+    ],
+    "retrieve/overlap.py": [
+        (
+            "overlap: runs, not counts",
+            "torch.where(skewed, -1, places).cummax(2).values",
+            "torch.where(skewed, -1, places)",
+        ),
+        ("overlap: what is no token is in no run", " & (one >= 0)[:, None, :, None]", ""),
+    ],
+    "retrieve/recall.py": [
+        ("recall: equal distances are right", "last * 1.0001 + 1e-6", "last * 0.9999 - 1e-6"),
+    ],
+    "retrieve/states.py": [
+        ("a value is the token after its state", "[1 + low : 1 + high]", "[low:high]"),
+        ("states are read in windows", "begin = max(last - window, 0)", "begin = 0"),
+    ],
+    "retrieve/store.py": [
+        ("what is left out of a search", "distance.masked_fill_((numbers", "distance.masked_fill((numbers"),
+        ("rows are numbered through the blocks", "[rows, at + start]", "[rows, at]"),
+        ("distances are squared lengths", "queries.square().sum(1, keepdim=True)", "0"),
+    ],
+}
