@@ -9,8 +9,8 @@ training asks for one of them at the end of the first segment too: a memory that
 layers that have to learn what to store from what is read near by.
 
 Decoders of 2 layers, width 64, 4 heads with rotary positions are trained from scratch with AdamW (3e-3, batches of 32)
-on those tokens alone for at most 400 steps, or until 99.5 % of 512 held-out texts are answered right at the end. Runs
-that the JSON already has are not made again.
+on those tokens alone for at most 400 steps (600 in the run without a memory), or until 99.5 % of 512 held-out texts are
+answered right at the end. Runs that the JSON already has are not made again.
 """
 
 from __future__ import annotations

@@ -303,7 +303,10 @@ def memory_figures() -> str:
     for run in found["runs"]:
         row = cells.setdefault(run["model"], {"pass-key": [], "recall": []})
         row[run["task"]].append(f"{run['right']:.3f} ({run['steps']})")
-    rows = [f"| {name} | {', '.join(row['pass-key'])} | {', '.join(row['recall'])} |" for name, row in cells.items()]
+    rows = [
+        f"| {name} | {', '.join(row['pass-key'])} | {', '.join(row['recall']) or 'not run'} |"
+        for name, row in cells.items()
+    ]
     table = "\n".join(["| memory | pass-key | recall |", "|---|---|---|", *rows])
     return f"""Right answers among 512 held-out texts, a number for each seed, after so many steps; chance is
 {found["chance"]:.4f} ([benchmarks/memory.py](../benchmarks/memory.py), [results](../benchmarks/results/memory.json)):

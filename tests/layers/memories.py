@@ -45,7 +45,7 @@ MEMORIES: dict[str, tuple[Any, Pattern]] = {
 }
 UNBOUNDED = ("infini beside all keys",)
 """Those whose own keys reach everything."""
-NO_FIXED = {"infini": "sums up what has passed", "compressive": "sums up|compresses what has passed"}
+NO_FIXED = {"infini": "sums up what has passed", "compressive": "compresses what has passed"}
 """What a fixed cache says of a kind of memory."""
 
 
