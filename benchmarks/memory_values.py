@@ -6,8 +6,8 @@ One layer of width 1,024 (4 heads, 32 values each, keys of 256 features) with 25
 ("plain": Lample et al.; "gated": Memory+) and in a layer of a model, beside its attention and its feed-forward network:
 forward; and, of width 256, forward, backward and a step of the optimiser, with gradients of the rows that were read and
 (--whole) with whole ones. Sizes take turns within a round, and a ratio is the median of the rounds' own ratios. Times
-are those of the processor, which other programs disturb less than those of a clock. Weights lie in large pages, as those
-of a compiled model do.
+are those of the processor, which other programs disturb less than those of a clock. Weights lie in large pages, as
+those of a compiled model do.
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ TWO = {
     "bart": "tensor context",
     "mixtral": "shard tensor context expert",
     "experts": "tensor expert",
+    "product-keys": "shard tensor context",
+    "memory-tokens": "tensor",
     "bert": "tensor context",
     "albert": "shard tensor context",
     "longformer": "tensor",
