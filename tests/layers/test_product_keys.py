@@ -380,6 +380,7 @@ def test_several_ranks_refuse_averages_over_a_batch():
     with pytest.raises(UnsupportedError, match=r"decoder.layers.0.steps.2.op.norm: batch normalisation counts"):
         plan(MeshSpec(shard=2), 2, model_spec(KINDS["batch-norm"]))
     plan(MeshSpec(shard=2), 2, model_spec(KINDS["plain"]))
+    plan(MeshSpec(tensor=2), 2, model_spec(KINDS["plain"]))  # of 3 heads, which are not shared out
 
 
 def test_it_replaces_a_feed_forward_network():

@@ -252,10 +252,10 @@ def test_what_it_cannot_be_is_refused():
             model.new_cache(kind, capacity=30)
     with pytest.raises(UnsupportedError, match="marked tokens see a whole text"):
         model(ids(1, 3), marked=torch.ones(1, 3, dtype=torch.bool))
-    with pytest.raises(
-        UnsupportedError, match="decoder.recurrence: RecurrentMemory counts or reads the tokens of a whole"
-    ):
-        plan(MeshSpec(context=2), 2, model.spec)
+    for axis in ("replicate", "shard", "context"):
+        with pytest.raises(UnsupportedError, match="decoder.recurrence: layers run once for each segment"):
+            plan(MeshSpec(**{axis: 2}), 2, model.spec)
+    plan(MeshSpec(tensor=2), 2, model.spec)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ from lamina.layers import (
     MemorizingSpec,
     MemoryAttentionSpec,
     RecurrenceSpec,
+    ProductKeySpec,
+    RecurrentMemorySpec,
     RMSNormSpec,
     RotarySpec,
     RouterLossSpec,
@@ -99,6 +101,18 @@ def experts() -> lamina.ModelSpec:
     return spec.replace(decoder=StackSpec(layers=(LayerSpec(steps=steps),) * 2))
 
 
+def product_keys() -> lamina.ModelSpec:
+    """Two layers that share a table, and a third with values that are networks."""
+    spec = layers(small.attention())
+    assert spec.decoder is not None
+    memory = ProductKeySpec(heads=3, keys=6, key_dim=4, chosen=3, gated=True, norm=RMSNormSpec(), table="facts")
+    found = [
+        LayerSpec(steps=(StepSpec(name="attention", op=small.attention()), StepSpec(name="memory", op=op)))
+        for op in (memory, memory, memory.replace(gated=False, table=None, act="gelu"))
+    ]
+    return spec.replace(decoder=StackSpec(layers=tuple(found), norm=LayerNormSpec()))
+
+
 ROTARY = RotarySpec(base=100.0)
 MODELS: dict[str, Callable[[], lamina.ModelSpec]] = {
     "gpt2": lambda: tiny.spec(tiny.GPT2 | {"vocab_size": 264}),
@@ -111,6 +125,8 @@ MODELS: dict[str, Callable[[], lamina.ModelSpec]] = {
     "experts": experts,
     "mixtral-deep": deep,
     "gpt2-deep": lambda: tiny.spec(tiny.GPT2 | {"n_layer": 5}),
+    "product-keys": product_keys,
+    "memory-tokens": lambda: layers(small.attention(rotary=ROTARY), recurrence=RecurrentMemorySpec(tokens=2, length=4)),
     "bert": lambda: tiny.spec(tiny.BERT),
     "albert": lambda: tiny.spec(
         tiny.BERT | {"model_type": "albert", "architectures": ["AlbertForMaskedLM"], "embedding_size": 10}

@@ -22,6 +22,8 @@ TWO = {
     "mixtral": "shard tensor context expert",
     "mixtral-deep": "shard",
     "experts": "tensor expert",
+    "product-keys": "shard tensor context",
+    "memory-tokens": "tensor",
     "bert": "tensor context",
     "albert": "shard tensor context",
     "longformer": "tensor",

@@ -100,7 +100,7 @@ class RecurrentMemory(nn.Module):
         hidden = torch.cat(found, dim=1)
         place = torch.cat(places, dim=1)[:, :, None].expand(-1, -1, hidden.shape[2])
         empty = hidden.new_zeros(x.shape[0], x.shape[1] + 1, hidden.shape[2])
-        return empty.scatter(1, place, hidden)[:, :-1]
+        return empty.scatter(1, place, hidden)[:, :-1].clone()  # FSDP warns of views
 
     def _start(self, x: Tensor) -> Progress:
         none = torch.zeros((x.shape[0], 1), dtype=torch.int64, device=x.device)

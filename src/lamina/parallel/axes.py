@@ -14,6 +14,7 @@ from lamina.layers import (
     ExpertsSpec,
     FeedForwardSpec,
     LongformerSpec,
+    ProductKeySpec,
     RecurrentMemorySpec,
     RotarySpec,
 )
@@ -66,6 +67,8 @@ def plan(mesh: MeshSpec, world: int, model: ModelSpec) -> MeshSpec:
     _experts(mesh, model)
     if mesh.ranks > 1:
         _statistics(model)
+    if mesh.ranks > mesh.tensor:
+        _segments(model)
     if mesh.tensor > 1:
         for path, part in model.walk():
             _shared(path, part, mesh.tensor)
@@ -121,9 +124,21 @@ def _statistics(model: ModelSpec) -> None:
             )
 
 
+def _segments(model: ModelSpec) -> None:
+    """Refuse layers that run once a segment where ranks read different texts: they would not run equally often."""
+    for path, part in model.walk():
+        if isinstance(part, RecurrentMemorySpec):
+            raise UnsupportedError(
+                f"{path}: layers run once for each segment, and ranks whose texts have different numbers of them would"
+                " wait for each other for ever; use tensor alone"
+            )
+
+
 def _shared(path: str, part: Any, ranks: int) -> None:
     """Refuse heads and features that `ranks` cannot have in equal parts."""
     where = f"{path}: " if path else ""
+    if isinstance(part, ProductKeySpec):  # whole on every rank
+        return
     heads, key_heads = (getattr(part, name, None) for name in ("heads", "key_heads"))
     if isinstance(heads, int) and heads % ranks:
         raise LaminaError(f"{where}{heads} heads cannot be shared by tensor = {ranks}")
@@ -138,7 +153,7 @@ def _contexts(model: ModelSpec) -> None:
     if model.pooler is not None or (model.two_stacks and model.labels is not None):
         raise UnsupportedError("context above 1 cuts each text, and a pooled head reads one token of the whole")
     for path, part in model.walk():
-        if isinstance(part, LongformerSpec | ExpertChoiceSpec | CapacitySpec | RecurrentMemorySpec):
+        if isinstance(part, LongformerSpec | ExpertChoiceSpec | CapacitySpec):
             what = type(part).__name__.removesuffix("Spec")
             raise UnsupportedError(f"{path}: {what} counts or reads the tokens of a whole text, and context cuts it")
         if isinstance(part, RotarySpec) and part.limit:
