@@ -1368,7 +1368,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "train/training.py": [
         ("training: a pair answers its prompt", 'yield f"{prompt} -> {text}" if pair else text', "yield text"),
-        ("training: a pair begins its own text", "(1 if pair else ids.shape[1])", "ids.shape[1] - 10_000"),
     ],
     "train/loop.py": [
         ("adapter: checkpoints hold it alone", "        if self.adapts:\n", "        if False:\n"),
