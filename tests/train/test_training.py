@@ -434,8 +434,8 @@ def test_special_tokens_are_those_of_the_data(tmp_path: Path, size: str, special
     assert made is not None
     assert made.special.decoder_start == getattr(words, role)
     assert made.special.pad == words.pad and made.special.end == (words.eos,)
-    own = described(ModelChoice(size=size, config={"decoder_start_token_id": 3, "eos_token_id": [5, 6]}), prepared)
-    assert own is not None and own.special.decoder_start == 3 and own.special.end == (5, 6)
+    own = described(ModelChoice(size=size, config={"decoder_start_token_id": 1, "eos_token_id": [5, 6]}), prepared)
+    assert own is not None and own.special.decoder_start == 1 and own.special.end == (5, 6)
 
 
 def test_ids_of_a_published_size_are_not_those_of_the_data(data: Path):
