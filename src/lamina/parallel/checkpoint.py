@@ -139,6 +139,7 @@ def load_parts(
     more = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items() if _more(name)
     }
+    _fits(target, state | more, entries)
     if stray := [name for name in entries if name.startswith("model.") and name not in state]:
         raise CheckpointError(f"{target}: holds {stray[0]}, and the model has none of that name")
     read_tensors(target, state | more, model.mesh)
