@@ -1422,8 +1422,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
         (
             "retrieval: a cache without neighbours",
-            "call.memory is not None or call.cache is not None",
-            "call.memory is not None",
+            "isinstance(call.memory, Neighbours) or call.cache is not None",
+            "isinstance(call.memory, Neighbours)",
         ),
         ("retrieval: width of the memory", "if made is not None and made != read:", "if False:"),
         ("retrieval: what the encoder reads", "if read != width:", "if False:"),

@@ -15,6 +15,7 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.families import Fields, family
 from lamina.model import Model
 from lamina.objectives import CausalLM, Retrieving
+from lamina.objectives.retrieval import _chunks
 from tests import small
 from tests.layers.test_retrieval import TINY
 from tests.objectives import made
@@ -90,6 +91,12 @@ def test_every_chunk_is_read_where_it_ends_and_every_token_is_asked_for(prepared
         assert bool((found[ends:] == -1).all())
     assert sum(len(each) - 1 for each in asked) == sum(size - 1 for size in SIZES)
     assert sorted(number for number in read if number >= 0) == list(range(starts[-1]))
+
+
+def test_a_chunk_that_ends_in_what_is_a_label_alone_has_none():
+    begins, starts = np.array([0, 9, 13]), np.array([0, 2, 3])
+    assert _chunks(np.array([0, 9]), np.array([9, 4]), begins, starts, 12, 4).tolist() == [0, 1]
+    assert _chunks(np.array([0, 9]), np.array([9, 4]), begins, starts, 13, 4).tolist() == [0, 1, 2]
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ TWO = {
     "latent": "tensor context",
     "differential": "tensor context",
     "qk-norm": "tensor context",
+    "retro": "shard tensor",
     "alibi": "tensor context",
     "shaw": "tensor context",
     "transformer-xl": "tensor context",

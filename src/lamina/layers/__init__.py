@@ -6,7 +6,7 @@ from lamina.layers.attention import Attention, AttentionSpec
 from lamina.layers.bias import AlibiSpec, BucketBiasSpec
 from lamina.layers.bigbird import BigBird, BigBirdSpec
 from lamina.layers.block import BranchSpec, Layer, LayerSpec, StepSpec, SumSpec
-from lamina.layers.call import Call, Record
+from lamina.layers.call import Call, Neighbours, Record
 from lamina.layers.capacity import CapacitySpec
 from lamina.layers.convolution import ConvolutionStem, ConvolutionStemSpec
 from lamina.layers.cross import CrossAttention, CrossAttentionSpec
@@ -103,6 +103,7 @@ __all__ = [
     "NTKScaling",
     "NeighbourEncoder",
     "NeighbourEncoderSpec",
+    "Neighbours",
     "NormSpec",
     "NormalInitialSpec",
     "Pooler",

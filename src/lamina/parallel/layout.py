@@ -81,7 +81,7 @@ def _layers(model: Model, mesh: Mesh, precision: str | None, reshard: bool) -> N
         for module in list(model.modules()):
             if isinstance(module, Experts):
                 fully_shard(module.experts, mesh=over["experts"], **given)
-    for module in list(model.modules()):
+    for module in reversed(list(model.modules())):  # inner ones first: RETRO's encoder lies in a layer
         if isinstance(module, Layer):
             fully_shard(module, mesh=over["layers"], **given)
     fully_shard(model, mesh=over["layers"], **{**given, "reshard_after_forward": False})
