@@ -1401,7 +1401,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "- m * found.chunk[:, None] + 1, HOLE)",
         ),
         ("retrieval: which distances count", "m - max(longest, 1), 2 * m - 2", "0, 2 * m - 2"),
-        ("retrieval: the chunk beside the neighbours", "inside &= tokens.real[row]", "pass"),
+        ("retrieval: the chunk beside the neighbours", " & (tokens.position[row] // m == chunk[:, None])", ""),
         ("retrieval: the chunk of the same document", "(tokens.document[row] == document[:, None]) & ", ""),
         (
             "retrieval: tokens that are missing from a chunk",

@@ -105,7 +105,9 @@ def test_the_loss_is_that_of_each_piece_alone(prepared: Prepared):
     examples, module = task.examples(prepared, LENGTH), model(prepared.vocabulary)
     task.fits(module.spec)
     rows = [examples.example(i, made.random_of(i)) for i in range(len(examples))]
-    total = task.total(module, task.collate(rows)).kinds["next_token"]
+    batch = task.collate(rows)
+    assert batch.tokens == sum(int((row["documents"][:-1] >= 0).sum()) for row in rows) < len(rows) * LENGTH
+    total = task.total(module, batch).kinds["next_token"]
     starts, by_hand, count = task.neighbours.starts, 0.0, 0
     for i in range(len(SIZES)):
         text = torch.from_numpy(prepared.column("text")[i])

@@ -160,7 +160,6 @@ class ChunkedCrossAttention(nn.Module):
         if len(row) == 0:
             return None
         inside = (tokens.document[row] == document[:, None]) & (tokens.position[row] // m == chunk[:, None])
-        inside &= tokens.real[row]
         column = _columns(torch.where(inside, tokens.position[row] % m, m), m)  # (R, m)
         there = column >= 0
         states = hidden[row[:, None], column.clamp(min=0)].masked_fill(~there[:, :, None], 0.0)  # (R, m, width)
@@ -180,7 +179,7 @@ class ChunkedCrossAttention(nn.Module):
         if name not in memo:
             m, length = self.spec.chunk, tokens.position.shape[1]
             position, document = tokens.position[found.row], tokens.document[found.row]  # (R, T)
-            reads = ((position + 1) // m - 1 == found.chunk[:, None]) & (found.chunk >= 0)[:, None] & (position >= 0)
+            reads = ((position + 1) // m - 1 == found.chunk[:, None]) & (found.chunk >= 0)[:, None]  # holes: of none
             reads &= (found.position >= 0).any(dim=1, keepdim=True) & (document == found.document[:, :1])
             width = min(m, length)
             serial = reads.cumsum(1) - 1
