@@ -22,6 +22,7 @@ from lamina.layers import (
     LabelHeadSpec,
     LanguageHeadSpec,
     LearnedPositionSpec,
+    Neighbours,
     NormalInitialSpec,
     PoolerSpec,
     Record,
@@ -421,7 +422,7 @@ class Model(nn.Module):
         assert self.encoder is not None
         return self.encoder(x, Call(tokens=tokens, backend=backend, record=record), segments), tokens
 
-    def _neighbours(self, neighbours: Tensor, rows: int) -> Tensor:
+    def _neighbours(self, neighbours: Tensor, rows: int) -> Neighbours:
         """Checked ids of neighbours (B, N, k, r)."""
         retrieval = self.spec.retrieval
         if retrieval is None or retrieval.encoder is None:
@@ -438,7 +439,7 @@ class Model(nn.Module):
             and not -1 <= int(neighbours.min()) <= int(neighbours.max()) < most
         ):
             raise LaminaError(f"neighbours holds ids beyond 0 to {most - 1}, and -1 where there is no token")
-        return neighbours
+        return Neighbours(neighbours)
 
     def _shifted(self, source: Given) -> Given:
         """What the decoder of a classifier reads (arXiv:1910.13461, section 3.1): the source, one place on after the

@@ -17,6 +17,7 @@ from lamina.layers import (
     ChunkedCrossAttention,
     ChunkedCrossAttentionSpec,
     CrossAttentionSpec,
+    Neighbours,
     Record,
     RMSNormSpec,
     SinusoidalPositionSpec,
@@ -145,7 +146,7 @@ def by_loop(key_heads: int, relative: bool) -> tuple[ChunkedCrossAttention, Tens
 @torch.no_grad()
 def test_it_is_the_loop_over_tokens(key_heads: int, relative: bool, backend: str):
     module, x, ids, expected = by_loop(key_heads, relative)
-    out = module(x, Call(tokens=plain(2, LENGTH), memory=ids, backend=backend))
+    out = module(x, Call(tokens=plain(2, LENGTH), memory=Neighbours(ids), backend=backend))
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)  # phases are in float32
     assert torch.equal(out[:, : CHUNK - 1], torch.zeros_like(out[:, : CHUNK - 1]))
     assert bool((out[:, CHUNK - 1 :].abs().amax(dim=2) > 1e-3).all())
@@ -169,7 +170,7 @@ def test_padding_documents_and_absent_tokens_are_not_seen():
     ids[0, 1, 1] = -1
     ids[0, 2:] = -1  # two chunks end in this row
     ids[1, 1] = -1  # the first chunk of the second document has none
-    out = module(x, Call(tokens=tokens, memory=ids))
+    out = module(x, Call(tokens=tokens, memory=Neighbours(ids)))
     texts = {  # (row, document) -> the neighbours of its chunks
         (0, 5): {0: [ids[0, 0, 0, :4].tolist(), ids[0, 0, 1].tolist()], 1: [ids[0, 1, 0].tolist()]},
         (1, 5): {0: ids[1, 0].tolist()},
@@ -186,7 +187,7 @@ def test_what_is_padding_never_counts():
     module, ids, x = layer(), found(1, 2), noise(1, 8, WIDTH)
     position = torch.tensor([[HOLE, 0, 1, 2, 3, 4, 5, HOLE]])
     x[0, 0] = x[0, 7] = torch.nan
-    out = module(x, Call(tokens=Tokens(position, torch.zeros_like(position)), memory=ids))
+    out = module(x, Call(tokens=Tokens(position, torch.zeros_like(position)), memory=Neighbours(ids)))
     torch.testing.assert_close(out[0, 1:7], naive(module, x[0, 1:7], lists(ids[0])), rtol=0, atol=2e-6)
 
 
@@ -457,5 +458,5 @@ def test_an_encoder_with_absolute_positions_serves_as_well():
         stack = edit(stack, kind, lambda _, s: s.replace(relative=None))
     encoder = op.encoder.replace(stack=stack.replace(position=SinusoidalPositionSpec()))
     module = op.replace(encoder=encoder).build(TINY["width"]).double()
-    out = module(noise(1, 8, TINY["width"]), Call(tokens=plain(1, 8), memory=found(1, 2, 8)))
+    out = module(noise(1, 8, TINY["width"]), Call(tokens=plain(1, 8), memory=Neighbours(found(1, 2, 8))))
     assert out.shape == (1, 8, TINY["width"])

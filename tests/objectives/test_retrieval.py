@@ -15,6 +15,7 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.families import Fields, family
 from lamina.model import Model
 from lamina.objectives import CausalLM, Retrieving
+from lamina.objectives.retrieval import _chunks
 from tests import small
 from tests.layers.test_retrieval import TINY
 from tests.objectives import made
@@ -92,13 +93,21 @@ def test_every_chunk_is_read_where_it_ends_and_every_token_is_asked_for(prepared
     assert sorted(number for number in read if number >= 0) == list(range(starts[-1]))
 
 
+def test_a_chunk_that_ends_in_what_is_a_label_alone_has_none():
+    begins, starts = np.array([0, 9, 13]), np.array([0, 2, 3])
+    assert _chunks(np.array([0, 9]), np.array([9, 4]), begins, starts, 12, 4).tolist() == [0, 1]
+    assert _chunks(np.array([0, 9]), np.array([9, 4]), begins, starts, 13, 4).tolist() == [0, 1, 2]
+
+
 @torch.no_grad()
 def test_the_loss_is_that_of_each_piece_alone(prepared: Prepared):
     task = Retrieving(CausalLM(), Numbered(prepared), CHUNK)
     examples, module = task.examples(prepared, LENGTH), model(prepared.vocabulary)
     task.fits(module.spec)
     rows = [examples.example(i, made.random_of(i)) for i in range(len(examples))]
-    total = task.total(module, task.collate(rows)).kinds["next_token"]
+    batch = task.collate(rows)
+    assert batch.tokens == sum(int((row["documents"][:-1] >= 0).sum()) for row in rows) < len(rows) * LENGTH
+    total = task.total(module, batch).kinds["next_token"]
     starts, by_hand, count = task.neighbours.starts, 0.0, 0
     for i in range(len(SIZES)):
         text = torch.from_numpy(prepared.column("text")[i])

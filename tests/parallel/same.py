@@ -14,6 +14,7 @@ from torch import Tensor
 import lamina
 from lamina.adapters import LoRASpec, attach
 from lamina.adapters.places import linears
+from lamina.families import Fields, family
 from lamina.layers import (
     BranchSpec,
     CompressiveSpec,
@@ -28,8 +29,8 @@ from lamina.layers import (
     LayerSpec,
     MemorizingSpec,
     MemoryAttentionSpec,
-    RecurrenceSpec,
     ProductKeySpec,
+    RecurrenceSpec,
     RecurrentMemorySpec,
     RMSNormSpec,
     RotarySpec,
@@ -113,6 +114,8 @@ def product_keys() -> lamina.ModelSpec:
     return spec.replace(decoder=StackSpec(layers=tuple(found), norm=LayerNormSpec()))
 
 
+RETRO = {"layers": 4, "width": 18, "heads": 4, "head_dim": 6, "hidden": 24, "vocabulary": 40, "chunk": 3}
+RETRO |= {"first": 2, "every": 2, "encoder_width": 14, "encoder_heads": 2, "encoder_head_dim": 6, "encoder_hidden": 20}
 ROTARY = RotarySpec(base=100.0)
 MODELS: dict[str, Callable[[], lamina.ModelSpec]] = {
     "gpt2": lambda: tiny.spec(tiny.GPT2 | {"vocab_size": 264}),
@@ -132,6 +135,7 @@ MODELS: dict[str, Callable[[], lamina.ModelSpec]] = {
         tiny.BERT | {"model_type": "albert", "architectures": ["AlbertForMaskedLM"], "embedding_size": 10}
     ),
     "longformer": longformer,
+    "retro": lambda: family("retro").spec(Fields(RETRO)),
     "latent": lambda: layers(
         LatentAttentionSpec(
             heads=4, query_rank=6, key_rank=8, nope_dim=4, rope_dim=2, value_dim=3, rotary=ROTARY, bias=True
@@ -198,6 +202,9 @@ def batch(spec: lamina.ModelSpec, seed: int = 1) -> Batch:
     if spec.two_stacks:
         ids, mask, documents = side(LENGTH - 1)
         given |= {"decoder_input_ids": ids, "decoder_attention_mask": mask, "decoder_document_ids": documents}
+    if spec.retrieval is not None:  # 2 + 2, 2, 2, 2 + 1 chunks of 3 tokens end in the rows
+        given["neighbours"] = torch.randint(3, spec.embedding.vocabulary, (ROWS, 3, 2, 5), generator=generator)
+        given["neighbours"][[0, 1, 2], 2] = given["neighbours"][0, 1, 1] = -1
     labels = torch.randint(0, spec.embedding.vocabulary, ids.shape, generator=generator)
     return Batch(given, labels.masked_fill((mask == 0) | (labels % 3 == 0), -100))
 

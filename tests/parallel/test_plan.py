@@ -109,6 +109,7 @@ def test_what_looks_at_a_whole_text_is_not_cut():
     for spec, says in (
         (bert, "a pooled head reads one token of the whole"),
         (same.longformer(), "Longformer counts or reads the tokens of a whole text"),
+        (same.MODELS["retro"](), "ChunkedCrossAttention counts or reads the tokens of a whole text"),
         (edit(MIXTRAL, ExpertsSpec, lambda _, one: one.replace(capacity=CapacitySpec())), "Capacity counts"),
         (
             tiny.spec(tiny.LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),

@@ -34,6 +34,7 @@ TWO = {
     "recurrence": "tensor context",
     "memorizing": "tensor context",
     "qk-norm": "tensor context",
+    "retro": "shard tensor",
     "alibi": "tensor context",
     "shaw": "tensor context",
     "transformer-xl": "tensor context",

@@ -7,7 +7,7 @@ from lamina.layers.batch_norm import BatchNorm, BatchNormSpec
 from lamina.layers.bias import AlibiSpec, BucketBiasSpec
 from lamina.layers.bigbird import BigBird, BigBirdSpec
 from lamina.layers.block import BranchSpec, Layer, LayerSpec, StepSpec, SumSpec
-from lamina.layers.call import Call, Record
+from lamina.layers.call import Call, Neighbours, Record
 from lamina.layers.capacity import CapacitySpec
 from lamina.layers.compressive import CompressiveSpec
 from lamina.layers.convolution import ConvolutionStem, ConvolutionStemSpec
@@ -118,6 +118,7 @@ __all__ = [
     "NTKScaling",
     "NeighbourEncoder",
     "NeighbourEncoderSpec",
+    "Neighbours",
     "NormSpec",
     "NormalInitialSpec",
     "Pooler",

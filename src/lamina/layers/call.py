@@ -58,13 +58,24 @@ class Record:
                 raise LaminaError(unknown("name in a record", wanted, sorted(self.offered)))
 
 
+class Neighbours:
+    """What was retrieved for a forward, and what the first layer that reads it leaves to the others.
+
+    No dataclass: what FSDP copies of a call with its tensors must hold this one still.
+    """
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids  # (B, N, k, r), -1 where there is no token
+        self.encoded: Any = None  # what the encoder makes of them, as `lamina.layers.retrieval` has it
+
+
 @dataclass
 class Call:
     """One explicit object instead of a dozen parameters. At most 8 fields: a test counts them."""
 
     tokens: Tokens  # of x
     cache: Cache | None = None
-    memory: Tensor | None = None  # (B, S, width): what cross-attention reads
+    memory: Tensor | Neighbours | None = None  # (B, S, width): what cross-attention reads; or what was retrieved
     memory_tokens: Tokens | None = None
     bias: Callable[[Tokens, Tokens, MutableMapping[Any, Any]], Tensor] | None = (
         None  # added to the scores, shared by a stack

@@ -79,7 +79,7 @@ class CrossAttention(nn.Module):
 
     def reads(self, call: Call) -> bool:
         """Whether there is anything to read; where there is not, the step is left out."""
-        return call.memory is not None
+        return isinstance(call.memory, Tensor)
 
     def forward(self, x: Tensor, call: Call, apart: tuple[int, int] | None = None) -> Tensor:
         """x (B n, T, width), n beams of each text. apart: as `TransformerXL` takes it."""
@@ -116,7 +116,7 @@ class CrossAttention(nn.Module):
         kept = slot.kept(call.memory_tokens) if isinstance(slot, MemorySlot | NeighbourSlot) else None
         if kept is not None:
             return kept
-        if call.memory is None or call.memory_tokens is None:
+        if not isinstance(call.memory, Tensor) or call.memory_tokens is None:
             raise LaminaError(f"{self.path or 'cross-attention'} has nothing to read: no encoder output was given")
         key, value = self._split(self.k(call.memory)), self._split(self.v(call.memory))
         key = key if self.k_norm is None else self.k_norm(key)

@@ -25,7 +25,7 @@ from lamina.cache import Found, NeighbourLedger
 from lamina.errors import LaminaError
 from lamina.layers.attention import AttentionSpec
 from lamina.layers.block import LayerSpec, StepSpec
-from lamina.layers.call import Call
+from lamina.layers.call import Call, Neighbours
 from lamina.layers.cross import CrossAttentionSpec
 from lamina.layers.embedding import EmbeddingSpec
 from lamina.layers.feedforward import FeedForwardSpec
@@ -105,8 +105,8 @@ class NeighbourEncoder(nn.Module):
 
 
 class ChunkedCrossAttention(nn.Module):
-    """x (B, T, width), and neighbours (B, N, k, r) of the chunks that end in these tokens, in their order, as
-    `call.memory` -> (B, T, width). -1 stands where there is no token. What reads nothing gets exactly 0.
+    """x (B, T, width), and as `call.memory` the neighbours (B, N, k, r) of the chunks that end in these tokens, in
+    their order -> (B, T, width). What reads nothing gets exactly 0.
 
     With a cache the chunk that is being written and the neighbours of the last whole one are kept, so a text may come
     in any pieces. In a record, weights are by chunk: (R, H, tokens of it, k r).
@@ -125,12 +125,15 @@ class ChunkedCrossAttention(nn.Module):
 
     def reads(self, call: Call) -> bool:
         """Whether there is anything to read, or may be later; where there is not, the step is left out."""
-        return call.memory is not None or call.cache is not None
+        return isinstance(call.memory, Neighbours) or call.cache is not None
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
+        given = call.memory if isinstance(call.memory, Neighbours) else None
+        encoded = None if given is None else given.encoded
         if self.encoder is not None:
-            call.memo[Encoded] = self._encoded(self.encoder, x, call)
-        encoded: Encoded | None = call.memo[Encoded]
+            encoded = self._encoded(self.encoder, x, call, given)
+            if given is not None:
+                given.encoded = encoded
         new, memory = (None, None) if encoded is None else (encoded.found, encoded.memory)
         found = new
         if call.cache is not None:
@@ -146,19 +149,18 @@ class ChunkedCrossAttention(nn.Module):
         flat = flat.index_copy(0, torch.where(index >= 0, index, flat.shape[0] - 1).flatten(), out.flatten(0, 1))
         return flat[:-1].unflatten(0, x.shape[:2])
 
-    def _encoded(self, encoder: NeighbourEncoder, x: Tensor, call: Call) -> Encoded | None:
+    def _encoded(self, encoder: NeighbourEncoder, x: Tensor, call: Call, given: Neighbours | None) -> Encoded | None:
         """The neighbours that came with this forward, encoded; None where there are none."""
         hidden, tokens, m = x, call.tokens, self.spec.chunk
         if call.cache is not None:  # the beginning of the chunk may have been read before
             kept, _, tokens = call.cache.slot(encoder.path).extend(x[:, None], x[:, None, :, :0], tokens)
             hidden = kept[:, 0]
-        if call.memory is None:
+        if given is None:
             return None
-        row, document, chunk, ids = _given(call.memory, call.tokens, m)
+        row, document, chunk, ids = _given(given.ids, call.tokens, m)
         if len(row) == 0:
             return None
         inside = (tokens.document[row] == document[:, None]) & (tokens.position[row] // m == chunk[:, None])
-        inside &= tokens.real[row]
         column = _columns(torch.where(inside, tokens.position[row] % m, m), m)  # (R, m)
         there = column >= 0
         states = hidden[row[:, None], column.clamp(min=0)].masked_fill(~there[:, :, None], 0.0)  # (R, m, width)
@@ -180,7 +182,7 @@ class ChunkedCrossAttention(nn.Module):
         if name not in memo:
             m, length = self.spec.chunk, tokens.position.shape[1]
             position, document = tokens.position[found.row], tokens.document[found.row]  # (R, T)
-            reads = ((position + 1) // m - 1 == found.chunk[:, None]) & (found.chunk >= 0)[:, None] & (position >= 0)
+            reads = ((position + 1) // m - 1 == found.chunk[:, None]) & (found.chunk >= 0)[:, None]  # holes: of none
             reads &= (found.position >= 0).any(dim=1, keepdim=True) & (document == found.document[:, :1])
             width = min(m, length)
             serial = reads.cumsum(1) - 1

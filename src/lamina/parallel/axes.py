@@ -10,6 +10,7 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import (
     BatchNormSpec,
     CapacitySpec,
+    ChunkedCrossAttentionSpec,
     ExpertChoiceSpec,
     ExpertsSpec,
     FeedForwardSpec,
@@ -153,7 +154,7 @@ def _contexts(model: ModelSpec) -> None:
     if model.pooler is not None or (model.two_stacks and model.labels is not None):
         raise UnsupportedError("context above 1 cuts each text, and a pooled head reads one token of the whole")
     for path, part in model.walk():
-        if isinstance(part, LongformerSpec | ExpertChoiceSpec | CapacitySpec):
+        if isinstance(part, LongformerSpec | ExpertChoiceSpec | CapacitySpec | ChunkedCrossAttentionSpec):
             what = type(part).__name__.removesuffix("Spec")
             raise UnsupportedError(f"{path}: {what} counts or reads the tokens of a whole text, and context cuts it")
         if isinstance(part, RotarySpec) and part.limit:

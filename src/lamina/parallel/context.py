@@ -88,7 +88,7 @@ def cut_texts(model: nn.Module, cut: Cut, group: dist.ProcessGroup) -> None:
         return (cut.mine(x), _cut(call, cut, group), *(None if one is None else cut.mine(one) for one in segments))
 
     def refuse(model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        for name in ("cache", "keep_logits", "encoder_output", "neighbours"):
+        for name in ("cache", "keep_logits", "encoder_output"):
             if given.get(name) is not None and not (name == "keep_logits" and given[name] == 0):
                 raise UnsupportedError(f"{name} is for whole texts; this model lies on several ranks by context")
 

@@ -89,7 +89,7 @@ def _layers(model: Model, mesh: Mesh, precision: str | None, reshard: bool) -> N
         for module in list(model.modules()):
             if isinstance(module, Experts):
                 fully_shard(module.experts, mesh=over["experts"], **given)
-    for module in list(model.modules()):
+    for module in reversed(list(model.modules())):  # inner ones first: RETRO's encoder lies in a layer
         if isinstance(module, Layer) and not absent_here >= set(module.parameters()):
             fully_shard(module, mesh=over["layers"], **given)
     policy = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None)

@@ -94,7 +94,9 @@ class Summed(Shared):
     def __call__(self, x: Tensor, *args: Any) -> Tensor:
         group = self.axis.group
         entered = [
-            replace(one, memory=enter(one.memory, group)) if isinstance(one, Call) and one.memory is not None else one
+            replace(one, memory=enter(one.memory, group))
+            if isinstance(one, Call) and isinstance(one.memory, Tensor)
+            else one
             for one in args
         ]
         return leave(super().__call__(enter(x, group), *entered), group)
