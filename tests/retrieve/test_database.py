@@ -196,6 +196,30 @@ def test_a_database_is_replaced_only_when_asked(tmp_path: Path):
         build(text, tmp_path / "else", model)
 
 
+def test_what_another_wish_left_is_not_gone_on_with(tmp_path: Path):
+    documents = made.texts(20)
+    text = made.prepared(tmp_path / "text", made.rows(tmp_path / "t.jsonl", documents))
+    model, seen = Embedder(made.embedder_at(tmp_path / "bert")), []
+
+    def stop(progress) -> None:
+        seen.append(progress.rows)
+        if progress.rows == 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(text, tmp_path / "index", model, chunk=5, batch=8, report=stop)
+    seen.clear()
+    build(text, tmp_path / "index", model, chunk=6, batch=1000, report=lambda p: seen.append(p.begun))
+    assert seen[0] == 0
+    found = open_database(tmp_path / "index")
+    expected = [made.filled(ids, 6) for _, ids, _ in made.chunks_of(documents, 6)]
+    assert found.store.tokens(torch.arange(len(found))).tolist() == expected
+    with pytest.raises(KeyboardInterrupt):
+        build(text, tmp_path / "other", model, chunk=5, batch=8, report=stop)
+    build(text, tmp_path / "other", model, chunk=5, batch=8, report=lambda p: seen.append(p.begun))
+    assert seen[-1] == 16  # the same wish is
+
+
 # Damage.
 
 

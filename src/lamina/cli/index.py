@@ -184,7 +184,7 @@ def query(
             }
         )
         lines += [f"{distance:.4f}  {name}, row {row:,}", f"  {shown(here)!r}", f"  {shown(after)!r}", ""]
-    out.result({"directory": str(directory), "query": text, "neighbours": neighbours, "copy": copy}, lines[:-1])
+    out.result({"directory": str(directory), "query": text, "neighbours": rows}, lines[:-1])
 
 
 @command(INFO)
