@@ -780,7 +780,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "- m * found.chunk[:, None] + 1, HOLE)",
         ),
         ("retrieval: which distances count", "m - max(longest, 1), 2 * m - 2", "0, 2 * m - 2"),
-        ("retrieval: the chunk beside the neighbours", "inside &= tokens.real[row]", "pass"),
+        ("retrieval: the chunk beside the neighbours", " & (tokens.position[row] // m == chunk[:, None])", ""),
         ("retrieval: the chunk of the same document", "(tokens.document[row] == document[:, None]) & ", ""),
         (
             "retrieval: tokens that are missing from a chunk",
@@ -797,8 +797,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("retrieval: neighbours that are kept", "found = ledger.visible_with(new)", "pass"),
         (
             "retrieval: a cache without neighbours",
-            "call.memory is not None or call.cache is not None",
-            "call.memory is not None",
+            "isinstance(call.memory, Neighbours) or call.cache is not None",
+            "isinstance(call.memory, Neighbours)",
         ),
         ("retrieval: width of the memory", "if made is not None and made != read:", "if False:"),
         ("retrieval: what the encoder reads", "if read != width:", "if False:"),

@@ -227,7 +227,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("adapter: is folded into what ranks write", "whole if model.adapter is None else", "whole if True else"),
         ("training: a pair answers its prompt", 'yield f"{prompt} -> {text}" if pair else text', "yield text"),
-        ("training: a pair begins its own text", "(1 if pair else ids.shape[1])", "ids.shape[1] - 10_000"),
     ],
     "train/trees.py": [
         ("trees: tuples", 'return items if isinstance(value, list) else {"$tuple": items}', "return items"),
