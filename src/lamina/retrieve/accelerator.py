@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lamina.durable import sync, write_file
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.packaged import cache_directory
 from lamina.retrieve.manifest import sha256
 from lamina.retrieve.recall import NEAREST, exactly, fewest, sampled
 from lamina.retrieve.store import BLOCK, SPARE, Found, Store, checked, joined, without
 from lamina.weights.files import read_json
-from lamina.weights.saving import sync, write_file
 
 LIST = 200  # rows of a list, about
 TRAINED = 64  # rows a list that the lists are found by
