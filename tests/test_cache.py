@@ -621,16 +621,16 @@ def test_the_memory_of_beams_stays_where_it_is_and_follows_texts_that_change_pla
     cache.add("cross", Retained(None, memory=True))
     key = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
     slot = cache.slot("cross")
-    assert isinstance(slot, MemorySlot) and slot.kept() is None
+    assert isinstance(slot, MemorySlot) and slot.kept(None) is None
     slot.extend(key, -key, plain(2, 1))
     cache.memory = key[:, 0]
     for index in ([0, 0, 0, 1, 1, 1], [2, 0, 0, 3, 5, 4]):
         cache.reorder(torch.tensor(index))
         assert slot.key is not None and slot.key.flatten().tolist() == [1.0, 2.0] and cache.batch == 6
     cache.trim(0)
-    assert slot.kept() is not None
+    assert slot.kept(None) is not None
     cache.reorder(torch.tensor([3, 0, 5]))
-    kept = slot.kept()
+    kept = slot.kept(None)
     assert kept is not None
     assert kept[0].flatten().tolist() == [2.0, 1.0, 2.0] and kept[1].flatten().tolist() == [-2.0, -1.0, -2.0]
     assert cache.memory.flatten().tolist() == [2.0, 1.0, 2.0] and kept[2].position.shape == (3, 1)

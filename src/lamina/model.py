@@ -531,12 +531,13 @@ class Model(nn.Module):
 
 
 def _retained(module: nn.Module, path: str) -> Iterator[tuple[str, Retained]]:
-    """What a cache keeps of each layer, by its path. A layer that says so speaks for what is in it too."""
+    """What a cache keeps of each layer, by its path. A layer that gives several speaks for what is in it too."""
     retained = getattr(module, "retained", None)
-    if retained is None:
-        for name, child in module.named_children():
-            yield from _retained(child, f"{path}.{name}")
+    kept = {} if retained is None else retained()
+    if isinstance(kept, dict) and kept:
+        yield from ((f"{path}{below}", one) for below, one in kept.items())
         return
-    kept = retained()
-    for below, one in kept.items() if isinstance(kept, dict) else [("", kept)]:
-        yield f"{path}{below}", one
+    if isinstance(kept, Retained):
+        yield path, kept
+    for name, child in module.named_children():
+        yield from _retained(child, f"{path}.{name}")

@@ -27,7 +27,7 @@ class Scripted:
     def new_cache(self, *given):
         return self.inner.new_cache(*given)
 
-    def __call__(self, ids, mask=None, *, cache=None, keep_logits=None):
+    def __call__(self, ids, mask=None, *, cache=None, keep_logits=None, neighbours=None):
         out = self.inner(ids, mask, cache=cache, keep_logits=keep_logits)
         out.logits = torch.full_like(out.logits, -5.0)
         out.logits[..., self.ids[next(self.at)]] = 5.0

@@ -108,8 +108,6 @@ def train(
     mesh = _mesh(spec, data, device)
     model = model_of(spec.model, data, seed=spec.seed, device=device if mesh is None else mesh.device)
     fits(spec, model)
-    if spec.evaluation.prompts and (model.decoder is None or model.head is None or model.spec.two_stacks):
-        raise UnsupportedError("evaluation.prompts are for models that continue a text")
     trained(spec, model)
     base = None if spec.adapter is None else fingerprint(model)
     if found is not None and base is not None:
