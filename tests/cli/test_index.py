@@ -83,7 +83,7 @@ def test_progress_is_said(room: Path, tmp_path: Path, lam, monkeypatch: pytest.M
     done = lam(*words)
     lines = done.err.splitlines()
     assert lines[0].startswith("reading: ") and any("embedding: 4 of" in line and " left" in line for line in lines)
-    assert "chunks embedded in" in done.out
+    assert "chunks made in" in done.out
     quiet = lam(*words, "--force", "--quiet")
     assert quiet.status == 0 and quiet.err == ""
 
