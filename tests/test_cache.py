@@ -618,7 +618,7 @@ def test_rows_that_begin_alike_move_only_where_they_differ(inference: bool):
 def test_the_memory_of_beams_stays_where_it_is_and_follows_texts_that_change_places():
     """Two texts. Three beams of each share its row; once beams cross over, each row has a text of its own."""
     cache = Cache("growing", 2)
-    cache.add("cross", Retained(None, memory=True))
+    cache.add("cross", Retained(None, of="memory"))
     key = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
     slot = cache.slot("cross")
     assert isinstance(slot, MemorySlot) and slot.kept(None) is None

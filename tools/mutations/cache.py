@@ -19,7 +19,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             'self.kind == "ring" and windowed and',
         ),
         ("segments are not renumbered", 'if retained.segment is not None and self.kind == "sinks":', "if False:"),
-        ("sums are not for a fixed cache", 'if retained.summed and self.kind == "fixed":', "if False:"),
+        ("sums are not for a fixed cache", 'if retained.of == "summed" and self.kind == "fixed":', "if False:"),
         ("compressed keys are not for a fixed cache", 'if retained.every > 1 and self.kind == "fixed":', "if False:"),
         ("compressed keys have rings of their own", "elif retained.every > 1:", "elif False:"),
         ("compressed keys are counted", ", every=retained.every)", ")"),

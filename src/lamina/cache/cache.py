@@ -112,21 +112,21 @@ class Cache:
         windowed = retained.recent is not None
         if retained.segment is not None and self.kind == "sinks":
             raise UnsupportedError(f"{path} goes by positions, which a sinks cache renumbers; cache='auto' keeps them")
-        if retained.summed and self.kind == "fixed":
+        if retained.of == "summed" and self.kind == "fixed":
             raise UnsupportedError(f"{path} sums up what has passed, which a fixed cache cannot; cache='auto' can")
         if retained.every > 1 and self.kind == "fixed":
             raise UnsupportedError(f"{path} compresses what has passed, which a fixed cache cannot; cache='auto' can")
-        if retained.memory:
+        if retained.of == "memory":
             key: object = "memory"
         elif retained.every > 1:  # whatever the kind: its tokens are not the text's
             key = ("ring", retained.recent, retained.every)
-        elif retained.summed:
+        elif retained.of == "summed":
             key = ("summed", retained.segment)
-        elif retained.found and self.kind == "sinks":
+        elif retained.of == "found" and self.kind == "sinks":
             raise UnsupportedError(
                 f"{path} counts chunks by position, and a sinks cache renumbers them; 'auto' does not"
             )
-        elif retained.found:
+        elif retained.of == "found":
             key = "found"
         elif self.kind == "sinks":
             key = "sinks"
@@ -161,7 +161,7 @@ class Cache:
         if isinstance(key, Pattern):
             return ExpiringLedger(self.batch, key, self.device)
         assert retained.recent is not None
-        if retained.summed:
+        if retained.of == "summed":
             return SummedLedger(self.batch, retained.recent, self.device)
         return RingLedger(self.batch, retained.recent, self.device, every=retained.every)
 

@@ -83,7 +83,7 @@ class Compression(nn.Module):
 
     def retained(self) -> Retained:
         """What a cache has to keep of the layer's inputs."""
-        return Retained(self.spec.rate, segment=self.spec.rate, summed=True)
+        return Retained(self.spec.rate, segment=self.spec.rate, of="summed")
 
     def forward(self, x: Tensor, there: Tensor) -> Tensor:
         there = there[..., None]

@@ -75,7 +75,7 @@ class CrossAttention(nn.Module):
 
     def retained(self) -> Retained:
         """What a cache has to keep for this layer: the memory, whole."""
-        return Retained(None, memory=True)
+        return Retained(None, of="memory")
 
     def reads(self, call: Call) -> bool:
         """Whether there is anything to read; where there is not, the step is left out."""

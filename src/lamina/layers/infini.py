@@ -62,7 +62,7 @@ class Infini(GatedMemory):
 
     def retained(self) -> Retained:
         """What a cache has to keep for the memory."""
-        return Retained(self.spec.length, segment=self.spec.length, summed=True)
+        return Retained(self.spec.length, segment=self.spec.length, of="summed")
 
     def forward(self, local: Tensor, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
         """local, query (B, H, T, D), key and value (B, G, T, D), without rotary phases."""

@@ -120,7 +120,7 @@ class ChunkedCrossAttention(nn.Module):
 
     def retained(self) -> dict[str, Retained]:
         """What a cache keeps for the parts of this layer."""
-        kept = {".attention": Retained(None, found=True)}
+        kept = {".attention": Retained(None, of="found")}
         return kept if self.encoder is None else {**kept, ".encoder": Retained(self.spec.chunk)}
 
     def reads(self, call: Call) -> bool:

@@ -22,6 +22,9 @@ Span = tuple[int, int]
 Reach = Literal["all", "causal"] | None
 Band = tuple[int | None, int | None]
 Predicate = Callable[[Tokens, Tokens], Tensor]
+Kept = Literal["text", "memory", "summed", "found"]
+"""Whose keys a cache keeps: the text's own; those of what is read beside it, filled once and kept whole; those of its
+last segment, what came before being summed up in a state; those of what was retrieved for the last whole chunk."""
 FOREVER = 2**62
 """In `lasts`: keys that every later query may see."""
 
@@ -32,11 +35,9 @@ class Retained:
 
     recent: int | None
     first: int = 0
-    memory: bool = False  # not the text's own keys, but those of what is read beside it: filled once, kept whole
-    segment: int | None = None  # goes by segments of so many positions, which nothing may renumber
-    every: int = 1  # tokens of the text that have one key together
-    summed: bool = False  # only the keys of the last segment; what came before is summed up in a state
-    found: bool = False  # not the text's own keys, but those of what was retrieved for the last whole chunk
+    of: Kept = "text"
+    segment: int | None = field(default=None, repr=False)  # of so many positions, which nothing may renumber
+    every: int = field(default=1, repr=False)  # tokens of the text that have one key together
     pattern: Pattern | None = field(default=None, compare=False, repr=False)  # whose `lasts` may say more
 
 
