@@ -3,9 +3,9 @@
     lamina index build CORPUS... -o DIR --embedder minilm-l6 --dtype bfloat16 --tokenizer smollm2-135m
     python benchmarks/retrieval.py DIR [--threads 2] [--queries 2000] [--embed 2048] [--json FILE]
 
-DIR is a database of the engine exact; its rows are copied to the engine lance (extra lamina[retrieval]). Queries are
-vectors of rows, which do not find themselves; they are asked in batches. Rates are the best of three. Recall is that of
-the 10 nearest beside the exact search of the same queries.
+DIR is a database of the engine exact; its rows are copied to the engine lance (extra lamina[retrieval]) and indexed by
+faiss (extra lamina[faiss]). Queries are vectors of rows, which do not find themselves; they are asked in batches. Rates
+are the best of three. Recall is that of the 10 nearest beside the exact search of the same queries.
 """
 
 from __future__ import annotations
@@ -13,17 +13,22 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lamina.machine import cores
 from lamina.retrieve import Database, Engine, copy, open_database
 from lamina.retrieve.build import said
 from lamina.retrieve.recall import NEAREST, exactly, recall, sampled
+from lamina.retrieve.store import Found, Store
 
 ROUNDS = 3
 BATCH = 512
@@ -70,20 +75,57 @@ def searching(database: Database, queries: int) -> dict[str, Any]:
         seconds = time.perf_counter() - begun
         lance = open_database(Path(folder) / "lance").store
         assert spec.table is not None
-        rows, probes = [], 1
-        chosen = spec.table.probes
-        while probes <= spec.table.lists:
-            lance.spec = spec.table.replace(probes=probes)  # pyright: ignore[reportAttributeAccessIssue]
-            reached = recall(lance.search(vectors, NEAREST, spans), right)
-            speed = best(lambda: lance.search(vectors, NEAREST), queries)
-            rows.append({"probes": probes, "recall": round(reached, 4), "queries_per_second": speed})
-            rows[-1]["times_exact"] = round(speed / exact, 2)
-            if reached > 0.995:
-                break
-            probes *= 2
+
+        def probing(probes: int) -> Store:
+            lance.spec = spec.table.replace(probes=probes)  # pyright: ignore
+            return lance
+
+        rows = probed(probing, spec.table.lists, vectors, spans, right, exact)
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-    more = {"lists": spec.table.lists, "chosen_probes": chosen, "chosen_recall": spec.table.recall}
+    more = {"lists": spec.table.lists, "chosen_probes": spec.table.probes, "chosen_recall": spec.table.recall}
     return found | {"lance": {"copied_and_indexed_seconds": round(seconds, 1), "bytes": size, **more, "probes": rows}}
+
+
+def probed(
+    probing: Callable[[int], Store], lists: int, vectors: Tensor, spans: Tensor, right: Found, exact: float
+) -> list[dict[str, float]]:
+    """Recall and rate with more and more lists looked into."""
+    rows, probes = [], 1
+    while probes <= lists:
+        store = probing(probes)
+        reached = recall(store.search(vectors, NEAREST, spans), right)
+        speed = best(partial(store.search, vectors, NEAREST), len(vectors))
+        rows.append({"probes": probes, "recall": round(reached, 4), "queries_per_second": speed})
+        rows[-1]["times_exact"] = round(speed / exact, 2)
+        if reached > 0.995:
+            break
+        probes *= 2
+    return rows
+
+
+def accelerating(database: Database, queries: int, exact: float) -> dict[str, Any]:
+    """The index of faiss over the same rows, made anew."""
+    if importlib.util.find_spec("faiss") is None:
+        return {"faiss": "faiss is not installed"}
+    from lamina.retrieve.accelerator import accelerated
+
+    vectors, spans = sampled(database.store, queries)
+    right = exactly(database.store, vectors, NEAREST, spans)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LAMINA_CACHE"] = folder
+        begun = time.perf_counter()
+        store = accelerated(database.store, "benchmark")
+        seconds = time.perf_counter() - begun
+    chosen = {"lists": store.index.nlist, "chosen_probes": store.probes, "chosen_recall": round(store.recall, 4)}
+    speed = best(lambda: store.search(vectors, NEAREST), queries)
+    chosen |= {"chosen_queries_per_second": speed, "chosen_times_exact": round(speed / exact, 2)}
+
+    def probing(probes: int) -> Store:
+        store.probes = probes
+        return store
+
+    rows = probed(probing, store.index.nlist, vectors, spans, right, exact)
+    return {"faiss": {"indexed_and_measured_seconds": round(seconds, 1), **chosen, "probes": rows}}
 
 
 def main() -> None:
@@ -107,6 +149,7 @@ def main() -> None:
         "dtype": spec.embedder.dtype,
     }
     document |= {"searching": searching(database, given.queries)}
+    document["searching"] |= accelerating(database, given.queries, document["searching"]["exact_queries_per_second"])
     if given.embed:
         document |= {"embedding": embedding(database, given.embed)}
     print(json.dumps(document, indent=1))

@@ -96,8 +96,11 @@ def test_recall():
         tried.append(probes)
         return exact if probes >= 4 else nothing
 
-    assert fewest(found, exact, 100) == (4, 1.0) and tried == [1, 2, 4]
+    assert fewest(found, exact, 100) == (4, 1.0) and tried == [1, 2, 4, 3]  # doubled, and then between the last two
     assert fewest(found, exact, 3) == (3, 0.0)
+    tried.clear()
+    steep = lambda probes: (tried.append(probes), exact if probes >= 37 else nothing)[1]  # noqa: E731
+    assert fewest(steep, exact, 100) == (40, 1.0) and tried == [1, 2, 4, 8, 16, 32, 64, 48, 40, 36]
 
 
 @without_lance

@@ -24,7 +24,7 @@ from lamina.retrieve.recall import NEAREST, exactly, fewest, sampled
 from lamina.retrieve.store import BLOCK, SPARE, Batch, Found, checked, joined, without
 
 FEWEST = 5000  # rows below which every one is compared
-LIST = 200  # rows of a list of the inverted file, about
+LIST = 200  # rows of a list of the inverted file, about; with more lists its clustering finds less
 
 
 def _packages() -> tuple[Any, Any]:

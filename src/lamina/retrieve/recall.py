@@ -49,11 +49,16 @@ def sampled(store: Store, count: int = SAMPLE, seed: int = 0) -> tuple[Tensor, T
 
 
 def fewest(try_with: Callable[[int], Found], exact: Found, most: int, goal: float = GOAL) -> tuple[int, float]:
-    """The fewest probes, doubled from 1 on, whose recall reaches `goal`, and that recall; else `most`."""
+    """Probes whose recall reaches `goal`, about an eighth more than the fewest, and that recall; else `most`."""
     probes = 1
-    while True:
-        probes = min(probes, most)
-        reached = recall(try_with(probes), exact)
-        if reached >= goal or probes == most:
-            return probes, reached
-        probes *= 2
+    while (reached := recall(try_with(probes), exact)) < goal and probes < most:
+        probes = min(2 * probes, most)
+    fewer = probes // 2
+    while reached >= goal and probes - fewer > max(1, probes // 8):
+        middle = (fewer + probes) // 2
+        found = recall(try_with(middle), exact)
+        if found >= goal:
+            probes, reached = middle, found
+        else:
+            fewer = middle
+    return probes, reached
