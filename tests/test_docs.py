@@ -72,7 +72,9 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[types.Modu
     yield module
     for registry, known in zip(registries, before, strict=True):
         for name in registry.keys() - known:
-            del registry[name]
+            made = sys.modules.get(getattr(registry[name], "__module__", ""))
+            if registry is families.FAMILIES or made is None or made is module or made.__spec__ is None:
+                del registry[name]  # not what a page was the first to import
     for name in [name for name, made in sys.modules.items() if name.startswith("lamina.") and made.__spec__ is None]:
         del sys.modules[name]  # made by hand on a page
     families.family.cache_clear()
