@@ -140,7 +140,7 @@ RETRIEVAL = Kind(
     variants=(
         Variant("chunked cross-attention", "neighbours of the chunk before (RETRO)", has(ChunkedCrossAttentionSpec)),
         Variant("gated from zero", "new steps beside a pretrained model: nothing changes at first", _retrofitted),
-        planned("kNN-LM", "p = l p_kNN + (1 - l) p_LM, at the output alone"),
+        Variant("kNN-LM", "p = l p_kNN + (1 - l) p_LM, at the output alone: of any causal model"),
         planned("in context", "the best neighbour in front of the text (RETRO++, RAG)"),
     ),
     cost="Cross-attention in some layers (every third from the sixth in RETRO) and a small encoder; the database is"

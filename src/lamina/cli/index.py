@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,15 +131,30 @@ def build(
     out.result(document, [*_lines(output, spec), done])
 
 
+SEARCHING = (
+    click.option("--embedder", help="SOURCE of the embedder, where it has moved. [default: as at the build]"),
+    click.option("--device", default="cpu", show_default=True, help="Where vectors are compared: cpu, cuda, cuda:1."),
+    click.option("--faiss", is_flag=True, help="Find rows by an index of faiss, made once (extra lamina[faiss])."),
+    click.option(
+        "--trust-index", type=click.Path(path_type=Path), help="With --faiss: an index from elsewhere, trusted."
+    ),
+)
+"""What every command that looks for neighbours may be told."""
+
+
+def searching(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of commands that look for neighbours."""
+    for option in reversed(SEARCHING):
+        function = option(function)
+    return function
+
+
 @command(QUERY)
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.argument("text", required=False)
 @click.option("--file", type=click.Path(path_type=Path), help="The text is in a file; - for standard input.")
 @click.option("--count", type=click.IntRange(1, 1000), default=3, show_default=True, help="Neighbours to show.")
-@click.option("--embedder", help="SOURCE of the embedder, where it has moved. [default: as at the build]")
-@click.option("--device", default="cpu", show_default=True, help="Where vectors are compared: cpu, cuda, cuda:1.")
-@click.option("--faiss", is_flag=True, help="Find rows by an index of faiss, made once (extra lamina[faiss]).")
-@click.option("--trust-index", type=click.Path(path_type=Path), help="With --faiss: an index from elsewhere, trusted.")
+@searching
 def query(
     out: Output,
     directory: Path,
@@ -212,10 +228,7 @@ def info(out: Output, directory: Path, verify: bool) -> None:
 @click.option(
     "--batch", type=click.IntRange(1), default=1024, show_default=True, help="Chunks put on the disk at once."
 )
-@click.option("--embedder", help="SOURCE of the embedder, where it has moved. [default: as at the build]")
-@click.option("--device", default="cpu", show_default=True, help="Where vectors are compared: cpu, cuda, cuda:1.")
-@click.option("--faiss", is_flag=True, help="Find rows by an index of faiss, made once (extra lamina[faiss]).")
-@click.option("--trust-index", type=click.Path(path_type=Path), help="With --faiss: an index from elsewhere, trusted.")
+@searching
 def neighbours(
     out: Output,
     directory: Path,
