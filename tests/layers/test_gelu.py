@@ -68,6 +68,8 @@ def test_strided_input_and_gradient():
     plain = F.gelu(x.t(), approximate="tanh")
     with torch.no_grad():
         assert torch.equal(gelu_tanh(x.t()), turned)
+        every_other = torch.randn(300, 800)[:, ::2]  # unlike a turned one, it has holes between its elements
+        assert torch.equal(gelu_tanh(every_other), gelu_tanh(every_other.contiguous()))
     upstream = torch.randn(300, 400).t()
     torch.testing.assert_close(turned, plain, rtol=0, atol=2e-6)
     one, other = (torch.autograd.grad(y, x, upstream)[0] for y in (turned, plain))
