@@ -16,7 +16,7 @@ from lamina.adapters import LoRASpec, attach
 from lamina.errors import LaminaError
 from lamina.layers import BatchNormSpec, FeedForwardSpec, ProductKeySpec, Record
 from lamina.layers.product_keys import Values
-from lamina.objectives import IGNORE, CausalLM, Example, MaskedLM
+from lamina.objectives import IGNORE, Batch, CausalLM, Example, MaskedLM
 from lamina.specs import edit
 from lamina.train.loader import Loader
 from lamina.train.loop import Trainer
@@ -151,6 +151,24 @@ def test_ranks_read_a_step_together():
         parts = [half.step(step)[0] for half in halves]
         assert torch.equal(whole.labels["next_token"], torch.cat([part.labels["next_token"] for part in parts]))
         assert whole.asked["next_token"] == sum(part.asked["next_token"] for part in parts)
+
+
+def test_rows_of_a_length_are_read_together():
+    """A step of 24 rows of 14 to 20 tokens in fours: the same rows, no four longer than what is next in length."""
+    task = MaskedLM(next_sentence=True)
+    whole, fours = (
+        Loader(task, Pairs(), range(1000), batch=24, micro=micro, seed=3, workers=0).step(1) for micro in (24, 4)
+    )
+    rows = [row[mask.bool()].tolist() for batch in fours for row, mask in _read(batch)]
+    assert sorted(rows) == sorted(row[mask.bool()].tolist() for row, mask in _read(whole[0]))
+    assert [len(row) for row in rows] == sorted(len(row) for row in rows)
+    widths = [batch.inputs["input_ids"].shape[1] for batch in fours]
+    assert widths == [max(map(len, rows[i : i + 4])) for i in range(0, 24, 4)]
+
+
+def _read(batch: Batch) -> zip[tuple[torch.Tensor, torch.Tensor]]:
+    ids = batch.inputs["input_ids"]
+    return zip(ids, batch.inputs.get("attention_mask", torch.ones_like(ids)), strict=True)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

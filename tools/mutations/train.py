@@ -116,6 +116,13 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("watchdog: a step resets it", "said = max(said, self._beat)", "pass"),
         ("watchdog: stacks", "                faulthandler.dump_traceback(file, all_threads=True)\n", ""),
     ],
+    "train/loader.py": [
+        (
+            "loader: rows of a length together",
+            "        rows.sort(key=lambda row: sum(one.size for one in row.values()))",
+            "       ",
+        ),
+    ],
     "train/loop.py": [
         ("adapter: checkpoints hold it alone", "        if self.adapts:\n", "        if False:\n"),
         ("adapter: the balance of experts stays", "self.balances = not self.adapts and any(", "self.balances = any("),

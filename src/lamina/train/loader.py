@@ -20,7 +20,7 @@ class Placing(Protocol):
 
 class Loader:
     """Batches of a step: of positions [step * batch, (step + 1) * batch) of the order those of this rank, `micro` at a
-    time.
+    time, the shorter first.
 
     The random numbers of an example are its own: Philox, keyed by the seed and the position. So the world, the number
     of workers and what came before change nothing.
@@ -69,6 +69,7 @@ class Loader:
     def _make(self, step: int) -> list[Batch]:
         start = step * self.batch + self.first
         rows = [self.example(position) for position in range(start, start + self.share)]
+        rows.sort(key=lambda row: sum(one.size for one in row.values()))  # those of a length together: least padding
         return [self.objective.collate(rows[i : i + self.micro]) for i in range(0, self.share, self.micro)]
 
     def example(self, position: int) -> Example:
