@@ -1,4 +1,4 @@
-"""A real browser for the tests of pages; where there is none, those are skipped."""
+"""What programs that tests start import; and a real browser for the tests of pages, which are skipped without one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).parent.parent
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+"""A program that a test starts imports the tree that is tested, whatever is installed."""
 BROWSER = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
@@ -37,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     from tests.families import Row
 
-    folder = Path(__file__).parent.parent / "src/lamina/families"
+    folder = ROOT / "src/lamina/families"
     use = re.compile(rf"lamina\.families(\.| import [^\n]*\b)({'|'.join(wanted)})\b")
     reads = {home for home in homes.values() if home in wanted or use.search((folder / f"{home}.py").read_text())}
 

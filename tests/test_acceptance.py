@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import lamina
+from lamina.families.gguf import GGUFCheckpoint
 from lamina.generation import Writing
 from lamina.packaged import packaged_path
 
@@ -52,6 +53,7 @@ def test_smollm2_answers(smollm2):
 
 @pytest.mark.slow
 def test_smollm2_is_read_as_transformers_reads_it(smollm2):
+    """Logits, and what both make of the file: every tensor to the bit, and the configuration."""
     transformers = pytest.importorskip("transformers")
     for needed in ("accelerate", "gguf"):
         if importlib.util.find_spec(needed) is None:
@@ -61,11 +63,22 @@ def test_smollm2_is_read_as_transformers_reads_it(smollm2):
     ids = torch.tensor([tokenizer.encode("The capital of France is Paris. The quick brown fox jumps over 13 dogs.")])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        ).eval()
     with torch.no_grad():
         assert (model(ids).logits - theirs(ids).logits).abs().max() <= 1e-4  # of logits up to 32
     ours = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert sum(torch.Size(s).numel() for s in ours.values()) == sum(p.numel() for p in theirs.parameters())
+    expected = {name: weight for name, weight in theirs.state_dict().items() if name != "lm_head.weight"}
+    with GGUFCheckpoint(path) as checkpoint:
+        assert checkpoint.entries.keys() == expected.keys()
+        for name, weight in expected.items():
+            assert torch.equal(checkpoint.read(name), weight), name
+        assert checkpoint.config["rms_norm_eps"] == 1e-5
+        assert checkpoint.config["tie_word_embeddings"] is True
+        again = transformers.LlamaConfig(**checkpoint.config)
+        assert again.rope_parameters == {"rope_theta": 100000.0, "rope_type": "default"}
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ Its numbers on the CPU are in the grid of test_attend. Tiles are a few tokens he
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -339,12 +338,11 @@ def test_neither_is_taken_on_the_cpu():
 def test_the_benchmark_runs_in_a_small_size_and_refuses_without_a_gpu(tmp_path: Path):
     program = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--json", str(tmp_path / "figures.json")]
     small = ["--device", "cpu", "--lengths", "256", "--window", "32", "--rounds", "1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([*program, *small], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run([*program, *small], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())["forward, 256"]
     assert {"dense", "Longformer", "BigBird"} < figures["seconds"].keys()
     assert figures["refused"] == {"causal window, packed": "tensors that are not on CUDA"}
     if not torch.cuda.is_available():
-        done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
+        done = subprocess.run(program, capture_output=True, text=True, check=False)
         assert done.returncode == 1 and "there is no CUDA device here" in done.stderr

@@ -61,14 +61,14 @@ def test_caught_and_not_caught(tmp_path: Path):
     """In a process of its own: a fork of one that has imported lamina already would test that one."""
     program = (
         "from tools.mutate import PACKAGE, ROOT, Mutation, run\n"
-        "text = (ROOT / PACKAGE / 'patterns/near.py').read_text()\n"
-        "wrong = text.replace('key.position <= query.position', 'key.position < query.position')\n"
+        "text = (ROOT / PACKAGE / 'reading.py').read_text()\n"
+        "wrong = text.replace('torch.where(real, position, HOLE)', 'position')\n"
         "jobs = (('a', wrong), ('b', text), ('c', 'import nothing_at_all'))\n"
-        "rows = run([(name, 'patterns/near.py', code, ('tests/test_patterns.py',)) for name, code in jobs], 2)\n"
+        "rows = run([(name, 'reading.py', code, ('tests/test_reading.py',)) for name, code in jobs], 2)\n"
         "print(sorted((row['feature'], row['outcome']) for row in rows))\n"
     )
-    before = (ROOT / PACKAGE / "patterns/near.py").read_bytes()
+    before = (ROOT / PACKAGE / "reading.py").read_bytes()
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[('a', 'killed'), ('b', 'survived'), ('c', 'broken')]"
-    assert (ROOT / PACKAGE / "patterns/near.py").read_bytes() == before
+    assert (ROOT / PACKAGE / "reading.py").read_bytes() == before
     assert callable(run)

@@ -102,7 +102,7 @@ def tests_of(file: str) -> tuple[str, ...]:
             "report": ("curves", "past"),
             "guards": ("finite", "fitting"),
             "loop": ("sums", "optimiser"),
-            "training": ("building",),
+            "training": ("building", "around", "evaluating", "saving", "loader"),
         }
         name = next((test for test, stems in through.items() if name in stems), name)
         return (f"tests/train/test_{name}.py",)
@@ -117,7 +117,7 @@ def tests_of(file: str) -> tuple[str, ...]:
         return ("tests/test_catalogue.py",)
     if folder == "families":
         return ("tests/test_families_fields.py", "tests/test_families.py", f"--family={name}")
-    whole = ("attend", "cache", "patterns", "report", "conformance")  # rooms with one file of tests
+    whole = ("attend", "cache", "model", "patterns", "report", "conformance")  # rooms with one file of tests
     name = folder if folder in whole else name
     return {"tokens": ("tests/test_patterns.py", "tests/test_cache.py")}.get(name, (f"tests/test_{name}.py",))
 

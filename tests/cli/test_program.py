@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import click
 import pytest
@@ -19,13 +18,12 @@ from lamina.cli.errors import Failed
 from lamina.cli.output import Output, share, short, size, table
 from lamina.cli.program import COMMANDS, HERE
 
-SOURCE = Path(__file__).parent.parent.parent / "src"
 BUILT = [name for name in COMMANDS if (HERE / f"{name}.py").is_file()]
 LAMINA = [sys.executable, "-m", "lamina"]
 
 
 def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"} | more
+    return os.environ | {"OMP_NUM_THREADS": "1"} | more
 
 
 def shell(script: str, **more: str) -> subprocess.CompletedProcess[str]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +17,7 @@ import lamina
 from lamina.cli import main
 from lamina.generation import log_probabilities
 from tests import tiny
-
-SOURCE = Path(__file__).parent.parent.parent / "src"
+from tests.forked import Program
 
 
 @pytest.fixture(scope="module")
@@ -281,18 +277,16 @@ def test_ctrl_c_keeps_the_text(llama, as_json, tmp_path):
     big = tiny.LLAMA | {"max_position_embeddings": 100_000}
     directory = tiny.checkpoint(tmp_path / "long", big)
     words = ["generate", str(directory), "one two", "--max-new-tokens", "90000", "--min-new-tokens", "90000"]
-    command = [sys.executable, "-m", "lamina", *words, *(["--json"] if as_json else [])]
-    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
-    if as_json:
-        time.sleep(8)
-    else:
-        assert process.stdout.read(20)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.decode().strip().splitlines()[-1] == "lamina: interrupted"
-    if as_json and out:
-        document = json.loads(out)
+    program = Program(main, [*words, *(["--json"] if as_json else [])])
+    end = time.monotonic() + (3 if as_json else 60)  # what it prints in the end only cannot be waited for
+    while time.monotonic() < end and len(program.files[0].read_bytes()) < 20:
+        time.sleep(0.05)
+    program.signal(signal.SIGINT)
+    done = program.end()
+    assert done.returncode == 130 and done.stderr.strip().splitlines()[-1] == "lamina: interrupted"
+    assert as_json or len(done.stdout) > 20
+    if as_json and done.stdout:
+        document = json.loads(done.stdout)
         assert document["finish_reason"] == "interrupted" and document["text"] and len(document["ids"]) > 1
 
 

@@ -1,12 +1,8 @@
-"""Several processes for a test: each does all checks of a list, one after the other, and says what failed.
-
-Starting processes takes most of the time, so many checks share one start.
-"""
+"""Several processes for a test: each does all checks of a list, one after the other, and says what failed."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -15,21 +11,17 @@ from pathlib import Path
 
 import torch
 
+from tests.forked import fork
+
 Check = Callable[[int, Path], None]
 """A check gets the rank, and a folder that all ranks share; they make an assertion where it fails."""
 
 
 def run(world: int, checks: dict[str, Check], folder: Path, patience: float = 180.0) -> dict[str, list[str]]:
     """For each check, what failed on each rank: "" where it held, "missing" where a rank did not come so far."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_work, args=(rank, world, checks, str(folder))) for rank in range(world)]
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        for process in processes:
-            process.start()
-    finally:
-        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+    processes = [fork(_work, rank, world, checks, str(folder)) for rank in range(world)]
+    for process in processes:
+        process.start()
     for process in processes:
         process.join(patience)
         if process.is_alive():
@@ -60,7 +52,8 @@ def _work(rank: int, world: int, checks: dict[str, Check], folder: str) -> None:
         Path(folder, f"{rank}.json").write_text(json.dumps(said))
         if said[name]:
             break  # the ranks may no longer be at the same place
-    dist.destroy_process_group()
+    if dist.is_initialized():  # else a check has left it
+        dist.destroy_process_group()
 
 
 def folder() -> tempfile.TemporaryDirectory[str]:

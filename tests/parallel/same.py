@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,9 @@ from lamina.layers import (
 from lamina.patterns import BlockWindow, Causal, Window
 from lamina.specs import edit
 from tests import small, tiny
+
+if TYPE_CHECKING:
+    from lamina.parallel import Mesh, MeshSpec
 
 ROWS, LENGTH, PADDING = 4, 11, 17
 MIXTRAL = tiny.LLAMA | {
@@ -212,7 +216,9 @@ def batch(spec: lamina.ModelSpec, seed: int = 1) -> Batch:
 def loss(model: lamina.Model, batch: Batch, asked: int, labels: Tensor, share: float | None) -> Tensor:
     """The rank's part of the mean over all labels, and its part of the routers' losses."""
     out = model(**batch.given)
-    total = F.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100) / asked
+    logits = out.logits.flatten(0, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=-100) / asked
     if share is not None and out.losses:
         total = total + share * sum(out.losses.values())
     return total
@@ -273,15 +279,31 @@ def piped(model: lamina.Model, micros: list[Batch], whole: Batch) -> Tensor:
     return torch.tensor(json.loads(last), dtype=torch.float64)
 
 
+def mesh_of(spec: lamina.ModelSpec, fields: dict[str, int]) -> Mesh:
+    """What `open_mesh` gives, but one for all models: ranks slow down with each group that they are in."""
+    from lamina.parallel import MeshSpec, plan
+
+    mesh = _opened(MeshSpec(**fields))
+    plan(mesh.spec, mesh.spec.ranks, spec)
+    return mesh
+
+
+@functools.cache
+def _opened(spec: MeshSpec) -> Mesh:
+    from lamina.parallel import open_mesh
+
+    return open_mesh(spec, deep())  # which lies on any mesh
+
+
 def compare(name: str, fields: dict[str, int], pieces: int) -> None:
     """Lay `MODELS[name]` out over a mesh; its loss and all its gradients are those of one process.
 
     pieces: in how many micro-batches, on a pipeline."""
-    from lamina.parallel import MeshSpec, distribute, gradient_norm, open_mesh
+    from lamina.parallel import distribute, gradient_norm
 
     name, _, adapter = name.partition(" + ")
     spec = MODELS[name]()
-    mesh = open_mesh(MeshSpec(**fields), spec)
+    mesh = mesh_of(spec, fields)
     pieces = 1 if mesh.spec.pipeline == 1 else pieces
     routers = mesh.spec.context == 1
     whole = batch(spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -57,44 +58,46 @@ FOUR = {
     "mixtral-deep": [("replicate", "pipeline")],
     "llama + adapter": [("shard", "tensor")],
 }
-PIECES = 2
-"""Micro-batches of a pipeline; of some also one a row."""
-
-
-def of_two(rows: dict[str, str]) -> dict[str, Case]:
-    return {f"{name} {axis}": (name, {axis: 2}, PIECES) for name, axes in rows.items() for axis in axes.split()}
-
-
-GROUPS: dict[str, tuple[int, dict[str, Case]]] = {
-    "two": (2, of_two(TWO)),
-    "two, pipelines": (2, {**of_two(PIPES), "mixtral row by row": ("mixtral", {"pipeline": 2}, 4)}),
-    "two, adapters": (2, of_two(ADAPTERS)),
-    "four": (
-        4,
-        {
-            **{
-                f"{name} {' x '.join(axes)}": (name, dict.fromkeys(axes, 2), PIECES)
-                for name, pairs in FOUR.items()
-                for axes in pairs
-            },
-            "llama tensor 4": ("llama", {"tensor": 4}, PIECES),
-            "t5 context 4": ("t5", {"context": 4}, PIECES),
-            "mixtral shard 4": ("mixtral", {"shard": 4}, PIECES),
-            "gpt2 pipeline 4": ("gpt2-deep", {"pipeline": 4}, PIECES),
-            "mixtral pipeline 4": ("mixtral-deep", {"pipeline": 4}, 4),
-        },
-    ),
+MORE = {
+    "mixtral row by row": ("mixtral", {"pipeline": 2}, 4),
+    "llama tensor 4": ("llama", {"tensor": 4}, 2),
+    "t5 context 4": ("t5", {"context": 4}, 2),
+    "mixtral shard 4": ("mixtral", {"shard": 4}, 2),
+    "gpt2 pipeline 4": ("gpt2-deep", {"pipeline": 4}, 2),
+    "mixtral pipeline 4": ("mixtral-deep", {"pipeline": 4}, 4),
 }
+
+
+def cases() -> dict[str, Case]:
+    """All of the above, with two micro-batches on a pipeline where nothing else is said."""
+    pairs = [(name, (axis,)) for rows in (TWO, PIPES, ADAPTERS) for name in rows for axis in rows[name].split()]
+    pairs += [(name, axes) for name, rows in FOUR.items() for axes in rows]
+    found: dict[str, Case] = {f"{name} {' x '.join(axes)}": (name, dict.fromkeys(axes, 2), 2) for name, axes in pairs}
+    assert len(found) == len(pairs)
+    return found | MORE
+
+
+def meshes() -> dict[str, dict[str, Case]]:
+    """The cases of each mesh. They share a start of processes, and those of other meshes not: a group of ranks has a
+    thread that wakes up a hundred times a second, and many of them slow everything down."""
+    found: dict[str, dict[str, Case]] = {}
+    for label, case in cases().items():
+        mesh = " x ".join(f"{axis} {size}" for axis, size in case[1].items())
+        found.setdefault(mesh, {})[label] = case
+    return found
+
+
+MESHES = meshes()
 
 
 def check(name: str, fields: dict[str, int], pieces: int, rank: int, folder: Path) -> None:
     compare(name, fields, pieces)
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_ranks_are_one_process(group: str):
-    world, cases = GROUPS[group]
-    checks = {label: functools.partial(check, *case) for label, case in cases.items()}
+@pytest.mark.parametrize("mesh", MESHES)
+def test_ranks_are_one_process(mesh: str):
+    checks = {label: functools.partial(check, *case) for label, case in MESHES[mesh].items()}
+    world = prod(next(iter(MESHES[mesh].values()))[1].values())
     with ranks.folder() as folder:
         found = ranks.run(world, checks, Path(folder))
     assert found == {label: [""] * world for label in checks}, ranks.first(found)

@@ -22,7 +22,6 @@ ENGINES = ["exact", pytest.param("lance", marks=without_lance)]
 
 def run(script: str, *words: object) -> str:
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, str(HERE / script), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent.parent)
     assert done.returncode == 0, done.stderr

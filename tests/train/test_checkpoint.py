@@ -369,9 +369,7 @@ def test_two_savers_take_turns(tmp_path: Path):
 
 def killed(directory: Path, what: str) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "tests.train.killed_saver", str(directory), what]
-    root = Path(__file__).parent.parent.parent
-    where = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])}
-    done = subprocess.run(command, cwd=root, env=where, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -22,7 +22,6 @@ from lamina.train.finite import Finite, first_bad
 from lamina.train.fitting import Fit, fitting, out_of_memory
 from lamina.train.guards import Signals, Spikes, Watchdog
 
-ROOT = Path(__file__).parent.parent.parent
 LOOP = """
 import sys, time
 from lamina.train.guards import Signals
@@ -42,9 +41,9 @@ with Signals() as signals:
 
 
 def listening(saving: float) -> subprocess.Popen:
-    where = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    process = subprocess.Popen([sys.executable, "-c", LOOP, str(saving)], env=where, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOOP, str(saving)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     return process
 

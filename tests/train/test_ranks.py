@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,19 +13,25 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-import lamina as lamina_package
 from lamina.errors import LaminaError
 from lamina.train import checkpoint
+from lamina.train.loader import rows_at_once
 from lamina.train.training import train
+from tests import tiny
+from tests.forked import lamina
+from tests.parallel import ranks
 from tests.train.test_training import config, data, losses, records, spec_of  # noqa: F401  (data is a fixture)
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(lamina_package.__file__).parent.parent)}
-"""Processes import what the test imports."""
+
+def on_two(text: str, run: Path, resume: str = "none") -> None:
+    """Train as two ranks."""
+    with ranks.folder() as folder:
+        found = ranks.run(2, {"train": functools.partial(_train, text, run, resume)}, Path(folder))
+    assert found == {"train": ["", ""]}, ranks.first(found)
 
 
-def lamina(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lamina", "train", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=110, env=ENVIRONMENT)
+def _train(text: str, run: Path, resume: str, rank: int, folder: Path) -> None:
+    train(spec_of(text), run, resume=resume)
 
 
 def close(one: list[tuple[int, float]], other: list[tuple[int, float]]) -> bool:
@@ -44,14 +50,18 @@ def test_two_processes_are_one_and_either_goes_on_from_the_other(tmp_path: Path,
     if axis == "pipeline":
         base = json.loads(config(data))["model"]["config"]
         more["model"] = {"family": "mixtral", "config": {**base, **MIXTRAL}}
-    file = tmp_path / "config.yaml"
-    file.write_text(config(data, **more))
-    alone = lamina(str(file), "-o", str(tmp_path / "alone"))
-    assert alone.returncode == 0, alone.stderr
-    both = lamina(str(file), f"mesh.{axis}=2", "-o", str(tmp_path / "both"), "--nproc", "2", "--json")
-    assert both.returncode == 0, both.stderr
-    found = json.loads(both.stdout)  # one document, though two processes ran
-    assert found["step"] == 6 and Path(found["model"]).is_dir()
+    text, shared = config(data, **more), config(data, **more, mesh={axis: 2})
+    train(spec_of(text), tmp_path / "alone")
+    if axis == "shard":  # started as a user does
+        file = tmp_path / "config.yaml"
+        file.write_text(text)
+        command = ["train", str(file), "mesh.shard=2", "-o", str(tmp_path / "both"), "--nproc", "2", "--json"]
+        both = subprocess.run([sys.executable, "-m", "lamina", *command], capture_output=True, text=True, timeout=110)
+        assert both.returncode == 0, both.stderr
+        found = json.loads(both.stdout)  # one document, though two processes ran
+        assert found["step"] == 6 and Path(found["model"]).is_dir()
+    else:
+        on_two(shared, tmp_path / "both")
     assert close(losses(tmp_path / "alone"), losses(tmp_path / "both"))
     parts = [[r["parts"] for r in records(tmp_path / run) if "parts" in r] for run in ("alone", "both")]
     assert parts[0][-1] == pytest.approx(parts[1][-1], rel=2e-4) and ("auxiliary" in parts[0][-1]) == (axis != "shard")
@@ -68,20 +78,41 @@ def test_two_processes_are_one_and_either_goes_on_from_the_other(tmp_path: Path,
 
     for run in ("alone", "both"):  # as if it had been killed after step 3
         (tmp_path / run / "checkpoints/step-6/model.safetensors").unlink()
-    other = lamina(str(file), "-o", str(tmp_path / "both"), "--resume", "auto")
-    assert other.returncode == 0, other.stderr
+    train(spec_of(text), tmp_path / "both", resume="auto")
     assert close(losses(tmp_path / "alone"), losses(tmp_path / "both"))
-    again = lamina(str(file), f"mesh.{axis}=2", "-o", str(tmp_path / "alone"), "--resume", "auto", "--nproc", "2")
-    assert again.returncode == 0, again.stderr
+    on_two(shared, tmp_path / "alone", resume="auto")
     assert close(losses(tmp_path / "alone"), losses(tmp_path / "both"))
+
+
+@pytest.mark.parametrize("batch, micro", [(4, 2), (3, 3)])
+def test_a_pipeline_divides_a_batch_by_itself(tmp_path: Path, data: Path, batch: int, micro: int):  # noqa: F811
+    """To the bit what it does when told so; and the loss of one process, which reads all rows at once."""
+    loop: dict[str, Any] = {"steps": 3, "batch": batch}
+    for run, more in (("told", {"micro": micro}), ("free", {"micro": None})):
+        on_two(config(data, loop={**loop, **more}, mesh={"pipeline": 2}), tmp_path / run)
+    assert losses(tmp_path / "free") == losses(tmp_path / "told")
+    train(spec_of(config(data, loop={**loop, "micro": None})), tmp_path / "alone")
+    assert close(losses(tmp_path / "alone"), losses(tmp_path / "free"))
+
+
+def test_rows_of_a_forward_that_nobody_has_said(data: Path):  # noqa: F811
+    def rows(share: int, stages: int, **more: Any) -> int:
+        spec = spec_of(config(data, **more, loop={"micro": None}, mesh={"pipeline": stages}))
+        return rows_at_once(spec, architecture, share)
+
+    architecture = tiny.spec(tiny.LLAMA)
+    found = [(rows(share, stages), share, stages) for share in range(1, 13) for stages in range(1, 7)]
+    for one, share, stages in found:  # the most micro-batches that are no more than stages, and of equal size
+        assert one == min(size for size in range(1, share + 1) if share % size == 0 and share // size <= stages)
+    assert rows(8, 4, objective={"kind": "contrastive"}) == 8
+    assert rows(8, 4, objective={"kind": "causal"}) == 2
+    architecture = tiny.spec({**tiny.LLAMA, **MIXTRAL, "model_type": "mixtral"})
+    assert rows(8, 4) == 8
 
 
 def test_an_adapter_and_samples_are_those_of_one_process(tmp_path: Path, data: Path):  # noqa: F811
     """Its files too, its model, and what either goes on from."""
-    file = tmp_path / "base.yaml"
-    file.write_text(config(data, loop={"steps": 4}))
-    base = lamina(str(file), "-o", str(tmp_path / "base"))
-    assert base.returncode == 0, base.stderr
+    train(spec_of(config(data, loop={"steps": 4})), tmp_path / "base")
     fields = json.loads(
         config(
             data,
@@ -92,12 +123,9 @@ def test_an_adapter_and_samples_are_those_of_one_process(tmp_path: Path, data: P
         )
     )
     fields["model"] = {"source": str(tmp_path / "base/model")}
-    file = tmp_path / "config.yaml"
-    file.write_text(json.dumps(fields))
-    runs = {"alone": [], "tensor": ["mesh.tensor=2"], "pipeline": ["mesh.pipeline=2"]}
-    for run, more in runs.items():
-        done = lamina(str(file), *more, "-o", str(tmp_path / run), *(["--nproc", "2"] if more else []))
-        assert done.returncode == 0, (run, done.stderr)
+    train(spec_of(json.dumps(fields)), tmp_path / "alone")
+    for run in ("tensor", "pipeline"):
+        on_two(json.dumps(fields | {"mesh": {run: 2}}), tmp_path / run)
         assert close(losses(tmp_path / "alone"), losses(tmp_path / run)), run
         texts = [[r["sample"] for r in records(tmp_path / one) if "sample" in r] for one in ("alone", run)]
         assert texts[0] == texts[1] and len(texts[0]) == 4, run
@@ -116,8 +144,8 @@ def test_an_adapter_and_samples_are_those_of_one_process(tmp_path: Path, data: P
             for name, tensor in one.items():
                 assert abs(tensor - other[name]).max() < 2e-3, (run, part, name)
     (tmp_path / "tensor/checkpoints/step-4/adapter.safetensors").unlink()
-    done = lamina(str(file), "-o", str(tmp_path / "tensor"), "--resume", "auto")
-    assert done.returncode == 0 and close(losses(tmp_path / "alone"), losses(tmp_path / "tensor")), done.stderr
+    train(spec_of(json.dumps(fields)), tmp_path / "tensor", resume="auto")
+    assert close(losses(tmp_path / "alone"), losses(tmp_path / "tensor"))
 
 
 def test_parts_are_written_by_each_rank_and_read_by_any_number(tmp_path: Path, data: Path):  # noqa: F811
@@ -125,8 +153,7 @@ def test_parts_are_written_by_each_rank_and_read_by_any_number(tmp_path: Path, d
     more: dict[str, Any] = {"loop": {"steps": 6, "batch": 4, "micro": 1, "average": 0.9}}
     train(spec_of(config(data, **more)), tmp_path / "alone")
     more["checkpoints"] = {"every": 3, "layout": "parts"}
-    text, file, run = config(data, **more), tmp_path / "config.yaml", tmp_path / "run"
-    file.write_text(text)
+    text, run = config(data, **more), tmp_path / "run"
     last = run / "checkpoints/step-6"
 
     def check(process: int) -> None:
@@ -139,15 +166,13 @@ def test_parts_are_written_by_each_rank_and_read_by_any_number(tmp_path: Path, d
         for path in parts[-1:]:  # as if the disk had lost a byte
             path.write_bytes(path.read_bytes()[:-1])
 
-    both = lamina(str(file), "mesh.shard=2", "-o", str(run), "--nproc", "2")
-    assert both.returncode == 0, both.stderr
+    on_two(config(data, **more, mesh={"shard": 2}), run)
     check(2)
     said: list[Any] = []
     train(spec_of(text), run, resume="auto", show=said.append)
     assert any("step-6 is skipped" in str(one) and "manifest.json says" in str(one) for one in said)
     check(1)
-    both = lamina(str(file), "mesh.pipeline=2", "-o", str(run), "--nproc", "2", "--resume", "auto")
-    assert both.returncode == 0, both.stderr
+    on_two(config(data, **more, mesh={"pipeline": 2}), run, resume="auto")
     check(2)
     shutil.rmtree(run / "checkpoints/step-3")
     with pytest.raises(LaminaError, match="step-6"):
@@ -157,7 +182,7 @@ def test_parts_are_written_by_each_rank_and_read_by_any_number(tmp_path: Path, d
 def test_a_mesh_that_does_not_fit_is_refused_by_all_in_one_line(tmp_path: Path, data: Path):  # noqa: F811
     file = tmp_path / "config.yaml"
     file.write_text(config(data))
-    done = lamina(str(file), "mesh.shard=3", "-o", str(tmp_path / "run"))
+    done = lamina("train", str(file), "mesh.shard=3", "-o", str(tmp_path / "run"))
     assert done.returncode == 2 and done.stderr == "lamina: error: shard 3 = 3 ranks; this run has 1\n"
-    done = lamina(str(file), "mesh.tensor=8", "--print", "slurm", "--nodes", "2")
+    done = lamina("train", str(file), "mesh.tensor=8", "--print", "slurm", "--nodes", "2")
     assert done.returncode == 0 and "sbatch" in done.stdout.lower() and str(file) in done.stdout

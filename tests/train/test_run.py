@@ -19,8 +19,6 @@ from lamina.errors import LaminaError, StorageError
 from lamina.train.records import cut_back, read_records, smooth
 from lamina.train.run import Run, Voice, git
 
-ROOT = Path(__file__).parent.parent.parent
-
 
 def test_what_a_run_leaves(tmp_path: Path):
     with Run(tmp_path / "a" / "run", "steps: 3\n", command=["lamina", "train", "x.yaml"]) as run:
@@ -58,8 +56,7 @@ def test_a_second_owner_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path):
         "import sys, time\nfrom lamina.train.run import Run\nrun = Run(sys.argv[1], '')\nprint('mine', flush=True)\n"
         "time.sleep(60)"
     )
-    where = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    with subprocess.Popen([sys.executable, "-c", program, tmp_path], env=where, stdout=subprocess.PIPE) as owner:
+    with subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None and owner.stdout.readline() == b"mine\n"
         with pytest.raises(LaminaError, match=rf"process {owner.pid} on {socket.gethostname()}, since .*; stop it"):
             Run(tmp_path, "", resume=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lamina
+from lamina.cli import main
 from lamina.data import SourceFile, Writer
 from lamina.errors import LaminaError, TrainingError
 from lamina.train.document import decode, parse
+from lamina.train.loop import Trainer
 from lamina.train.specs import TrainSpec
 from lamina.train.training import train
 from tests import tiny
+from tests.forked import Program
 
 TEXT = (Path(__file__).parent.parent.parent / "README.md").read_text()
 
@@ -124,15 +127,19 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, data: Path):
 
 def killed(file: Path, run: Path, backward: int) -> subprocess.CompletedProcess[str]:
     """`lamina train`, killed with kill -9 before the backward of this number."""
-    code = (
-        "import sys, os, signal, lamina.train.loop as loop; from lamina.cli import main;"
-        " made = loop.Trainer._loss; count = [0]\n"
-        "def killed(*given):\n    count[0] += 1\n"
-        f"    if count[0] == {backward}: os.kill(os.getpid(), signal.SIGKILL)\n    return made(*given)\n"
-        "loop.Trainer._loss = killed\nsys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, "train", str(file), "-o", str(run), "-q"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+    return Program(_killed, ["train", str(file), "-o", str(run), "-q"], backward).end()
+
+
+def _killed(words: list[str], backward: int) -> int:
+    made, count = Trainer._loss, itertools.count(1)
+
+    def loss(*given: Any) -> torch.Tensor:
+        if next(count) == backward:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made(*given)
+
+    Trainer._loss = loss
+    return main(words)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -298,16 +305,15 @@ def test_a_signal_saves_and_stops(tmp_path: Path, data: Path, number: int, statu
     file = tmp_path / "config.yaml"
     file.write_text(config(data, loop={"steps": 100_000}, checkpoints={"every": 0}, evaluation={"every": 0}))
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "lamina", "train", str(file), "-o", str(run), "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program = Program(main, ["train", str(file), "-o", str(run), "--json"])
     end = time.monotonic() + 60
     while not (run / "metrics.jsonl").is_file() or len(losses(run)) < 3:
-        assert time.monotonic() < end and process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < end and program.process.is_alive(), program.end()
         time.sleep(0.05)
-    process.send_signal(number)
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == status, error
-    found = json.loads(out)
+    program.signal(number)
+    done = program.end()
+    assert done.returncode == status, done.stderr
+    found = json.loads(done.stdout)
     assert found["model"] is None and found["step"] >= 3
     assert (run / "checkpoints" / f"step-{found['step']}" / "manifest.json").is_file()
     assert (run / "report.html").is_file()

@@ -594,7 +594,6 @@ def run(script: str, *arguments: object) -> str:
     """Runs a program of its own. Its large blocks of memory go back to the system at once, so they can be counted."""
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+THROUGH_MODELS = (
+    "tests/test_encoder_decoder.py",
+    "tests/test_families_bart.py",
+    "tests/test_families_led.py",
+    "tests/layers/test_convolution.py",
+    "tests/test_families_bigbird.py",
+)
 ALSO: dict[str, tuple[str, ...]] = {
     "adapting.py": ("tests/adapters/test_peft.py",),
     "exporting.py": ("tests/test_families_t5.py", "tests/test_families_bigbird.py", "tests/test_families_bert.py"),
     "marks.py": ("tests/test_families_longformer.py", "tests/test_families_bigbird.py"),
-    "model.py": (
-        "tests/test_encoder_decoder.py",
-        "tests/test_families_bart.py",
-        "tests/test_families_led.py",
-        "tests/layers/test_convolution.py",
-        "tests/test_families_bigbird.py",
-    ),
+    "model/given.py": THROUGH_MODELS,
+    "model/model.py": THROUGH_MODELS,
+    "model/spec.py": THROUGH_MODELS,
     "opening.py": ("tests/test_families_t5.py",),
     "reading.py": ("tests/test_model.py",),
 }
@@ -56,14 +59,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("marks: short texts", "return ends | (length <= self.short)", "return ends | (length < self.short)"),
         ("marks: padding", "self.mark(ids, tokens) & tokens.real", "self.mark(ids, tokens)"),
     ],
-    "model.py": [
-        ("segments after a question", "token_type_ids = context.to(torch.int64)", "pass"),
-        ("the first token may answer", "context |= FirstToken().mark(given.checked_ids(), tokens)", "pass"),
-        (
-            "an encoder reads as far as its positions",
-            "return position.size if isinstance",
-            "return self.context if isinstance",
-        ),
+    "model/given.py": [
         (
             "a classifier's decoder: each text has its start",
             "begins[:, 1:] &= ~tokens.real[:, :-1] | (tokens.document[:, 1:] != tokens.document[:, :-1])",
@@ -71,6 +67,10 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("a classifier's decoder: padding on the left", "&= ~tokens.real[:, :-1] |", "&="),
         ("a classifier's decoder: one place on", "ids.roll(1, dims=1)", "ids"),
+    ],
+    "model/model.py": [
+        ("segments after a question", "token_type_ids = context.to(torch.int64)", "pass"),
+        ("the first token may answer", "context |= FirstToken().mark(given.checked_ids(), tokens)", "pass"),
         ("pooled: the last real token", 'self.pooler.spec.token == "last"', "False"),
         (
             "padding of the source",
@@ -89,6 +89,13 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("the narrow stack", "spec.width if first.input_width is None else first.input_width", "spec.width"),
         ("pooled: the first real token", "else real.argmax(dim=1)", "else 0 * real.argmax(dim=1)"),
         ("keep_logits", "hidden if keep_logits is None else hidden[:, hidden.shape[1] - keep_logits :]", "hidden"),
+    ],
+    "model/spec.py": [
+        (
+            "an encoder reads as far as its positions",
+            "return position.size if isinstance",
+            "return self.context if isinstance",
+        ),
     ],
     "reading.py": [
         ("holes", "torch.where(real, position, HOLE)", "position"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 ALSO: dict[str, tuple[str, ...]] = {
     "train/past.py": ("tests/cli/test_runs.py",),
-    "train/training.py": ("tests/train/test_ranks.py",),
+    "train/loader.py": ("tests/train/test_ranks.py",),
+    "train/saving.py": ("tests/train/test_ranks.py",),
 }
 """Tests of a file beside those that its name tells."""
 
@@ -75,6 +76,9 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "left = LEFT",
         ),
     ],
+    "train/evaluating.py": [
+        ("training: a pair answers its prompt", 'yield f"{prompt} -> {text}" if pair else text', "yield text"),
+    ],
     "train/finite.py": [
         ("finite: the loss", "math.isfinite(loss) and math.isfinite(norm)", "math.isfinite(norm)"),
         ("finite: the norm", "math.isfinite(loss) and math.isfinite(norm)", "math.isfinite(loss)"),
@@ -121,6 +125,18 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "loader: rows of a length together",
             "        rows.sort(key=lambda row: sum(one.size for one in row.values()))",
             "       ",
+        ),
+        ("a pipeline: a micro-batch for each stage", "most = 1 if together else spec.mesh.pipeline", "most = 1"),
+        (
+            "a pipeline: equal micro-batches",
+            "for count in range(1, most + 1) if share % count == 0",
+            "for count in [most]",
+        ),
+        ("a pipeline: rows that are told apart", "isinstance(spec.objective, Contrastive) or", "False or"),
+        (
+            "a pipeline: rows that are balanced",
+            "isinstance(part, RouterLossSpec | CapacitySpec | ExpertChoiceSpec) for",
+            "False for",
         ),
     ],
     "train/loop.py": [
@@ -218,6 +234,14 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             'name = f"step-{step}.txt" if number else',
         ),
     ],
+    "train/saving.py": [
+        (
+            "parts: which place a tensor is for",
+            "names[id(like)]: place for place, like in pairs",
+            "names[id(pairs[0][1])]: place for place, like in pairs",
+        ),
+        ("adapter: is folded into what ranks write", "whole if model.adapter is None else", "whole if True else"),
+    ],
     "train/sums.py": [
         (
             "each kind of label by its own count",
@@ -225,15 +249,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "one.total * one.weight / max(sum(asked.values()), 1.0)",
         ),
         ("figures by their own count", "value / max(asked[name[0]], 1.0)", "value / max(sum(asked.values()), 1.0)"),
-    ],
-    "train/training.py": [
-        (
-            "parts: which place a tensor is for",
-            "names[id(like)]: place for place, like in pairs",
-            "names[id(pairs[0][1])]: place for place, like in pairs",
-        ),
-        ("adapter: is folded into what ranks write", "whole if model.adapter is None else", "whole if True else"),
-        ("training: a pair answers its prompt", 'yield f"{prompt} -> {text}" if pair else text', "yield text"),
     ],
     "train/trees.py": [
         ("trees: tuples", 'return items if isinstance(value, list) else {"$tuple": items}', "return items"),

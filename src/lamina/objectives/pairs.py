@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lamina.errors import LaminaError
 from lamina.model import Model, ModelSpec, Output
+from lamina.objectives.classes import check_smoothing
 from lamina.objectives.loss import Losses
 from lamina.objectives.objective import (
     Batch,
@@ -44,8 +44,7 @@ class SequenceToSequence(Objective):
     longer: Longer = "refuse"  # pairs of which one is longer than a row
 
     def check(self) -> None:
-        if not 0 <= self.smoothing < 1:
-            raise LaminaError(f"smoothing is {self.smoothing}; it must lie within 0 and 1")
+        check_smoothing(self.smoothing)
 
     def fits(self, spec: ModelSpec) -> None:
         needs_pair(spec, "an objective of pairs")

@@ -9,18 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lamina.errors import LaminaError, UnsupportedError
+from lamina.errors import LaminaError
 from lamina.model import Model, ModelSpec, Output
+from lamina.objectives.classes import check_smoothing, class_batch, needs_labels
 from lamina.objectives.loss import Losses
-from lamina.objectives.objective import (
-    Batch,
-    ByIndex,
-    Example,
-    Examples,
-    Objective,
-    class_losses,
-    inputs_of,
-)
+from lamina.objectives.objective import Batch, ByIndex, Example, Examples, Objective, class_losses
 from lamina.objectives.rows import Longer, Texts, kept
 
 if TYPE_CHECKING:
@@ -37,12 +30,10 @@ class SequenceClassification(Objective):
     longer: Longer = "refuse"  # texts that are longer than a row
 
     def check(self) -> None:
-        if not 0 <= self.smoothing < 1:
-            raise LaminaError(f"smoothing is {self.smoothing}; it must lie within 0 and 1")
+        check_smoothing(self.smoothing)
 
     def fits(self, spec: ModelSpec) -> None:
-        if spec.labels is None or spec.labels.task != "sequence":
-            raise UnsupportedError("an objective of sequence classes needs a label head for sequences")
+        needs_labels(spec, "sequence")
 
     def examples(self, prepared: Prepared, length: int) -> Examples:
         texts = Texts(prepared, "text", length)
@@ -57,8 +48,7 @@ class SequenceClassification(Objective):
         return ByIndex(len(read), make)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        inputs = inputs_of([one["input_ids"] for one in examples])
-        return Batch(inputs, {"class": torch.tensor([int(one["label"]) for one in examples])})
+        return class_batch(examples, torch.tensor([int(one["label"]) for one in examples]))
 
     def losses(self, model: Model, batch: Batch, out: Output) -> dict[str, Losses]:
         return {"class": class_losses(out, batch.labels["class"], smoothing=self.smoothing)}

@@ -8,19 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lamina.errors import LaminaError, UnsupportedError
+from lamina.errors import LaminaError
 from lamina.model import Model, ModelSpec, Output
+from lamina.objectives.classes import check_smoothing, class_batch, needs_labels
 from lamina.objectives.loss import IGNORE, Losses
-from lamina.objectives.objective import (
-    Batch,
-    ByIndex,
-    Example,
-    Examples,
-    Objective,
-    class_losses,
-    inputs_of,
-    padded,
-)
+from lamina.objectives.objective import Batch, ByIndex, Example, Examples, Objective, class_losses, padded
 from lamina.objectives.rows import Longer, Texts, kept
 from lamina.objectives.stream import Bodies
 
@@ -38,12 +30,10 @@ class TokenClassification(Objective):
     longer: Longer = "refuse"  # texts that are longer than a row
 
     def check(self) -> None:
-        if not 0 <= self.smoothing < 1:
-            raise LaminaError(f"smoothing is {self.smoothing}; it must lie within 0 and 1")
+        check_smoothing(self.smoothing)
 
     def fits(self, spec: ModelSpec) -> None:
-        if spec.labels is None or spec.labels.task != "token":
-            raise UnsupportedError("an objective of token classes needs a label head for tokens")
+        needs_labels(spec, "token")
 
     def examples(self, prepared: Prepared, length: int) -> Examples:
         texts = Texts(prepared, "tokens", length)
@@ -61,8 +51,7 @@ class TokenClassification(Objective):
         return ByIndex(len(read), make)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        inputs = inputs_of([one["input_ids"] for one in examples])
-        return Batch(inputs, {"class": padded([one["labels"] for one in examples], IGNORE)})
+        return class_batch(examples, padded([one["labels"] for one in examples], IGNORE))
 
     def losses(self, model: Model, batch: Batch, out: Output) -> dict[str, Losses]:
         return {"class": class_losses(out, batch.labels["class"], smoothing=self.smoothing)}

@@ -9,7 +9,10 @@ from typing import Protocol
 import numpy as np
 
 from lamina.errors import LaminaError
-from lamina.objectives import Batch, Example, Examples, Task
+from lamina.layers import CapacitySpec, ExpertChoiceSpec, RouterLossSpec
+from lamina.model import ModelSpec
+from lamina.objectives import Batch, Contrastive, Example, Examples, Task
+from lamina.train.specs import TrainSpec
 
 
 class Placing(Protocol):
@@ -75,6 +78,20 @@ class Loader:
     def example(self, position: int) -> Example:
         """The example at a place of the endless sequence."""
         return self.examples.example(self.order[position], randomness(self.seed, position))
+
+
+def rows_at_once(spec: TrainSpec, model: ModelSpec, share: int) -> int:
+    """Rows of one forward where `loop.micro` leaves them open, of the `share` that a rank reads in a step.
+
+    On a pipeline, as many micro-batches as stages, or as many fewer as divide the share, so that no stage waits for the
+    whole batch. But all rows at once where they are compared with each other, or balanced over experts: in parts the
+    loss would be another one.
+    """
+    together = isinstance(spec.objective, Contrastive) or any(
+        isinstance(part, RouterLossSpec | CapacitySpec | ExpertChoiceSpec) for _, part in model.walk()
+    )
+    most = 1 if together else spec.mesh.pipeline
+    return share // max(count for count in range(1, most + 1) if share % count == 0)
 
 
 def randomness(seed: int, position: int) -> np.random.Generator:

@@ -55,7 +55,7 @@ class LoopSpec(Spec):
 
     steps: int
     batch: int  # rows of a step, in the whole world
-    micro: int | None = None  # rows of one forward on one rank; None: all that are the rank's
+    micro: int | None = None  # rows of one forward on one rank; None: all of the rank's, on a pipeline a part a stage
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     clip: float | None = 1.0  # of the norm of the gradient
     average: float | None = None  # decay of the moving average of the weights, which is then what is evaluated and kept

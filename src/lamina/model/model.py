@@ -1,4 +1,4 @@
-"""Model: the waist of the house. Everything above sees the layers only through it."""
+"""The module that a spec of a model builds."""
 
 from __future__ import annotations
 
@@ -11,132 +11,14 @@ from torch import Tensor, nn
 
 from lamina.cache import KINDS, Cache, RecurrentLedger
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.layers import (
-    Call,
-    ChunkedCrossAttentionSpec,
-    ConvolutionStemSpec,
-    CrossAttentionSpec,
-    Draw,
-    EmbeddingSpec,
-    FanInInitialSpec,
-    LabelHeadSpec,
-    LanguageHeadSpec,
-    LearnedPositionSpec,
-    Neighbours,
-    NormalInitialSpec,
-    PoolerSpec,
-    Record,
-    RotarySpec,
-    StackSpec,
-    StepSpec,
-)
-from lamina.marks import AfterToken, BeforeToken, EndBlocks, FirstToken, after_question
+from lamina.layers import Call, Draw, Record, RotarySpec
+from lamina.marks import FirstToken, after_question
+from lamina.model.given import ONE_STACK, Given, checked_neighbours
+from lamina.model.spec import ModelSpec, reads_memory
 from lamina.patterns import Retained
 from lamina.reading import read
-from lamina.specs import Spec, unknown
+from lamina.specs import unknown
 from lamina.tokens import Tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpecialTokens(Spec):
-    """Ids with a meaning for generation."""
-
-    start: int | None = None
-    end: tuple[int, ...] = ()
-    pad: int | None = None
-    decoder_start: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSpec(Spec):
-    """A model, as data: an encoder, a decoder or both over one embedding, and its heads."""
-
-    width: int
-    embedding: EmbeddingSpec  # of the decoder too, where there are both
-    encoder: StackSpec | None = None
-    decoder: StackSpec | None = None
-    head: LanguageHeadSpec | None = None
-    pooler: PoolerSpec | None = None
-    labels: LabelHeadSpec | None = None
-    stem: ConvolutionStemSpec | None = None  # what the encoder reads with, in place of ids: Whisper
-    context: int | None = None  # tokens that the model was trained to read
-    special: SpecialTokens = field(default_factory=SpecialTokens)
-    marks: FirstToken | BeforeToken | AfterToken | EndBlocks | None = None  # where the caller gives none: Longformer
-    initial: NormalInitialSpec | FanInInitialSpec = field(default_factory=NormalInitialSpec)  # what new weights are
-
-    @property
-    def two_stacks(self) -> bool:
-        """Whether it is an encoder-decoder: what it writes does not continue what it reads."""
-        return self.encoder is not None and self.decoder is not None
-
-    @property
-    def source_context(self) -> int | None:
-        """Tokens that the first stack reads: LED's encoder has 16,384 positions, and its decoder 1,024 (`context`)."""
-        position = self.encoder.position if self.encoder is not None and self.two_stacks else None
-        return position.size if isinstance(position, LearnedPositionSpec) else self.context
-
-    def check(self) -> None:
-        if self.width < 1 or (self.encoder is None and self.decoder is None):
-            raise LaminaError(f"a model needs width >= 1 (it is {self.width}) and an encoder or a decoder")
-        reads = self.decoder is not None and reads_memory(self.decoder)
-        if self.stem is not None and self.encoder is None:
-            raise LaminaError("stem is for an encoder, and this model has none")
-        if self.two_stacks and not reads:
-            raise LaminaError("the decoder has no CrossAttentionSpec, so it would never read what the encoder gives")
-        if any(isinstance(part, ChunkedCrossAttentionSpec) for _, part in self.walk()):
-            self._check_retrieval(reads)
-
-    def _check_retrieval(self, reads: bool) -> None:
-        stack = self.decoder
-        steps = [step for _, step in ([] if stack is None else stack.walk()) if isinstance(step, StepSpec)]
-        retrieving = [step for step in steps if isinstance(step.op, ChunkedCrossAttentionSpec)]
-        ops = [part for _, part in self.walk() if isinstance(part, ChunkedCrossAttentionSpec)]
-        if stack is None or len(retrieving) < len(ops) or self.encoder is not None or reads:
-            raise LaminaError(
-                "ChunkedCrossAttentionSpec is for steps of a decoder by itself, without CrossAttentionSpec: neighbours"
-                " are its memory"
-            )
-        if [op.encoder is not None for op in ops] != [True] + [False] * (len(ops) - 1):
-            raise LaminaError("the first ChunkedCrossAttentionSpec of a decoder needs an encoder, the others have none")
-        if len({op.chunk for op in ops}) > 1:
-            raise LaminaError(f"the chunks of one decoder have one length, not {sorted({op.chunk for op in ops})}")
-        if stack.repeat > 1 or stack.layer_dropout:
-            raise LaminaError(
-                "layers that repeat or drop out do not go with neighbours, which one layer encodes for all"
-            )
-        for step in retrieving:
-            if step.post is not None or step.after is not None or step.residual != 1.0:
-                raise LaminaError(
-                    f"the step {step.name!r} is to leave tokens that read nothing: post, after and residual"
-                )
-
-    @property
-    def retrieval(self) -> ChunkedCrossAttentionSpec | None:
-        """What reads neighbours, where something does; its `chunk` and its `encoder` are those of all layers."""
-        parts = [] if self.decoder is None else [part for _, part in self.decoder.walk()]
-        return next((part for part in parts if isinstance(part, ChunkedCrossAttentionSpec)), None)
-
-    def build(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, seed: int = 0) -> Model:
-        """The module, in training mode: without storage on "meta", else initialised from `seed`."""
-        with torch.device("meta"):
-            model = Model(self)
-        if dtype is not None:
-            model = model.to(dtype)
-        if torch.device(device).type != "meta":
-            model = model.to_empty(device=device)
-            model.init(seed)
-        return model
-
-
-def of_text(spec: Spec) -> Iterator[Spec]:
-    """The parts of a spec that see the text that is read or written, and not what was retrieved beside it."""
-    inner = tuple(f"{path}." for path, part in spec.walk() if isinstance(part, ChunkedCrossAttentionSpec))
-    return (part for path, part in spec.walk() if not (inner and path.startswith(inner)))
-
-
-def reads_memory(spec: Spec) -> bool:
-    """Whether it reads what an encoder gives."""
-    return any(isinstance(part, CrossAttentionSpec) for part in of_text(spec))
 
 
 @dataclass
@@ -149,45 +31,6 @@ class Output:
     pooled: Tensor | None = None  # (B, width)
     label_logits: Tensor | None = None  # (B, labels): next-sentence prediction beside a language head
     losses: dict[str, Tensor] = field(default_factory=dict)  # auxiliary losses by layer
-
-
-ONE_STACK = "is for encoder-decoders; this model has only one stack: use input_ids"
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a forward is told of the text of one stack; `side` is "decoder_" where the names of arguments begin so."""
-
-    side: str
-    ids: Tensor | None = None
-    mask: Tensor | None = None
-    positions: Tensor | None = None
-    documents: Tensor | None = None
-    marked: Tensor | None = None
-    features: Tensor | None = None
-
-    @property
-    def content(self) -> Tensor | None:
-        """What is read: ids (B, T), or features (B, bins, frames)."""
-        return self.ids if self.features is None else self.features
-
-    def refuse(self) -> None:
-        """Raise UnsupportedError naming an argument that was given."""
-        parts = {"input_ids": self.ids, "attention_mask": self.mask}
-        for name, value in {**parts, "position_ids": self.positions, "document_ids": self.documents}.items():
-            if value is not None:
-                raise UnsupportedError(f"{self.side}{name} {ONE_STACK}")
-
-    def checked_ids(self) -> Tensor:
-        """The ids, (B, T)."""
-        assert self.ids is not None
-        if self.ids.dim() != 2:
-            raise LaminaError(f"{self.side}input_ids has shape {tuple(self.ids.shape)}; expected (batch, length)")
-        return self.ids
-
-    def read(self, cache: Cache | None = None) -> Tokens:
-        """The tokens that layers see."""
-        return read(self.checked_ids(), self.mask, self.positions, self.documents, self.marked, cache, self.side)
 
 
 class Model(nn.Module):
@@ -316,7 +159,7 @@ class Model(nn.Module):
             if encoder_output is not None and not self.reads_memory:
                 raise UnsupportedError(f"encoder_output {ONE_STACK}")
         if pair and self.labels is not None and target == Given("decoder_") and source.ids is not None:
-            target = self._shifted(source)
+            target = source.shifted(self.spec.special.decoder_start)
         given = target if pair else source
         if given.content is None:
             raise LaminaError(
@@ -339,7 +182,7 @@ class Model(nn.Module):
         call = Call(
             tokens=tokens,
             cache=cache,
-            memory=memory if neighbours is None else self._neighbours(neighbours, x.shape[0]),
+            memory=memory if neighbours is None else checked_neighbours(neighbours, self.spec.retrieval, x.shape[0]),
             memory_tokens=memory_tokens,
             backend=backend,
             record=record,
@@ -421,36 +264,6 @@ class Model(nn.Module):
         x, tokens = self._embedded(source)
         assert self.encoder is not None
         return self.encoder(x, Call(tokens=tokens, backend=backend, record=record), segments), tokens
-
-    def _neighbours(self, neighbours: Tensor, rows: int) -> Neighbours:
-        """Checked ids of neighbours (B, N, k, r)."""
-        retrieval = self.spec.retrieval
-        if retrieval is None or retrieval.encoder is None:
-            raise UnsupportedError("neighbours is for models that retrieve; this one has no ChunkedCrossAttentionSpec")
-        if neighbours.dim() != 4 or neighbours.shape[0] != rows or neighbours.is_floating_point():
-            raise LaminaError(
-                f"neighbours is {neighbours.dtype} {tuple(neighbours.shape)}; expected ids (batch={rows}, chunks,"
-                " neighbours, tokens)"
-            )
-        most = retrieval.encoder.embedding.vocabulary
-        if (
-            not neighbours.is_meta
-            and neighbours.numel()
-            and not -1 <= int(neighbours.min()) <= int(neighbours.max()) < most
-        ):
-            raise LaminaError(f"neighbours holds ids beyond 0 to {most - 1}, and -1 where there is no token")
-        return Neighbours(neighbours)
-
-    def _shifted(self, source: Given) -> Given:
-        """What the decoder of a classifier reads (arXiv:1910.13461, section 3.1): the source, one place on after the
-        start id, which each text of a row has for itself."""
-        start = self.spec.special.decoder_start
-        if start is None:
-            raise LaminaError("this checkpoint names no decoder_start_token_id: give decoder_input_ids")
-        tokens, ids = source.read(), source.checked_ids()
-        begins = tokens.real.clone()
-        begins[:, 1:] &= ~tokens.real[:, :-1] | (tokens.document[:, 1:] != tokens.document[:, :-1])
-        return replace(source, side="decoder_", ids=ids.roll(1, dims=1).masked_fill(begins, start), marked=None)
 
     def check_reads(self, input_ids: Tensor | None, input_features: Tensor | None) -> None:
         """Refuse, by name, the one of the two that this model does not read."""
