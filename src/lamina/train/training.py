@@ -17,6 +17,8 @@ import torch
 from lamina.adapters import merged_tensors
 from lamina.adapting import write_adapter
 from lamina.data import Order, Prepared
+from lamina.document import decode, parse
+from lamina.document import write as text_of
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.generation import generate
 from lamina.model import Model
@@ -36,8 +38,6 @@ from lamina.train.building import (
     write,
 )
 from lamina.train.directory import ADAPTER, CHECKPOINTS, CONFIG, MODEL, PARTS
-from lamina.train.document import decode, parse
-from lamina.train.document import write as text_of
 from lamina.train.finite import Finite
 from lamina.train.generators import generators
 from lamina.train.guards import Signals, Spikes, Watchdog

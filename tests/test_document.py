@@ -10,7 +10,7 @@ import pytest
 
 from lamina.errors import LaminaError
 from lamina.specs import Spec
-from lamina.train.document import assign, decode, parse, read, write
+from lamina.document import assign, decode, parse, read, write
 from lamina.train.specs import TrainSpec
 
 
