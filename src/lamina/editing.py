@@ -74,7 +74,8 @@ class Costs:
 
 
 def costs(done: Applied, context: int | None = None) -> Costs:
-    """Parameters, arithmetic and cache of both specs."""
+    """Parameters, arithmetic and cache of both specs, by default at the end of the context of the old one."""
+    context = context or done.before.context or LONGEST
     return Costs(account(done.before, context=context), account(done.spec, context=context))
 
 

@@ -105,6 +105,9 @@ class Stored(Mapping[str, Tensor]):
             self.last = move, found
         return self.last[1][name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import lamina
 from lamina.data import SourceFile, Writer
-from lamina.errors import LaminaError, TrainingError
 from lamina.document import decode, parse
+from lamina.errors import LaminaError, TrainingError
 from lamina.train.specs import TrainSpec
 from lamina.train.training import train
 from tests import tiny

@@ -89,7 +89,8 @@ def read_plan(plan: Plan) -> tuple[Operation, ...]:
 
 def said(operation: Operation) -> dict[str, Any]:
     """The inverse of `read_plan` for one operation."""
-    return {"op": operation.NAME, **encode(operation)}
+    fields = encode(operation)
+    return {"op": fields.pop("kind"), **fields}
 
 
 def apply(operations: Sequence[Operation], spec: ModelSpec, weights: Mapping[str, Tensor]) -> Applied:

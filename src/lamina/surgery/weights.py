@@ -41,6 +41,9 @@ class Weights(Mapping[str, Tensor]):
         one = self.made.get(name)
         return self.before[name] if one is None else one.make(*(self.before[source] for source in one.sources))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
