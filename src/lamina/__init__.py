@@ -16,6 +16,7 @@ _HOME = {
     "Record": "lamina.layers",
     "account": "lamina.accounting",
     "diff": "lamina.specs",
+    "edit": "lamina.editing",
     "embed": "lamina.generation",
     "generate": "lamina.generation",
     "load": "lamina.source",
@@ -32,6 +33,7 @@ __all__ = ["__version__", *sorted(_HOME)]
 if TYPE_CHECKING:
     from lamina.accounting import Account, account
     from lamina.conformance import verify
+    from lamina.editing import edit
     from lamina.errors import LaminaError
     from lamina.families import sizes
     from lamina.generation import embed, generate

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.families import FAMILIES, Family, Fields, family
 from lamina.model import Model, ModelSpec
-from lamina.opening import NATIVE, Origin, gguf_tokenizer
+from lamina.opening import HISTORY, NATIVE, Origin, gguf_tokenizer
 from lamina.specs import diff, unknown
 from lamina.weights import rules
 from lamina.weights.headers import Entry
@@ -44,50 +45,97 @@ def save(
         raise UnsupportedError("an int8 model is for decoding only; save the model that it was made from")
     if model.adapter is not None:
         raise LaminaError("an adapter is attached: merge it or detach it first, or write it alone with write_adapter")
-    origin: Origin | None = model.origin
     if model.mesh is not None:
         model.mesh.reshard(model)
     parameters = dict(model.named_parameters())
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    files = {} if origin is None else _companions(origin)
-    shards = None
-    if format == "native":
-        moves = rules.bind([Rule(name, name) for name in shapes], shapes)
-        files = {name: data for name, data in files.items() if name != "config.json"}
-        files[NATIVE] = model.spec.to_json().encode()
-    else:
-        chosen, config = exportable(model.spec, None if origin is None else origin.family)
-        origin = origin if origin is not None and origin.family is chosen else None
-        moves = rules.bind(chosen.rules(model.spec), shapes)
-        written = {name: parameters[move.ours[0]].dtype for move in moves for name in move.theirs}
-        files["config.json"] = _config_text(model, chosen, config, written, origin)
-        called = _called(model.spec, chosen, origin, written)
-        moves = [Move(move.ours, tuple(map(called, move.theirs)), move.op) for move in moves]
-        shards = None if origin is None else origin.shards
 
     @lru_cache(maxsize=0 if model.mesh is None else 3)  # files have matrices expert by expert, of three tensors in turn
     def whole(name: str) -> Tensor:
         parameter = parameters[name].detach()
         return parameter if model.mesh is None else model.mesh.whole(parameter)
 
-    read = rules.saver(moves, whole)
-    dtypes = {theirs: parameters[move.ours[0]].dtype for move in moves for theirs in move.theirs}
-    plan = {n: Entry(n, dtypes[n], shape) for n, shape in rules.their_shapes(moves, shapes).items()}
-    if format == "hf":
-        read = _with_extras(model.spec, chosen, origin, called, plan, read)
-    more: dict[str, Any] = {} if origin is None or origin.metadata is None else {"metadata": origin.metadata}
-    if format == "hf" and origin is not None and plan == {entry.name: entry for entry in origin.stored.values()}:
-        more["index"] = origin.index
-
-    def write(read: Callable[[str], Tensor]) -> None:
-        save_checkpoint(
-            directory, plan, read, shard_size=shard_size, shards=shards, extra_files=files, force=force, **more
-        )
-
+    dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+    plan, read, write = _planned(
+        model.spec, dtypes, whole, model.origin, directory, format, force=force, shard_size=shard_size
+    )
     if model.mesh is None:
         write(read)
     else:
         model.mesh.together(plan, read, write)
+
+
+def save_weights(
+    spec: ModelSpec,
+    dtypes: Mapping[str, torch.dtype],
+    read: Callable[[str], Tensor],
+    directory: str | os.PathLike[str],
+    format: str = "hf",
+    *,
+    origin: Origin | None = None,
+    more: Mapping[str, bytes] = MappingProxyType({}),
+    force: bool = False,
+    shard_size: int = 5_000_000_000,
+) -> None:
+    """Write a model of which there is only the spec, and what reads one weight at a time.
+
+    `dtypes` has every parameter of the spec. `more`: files that go beside those of `save`. Raises as that does.
+    """
+    _, known, write = _planned(
+        spec, dtypes, read, origin, directory, format, force=force, shard_size=shard_size, more=more
+    )
+    write(known)
+
+
+Read = Callable[[str], Tensor]
+
+
+def _planned(
+    spec: ModelSpec,
+    dtypes: Mapping[str, torch.dtype],
+    whole: Read,
+    origin: Origin | None,
+    directory: str | os.PathLike[str],
+    format: str,
+    *,
+    force: bool,
+    shard_size: int,
+    more: Mapping[str, bytes] = MappingProxyType({}),
+) -> tuple[dict[str, Entry], Read, Callable[[Read], None]]:
+    """The tensors of the files, what reads one of them, and what writes the directory with such a reader."""
+    shapes = {name: tuple(p.shape) for name, p in spec.build(device="meta").named_parameters()}
+    files = {} if origin is None else _companions(origin)
+    if origin is not None and origin.history:
+        files[HISTORY] = (json.dumps(origin.history, indent=2) + "\n").encode()
+    shards = None
+    if format == "native":
+        moves = rules.bind([Rule(name, name) for name in shapes], shapes)
+        files = {name: data for name, data in files.items() if name != "config.json"}
+        files[NATIVE] = spec.to_json().encode()
+    else:
+        chosen, config = exportable(spec, None if origin is None else origin.family)
+        origin = origin if origin is not None and origin.family is chosen else None
+        moves = rules.bind(chosen.rules(spec), shapes)
+        written = {name: dtypes[move.ours[0]] for move in moves for name in move.theirs}
+        files["config.json"] = _config_text(spec, next(iter(dtypes.values())), chosen, config, written, origin)
+        called = _called(spec, chosen, origin, written)
+        moves = [Move(move.ours, tuple(map(called, move.theirs)), move.op) for move in moves]
+        shards = None if origin is None else origin.shards
+    read = rules.saver(moves, whole)
+    theirs = {name: dtypes[move.ours[0]] for move in moves for name in move.theirs}
+    plan = {n: Entry(n, theirs[n], shape) for n, shape in rules.their_shapes(moves, shapes).items()}
+    if format == "hf":
+        read = _with_extras(spec, chosen, origin, called, plan, read)
+    said: dict[str, Any] = {} if origin is None or origin.metadata is None else {"metadata": origin.metadata}
+    if format == "hf" and origin is not None and plan == {entry.name: entry for entry in origin.stored.values()}:
+        said["index"] = origin.index
+
+    def write(read: Read) -> None:
+        beside = {**files, **more}
+        save_checkpoint(
+            directory, plan, read, shard_size=shard_size, shards=shards, extra_files=beside, force=force, **said
+        )
+
+    return plan, read, write
 
 
 def exportable(spec: ModelSpec, preferred: Family | None = None) -> tuple[Family, dict[str, Any]]:
@@ -165,23 +213,28 @@ def _with_extras(
 
 
 def _config_text(
-    model: Model, chosen: Family, config: dict[str, Any], written: Mapping[str, torch.dtype], origin: Origin | None
+    spec: ModelSpec,
+    main: torch.dtype,
+    chosen: Family,
+    config: dict[str, Any],
+    written: Mapping[str, torch.dtype],
+    origin: Origin | None,
 ) -> bytes:
     """config.json: as it was where it still says the truth, else ours with what we do not interpret carried over.
 
     A model that gained a head is not what its old text says, though the text and the new tensors together would be.
     """
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    dtype = str(main).removeprefix("torch.")
     carried: dict[str, Any] = {}
     if origin is not None:
         kept = all(n in origin.stored and origin.stored[n].dtype == dtype for n, dtype in written.items())
         said = origin.config.get("dtype", origin.config.get("torch_dtype"))
         fields = Fields(origin.config, frozenset(written))
-        same = origin.spec == model.spec == chosen.spec(fields)
+        same = origin.spec == spec == chosen.spec(fields)
         if origin.config_text is not None and (kept or said in (None, dtype)) and same:
             return origin.config_text
         old = ("rope_theta", "rope_scaling", "rope_local_base_freq", "torch_dtype", "quantization_config")
-        if origin.spec is not None and origin.spec.labels != model.spec.labels:  # names of other labels
+        if origin.spec is not None and origin.spec.labels != spec.labels:  # names of other labels
             old += ("id2label", "label2id", "problem_type")
         carried = {name: value for name, value in origin.config.items() if name not in old}
     return (json.dumps({**carried, **config, "dtype": dtype}, indent=2) + "\n").encode()

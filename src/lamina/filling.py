@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lamina.model import Model
 from lamina.opening import Opened
 from lamina.weights import rules
 from lamina.weights.headers import Entry
+from lamina.weights.rules import Move, Shape
 
 
 def fill(
@@ -24,6 +25,40 @@ def fill(
 ) -> None:
     """Give every parameter its tensor, one rule at a time, after the names and shapes have been checked as a whole."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    present, missing = checked(opened, shapes, allow_missing, allow_unexpected)
+    where = opened.origin.located.path
+    bad: list[str] = []
+    homes = dict(model.named_modules())
+
+    def put(name: str, tensor: Tensor) -> None:
+        tensor = tensor if dtype is None else tensor.to(dtype)
+        if not math.isfinite(tensor.sum(dtype=torch.float32).item()):
+            count = int((~torch.isfinite(tensor)).sum())
+            bad.extend([f"{name} ({count} of {tensor.numel()})"] if count else [])
+        path, _, leaf = name.rpartition(".")
+        old = homes[path]._parameters[leaf]
+        homes[path]._parameters[leaf] = nn.Parameter(tensor, requires_grad=old is None or old.requires_grad)
+
+    try:
+        rules.load(present, shapes, opened.checkpoint.read, put)
+    except CheckpointError as error:
+        raise CheckpointError(str(error) if where.name in str(error) else f"{where}: {error}") from None
+    if bad:
+        message = f"{where}: weights that are not finite: {_some(bad)}"
+        if strict:
+            raise CheckpointError(message)
+        warnings.warn(message, stacklevel=3)
+    if missing:
+        opened.origin.initialised = _initialise_missing(model, dtype)
+
+
+def checked(
+    opened: Opened, shapes: Mapping[str, Shape], allow_missing: bool = False, allow_unexpected: bool = False
+) -> tuple[list[Move], list[str]]:
+    """The rules by which the weights of these shapes are read, and the tensors that are missing.
+
+    Raises CheckpointError for tensors of other names, unless they are allowed, and of other shapes.
+    """
     moves = rules.bind(opened.rules, shapes)
     wanted = rules.their_shapes(moves, shapes)
     entries = opened.checkpoint.entries
@@ -37,7 +72,7 @@ def fill(
     if unexpected and not allow_unexpected:
         raise CheckpointError(f"{where}: {_listed('unexpected', unexpected, wanted)}")
     if unexpected:
-        warnings.warn(f"{where}: left out {len(unexpected)} unexpected tensors: {_some(unexpected)}", stacklevel=3)
+        warnings.warn(f"{where}: left out {len(unexpected)} unexpected tensors: {_some(unexpected)}", stacklevel=4)
     for move in moves:
         for name in move.theirs:
             if name in entries and tuple(entries[name].shape) != wanted[name]:
@@ -46,30 +81,42 @@ def fill(
                     f"{_cause(name, entries[name].shape, wanted[name])}"
                 )
     _refuse_integers(entries, wanted, where)
-    bad: list[str] = []
-    homes = dict(model.named_modules())
+    return [move for move in moves if not any(name in missing for name in move.theirs)], missing
 
-    def put(name: str, tensor: Tensor) -> None:
-        tensor = tensor if dtype is None else tensor.to(dtype)
-        if not math.isfinite(tensor.sum(dtype=torch.float32).item()):
-            count = int((~torch.isfinite(tensor)).sum())
-            bad.extend([f"{name} ({count} of {tensor.numel()})"] if count else [])
-        path, _, leaf = name.rpartition(".")
-        old = homes[path]._parameters[leaf]
-        homes[path]._parameters[leaf] = nn.Parameter(tensor, requires_grad=old is None or old.requires_grad)
 
-    present = [move for move in moves if not any(name in missing for name in move.theirs)]
-    try:
-        rules.load(present, shapes, opened.checkpoint.read, put)
-    except CheckpointError as error:
-        raise CheckpointError(str(error) if where.name in str(error) else f"{where}: {error}") from None
-    if bad:
-        message = f"{where}: weights that are not finite: {_some(bad)}"
-        if strict:
-            raise CheckpointError(message)
-        warnings.warn(message, stacklevel=3)
-    if missing:
-        opened.origin.initialised = _initialise_missing(model, dtype)
+class Stored(Mapping[str, Tensor]):
+    """The weights of a checkpoint under our names, each read when it is looked up, and not kept.
+
+    Raises CheckpointError as `lamina.load` does for a file that is not what its configuration says.
+    """
+
+    def __init__(self, opened: Opened) -> None:
+        self.opened = opened
+        self.shapes = {name: tuple(p.shape) for name, p in opened.spec.build(device="meta").named_parameters()}
+        moves, _ = checked(opened, self.shapes)
+        self.moves = {name: move for move in moves for name in move.ours}
+        self.last: tuple[Move, dict[str, Tensor]] | None = None  # q, k and v of one matrix are asked for in turn
+
+    def __getitem__(self, name: str) -> Tensor:
+        move = self.moves[name]
+        if self.last is None or self.last[0] is not move:
+            self.last, found = None, {}
+            rules.load([move], self.shapes, self.opened.checkpoint.read, found.__setitem__)
+            self.last = move, found
+        return self.last[1][name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """That of a weight, without reading it."""
+        return self.opened.checkpoint.entries[self.moves[name].theirs[0]].dtype
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:

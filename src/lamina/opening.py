@@ -22,6 +22,8 @@ from lamina.weights.rules import Rule
 
 NATIVE = "spec.json"
 """The file that makes a directory one of the native layout."""
+HISTORY = "history.json"
+"""What was done to a checkpoint, a line an operation, the first one first."""
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Origin:
     metadata: dict[str, str] | None = None  # of the safetensors files
     index: dict[str, Any] | None = None  # and of the index of shards
     generation: dict[str, Any] = field(default_factory=dict)  # generation_config.json
+    history: list[dict[str, Any]] = field(default_factory=list)  # what operations made of it
     initialised: list[str] = field(default_factory=list)  # parameters the file lacked, with allow_missing
 
 
@@ -55,6 +58,23 @@ class Opened:
 
 
 def open_source(located: Located) -> Opened:
+    """Open a SOURCE that has weights."""
+    opened = _open(located)
+    directory = located.path if located.path.is_dir() else located.path.parent
+    if (directory / HISTORY).is_file():
+        opened.origin.history = read_history(directory / HISTORY)
+    return opened
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The lines of a history, the first operation first. Raises CheckpointError for what is none."""
+    found = read_json(path, kind=list)
+    if not all(isinstance(line, dict) for line in found):
+        raise CheckpointError(f"{path}: a list of operations was expected")
+    return found
+
+
+def _open(located: Located) -> Opened:
     if located.kind == "gguf":
         from lamina.families.gguf import GGUFCheckpoint
 

@@ -10,9 +10,9 @@ import pytest
 
 import lamina
 from lamina.data import Prepared
+from lamina.document import decode, parse, write
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.objectives import IGNORE
-from lamina.train.document import decode, parse, write
 from lamina.train.specs import TrainSpec
 from lamina.train.training import train
 from tests.objectives.made import bart, bert, prepared, random_of, t5, texts

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 import lamina
 from lamina.cli import main
 from lamina.data import SourceFile, Writer
+from lamina.document import decode, parse
 from lamina.errors import LaminaError, TrainingError
-from lamina.train.document import decode, parse
 from lamina.train.loop import Trainer
 from lamina.train.specs import TrainSpec
 from lamina.train.training import train

@@ -31,7 +31,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("what is read is not written twice", "if twin in plan and chosen.unread(one)", "if twin in plan"),
         (
             "exporting: a head that was gained",
-            "same = origin.spec == model.spec == chosen.spec(fields)",
+            "same = origin.spec == spec == chosen.spec(fields)",
             "same = model.spec == chosen.spec(fields)",
         ),
         (
@@ -39,7 +39,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "if origin is not None and origin.spec == spec:",
             "if origin is not None:",
         ),
-        ("exporting: names of other labels", "origin.spec.labels != model.spec.labels", "False"),
+        ("exporting: names of other labels", "origin.spec.labels != spec.labels", "False"),
     ],
     "marks.py": [
         ("marks: the first of each document", "earlier(tokens.real, tokens.document) == 0", "tokens.position == 0"),

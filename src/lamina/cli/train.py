@@ -53,7 +53,7 @@ def train(
     evaluation, checkpoints and log. KEY=VALUE changes a field of it. Everything of a run is kept in its directory:
     checkpoints, metrics, samples, a report to look at, and at the end the model.
     """
-    from lamina.train.document import assign, decode, encode, read, write
+    from lamina.document import assign, decode, encode, read, write
     from lamina.train.specs import TrainSpec
 
     document = read(config)

@@ -33,6 +33,17 @@ class Output:
     losses: dict[str, Tensor] = field(default_factory=dict)  # auxiliary losses by layer
 
 
+def initialise(module: nn.Module, draw: Draw) -> None:
+    """Give the parameters of one module, not of those inside it, their initial values."""
+    own = getattr(module, "initialise", None)
+    if own is not None:
+        own(draw)
+    elif isinstance(module, nn.Linear):
+        draw.matrix(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 class Model(nn.Module):
     """A model built from its spec. Parameter names are paths in the spec: decoder.layers.0.attention.op.q.weight."""
 
@@ -70,13 +81,7 @@ class Model(nn.Module):
         generator = torch.Generator(device=self.embedding.weight.device).manual_seed(seed)
         draw = Draw(generator, self.spec.initial, self)
         for module in self.modules():
-            initialise = getattr(module, "initialise", None)
-            if initialise is not None:
-                initialise(draw)
-            elif isinstance(module, nn.Linear):
-                draw.matrix(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            initialise(module, draw)
 
     def new_cache(self, kind: str = "auto", batch: int = 1, capacity: int | None = None) -> Cache:
         """An empty cache for `batch` rows; `capacity` in tokens is needed for "fixed" and optional for "sinks".

@@ -12,14 +12,14 @@ import torch
 from lamina.adapters import merged_tensors
 from lamina.adapting import write_adapter
 from lamina.data import Prepared
+from lamina.document import decode, parse
+from lamina.document import write as text_of
 from lamina.errors import CheckpointError, LaminaError
 from lamina.model import Model
 from lamina.specs import Spec
 from lamina.train import checkpoint
 from lamina.train.building import unlike, write
 from lamina.train.directory import ADAPTER, CHECKPOINTS, CONFIG, MODEL, PARTS
-from lamina.train.document import decode, parse
-from lamina.train.document import write as text_of
 from lamina.train.generators import generators
 from lamina.train.loop import Trainer
 from lamina.train.run import Run

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lamina.data import Order, Prepared
+from lamina.document import write as text_of
 from lamina.train.around import Around, Show, Tick
 from lamina.train.building import data_of, fingerprint, fits, model_of, spec_of, teacher_of, trained
-from lamina.train.document import write as text_of
 from lamina.train.evaluating import Evaluator
 from lamina.train.guards import Signals, Watchdog
 from lamina.train.loader import Loader, rows_at_once

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import pytest
 
+from lamina.document import assign, decode, parse, read, write
 from lamina.errors import LaminaError
 from lamina.specs import Spec
-from lamina.train.document import assign, decode, parse, read, write
 from lamina.train.specs import TrainSpec
 
 

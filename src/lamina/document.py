@@ -55,6 +55,20 @@ def _read(path: Path, below: tuple[Path, ...]) -> Node:
     path = path.resolve() if below else path
     if path.resolve() in below:
         raise LaminaError(f"{path}: extends itself, by way of {', '.join(str(one) for one in below)}")
+    node = open_document(path)
+    if not isinstance(node.value, dict):
+        what = "is empty" if node.value is None else f"holds a {_kind(node.value)}"
+        raise LaminaError(f"{node.where}: {what}; a mapping of fields was expected")
+    parent = node.value.pop("extends", None)
+    if parent is None:
+        return node
+    if not isinstance(parent.value, str):
+        raise LaminaError(f"{parent.where}: extends is {parent.plain()!r}; the path of one file was expected")
+    return _over(_read(path.parent / parent.value, (*below, path.resolve())), node)
+
+
+def open_document(path: Path) -> Node:
+    """What a YAML file holds, whatever that is. Raises LaminaError with the file, and the line where there is one."""
     try:
         size = path.stat().st_size
         if not path.is_file():
@@ -68,16 +82,7 @@ def _read(path: Path, below: tuple[Path, ...]) -> Node:
         raise LaminaError(f"{path}: is not UTF-8 at byte {error.start:,}") from None
     except OSError as error:
         raise LaminaError(f"{path}: {error.strerror}") from None
-    node = parse(text, str(path))
-    if not isinstance(node.value, dict):
-        what = "is empty" if node.value is None else f"holds a {_kind(node.value)}"
-        raise LaminaError(f"{node.where}: {what}; a mapping of fields was expected")
-    parent = node.value.pop("extends", None)
-    if parent is None:
-        return node
-    if not isinstance(parent.value, str):
-        raise LaminaError(f"{parent.where}: extends is {parent.plain()!r}; the path of one file was expected")
-    return _over(_read(path.parent / parent.value, (*below, path.resolve())), node)
+    return parse(text, str(path))
 
 
 def parse(text: str, name: str) -> Node:

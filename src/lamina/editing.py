@@ -1,0 +1,222 @@
+"""Surgery on models and on checkpoints: a plan is applied, what was kept is measured, and both are remembered."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamina.accounting import Account, account
+from lamina.durable import write_file
+from lamina.errors import LaminaError, UnsupportedError
+from lamina.exporting import exportable, save_weights
+from lamina.filling import Stored
+from lamina.locate import locate
+from lamina.model import Model, ModelSpec
+from lamina.opening import HISTORY, Opened, open_source, read_history
+from lamina.source import load, tokenizer
+from lamina.specs import unknown
+from lamina.surgery import Applied, Plan, Verdict, apply, begun, build, compare, pieces, read_plan, said
+from lamina.surgery.weights import dtype_of
+
+LONGEST = 512
+"""Tokens of a text of the verdict, where the model reads more."""
+TOKENS = 2048
+"""Tokens that a verdict reads where no text is given."""
+
+
+def edit(
+    model: Model,
+    plan: Plan,
+    *,
+    texts: Sequence[Sequence[int]] | None = None,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+    **wrong: Any,
+) -> tuple[Model, Verdict]:
+    """A model after a plan of operations, in evaluation mode, and the verdict on what was kept.
+
+    plan: a YAML file, or a list of {"op": name, ...}. texts: ids that the verdict is found on; by default the packaged
+    sample, in the tokens of the model, and random ids for a model without a tokenizer. seed: of weights that are new.
+    `model` is left as it is; weights that no operation changes are shared with it.
+    Raises LaminaError for a plan that cannot be done, naming operation and field.
+    """
+    if wrong:
+        raise LaminaError(unknown("argument of edit", next(iter(wrong)), ("texts", "seed", "progress")))
+    if model.mesh is not None or model.adapter is not None:
+        raise LaminaError("edit is for a whole model: merge or detach its adapter, and gather it from its ranks first")
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    done = apply(read_plan(plan), model.spec, state)
+    new, _ = build(done.spec, done.weights, seed=seed)
+    training = model.training
+    try:
+        verdict = compare(model.eval(), new, sample(model) if texts is None else texts, progress=progress)
+    finally:
+        model.train(training)
+    new.origin = _origin(model, done, state, verdict)
+    return new, verdict
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A model before and after."""
+
+    before: Account
+    after: Account
+
+
+def costs(done: Applied, context: int | None = None) -> Costs:
+    """Parameters, arithmetic and cache of both specs, by default at the end of the context of the old one."""
+    context = context or done.before.context or LONGEST
+    return Costs(account(done.before, context=context), account(done.spec, context=context))
+
+
+def planned(source: str | os.PathLike[str], plan: Plan) -> tuple[Opened, Applied]:
+    """What a plan would do to a SOURCE: files are opened, and no weight is read."""
+    operations = read_plan(plan)
+    located = locate(source)
+    if located.kind == "published":
+        raise LaminaError(f"{located.name!r} is a published architecture and has no weights here; name a checkpoint")
+    opened = open_source(located)
+    return opened, apply(operations, opened.spec, Stored(opened))
+
+
+def write(
+    opened: Opened,
+    done: Applied,
+    directory: str | os.PathLike[str],
+    format: str = "hf",
+    *,
+    seed: int = 0,
+    force: bool = False,
+    shard_size: int = 5_000_000_000,
+) -> dict[str, Any]:
+    """Write what a plan made of a checkpoint, one weight at a time, and return its line of the history."""
+    weights, main = done.weights, dtype_of(done.weights, next(iter(done.weights)))
+    fresh = begun(done.spec, list(done.new), seed=seed, dtype=main)
+    dtypes = {weight.name: main if weight.name in fresh else dtype_of(weights, weight.name) for weight in done.table}
+
+    def read(name: str) -> Tensor:
+        return fresh[name] if name in fresh else weights[name]
+
+    line = entry(done, str(opened.origin.located.name or opened.origin.located.path), digest(Stored(opened)))
+    history = [*opened.origin.history, line]
+    more = {HISTORY: (json.dumps(history, indent=2) + "\n").encode()}
+    save_weights(
+        done.spec,
+        dtypes,
+        read,
+        directory,
+        format,
+        origin=opened.origin,
+        more=more,
+        force=force,
+        shard_size=shard_size,
+    )
+    return line
+
+
+def entry(done: Applied, source: str, source_digest: str) -> dict[str, Any]:
+    """A line of the history of a checkpoint."""
+    return {
+        "source": source,
+        "source_sha256": source_digest,
+        "plan": [said(operation) for operation in done.operations],
+        "promises": [{"kept": promise.kept, "why": promise.why} for promise in done.promises],
+        "undo": None if done.undo is None else [said(operation) for operation in done.undo],
+    }
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all weights by name, type and bytes."""
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            found.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def sample(model: Model, text: str | None = None) -> list[list[int]]:
+    """The packaged sample, or `text`, as ids that the model reads at one time."""
+    limit = min(model.spec.context or LONGEST, model.spec.source_context or LONGEST, LONGEST)
+    origin = model.origin
+    words = None
+    if origin is not None:
+        try:
+            words = tokenizer(origin.located.path)
+        except LaminaError:
+            if text is not None:
+                raise
+    if words is None:
+        if text is not None:
+            raise LaminaError("a model without a tokenizer reads ids, not a text")
+        drawn = torch.randint(model.spec.embedding.vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0))
+        return list(pieces(drawn.tolist(), limit))
+    ids = words.encode(SAMPLE.read_text(encoding="utf-8") if text is None else text)
+    return list(pieces(ids if text is not None else ids[:TOKENS], limit))
+
+
+SAMPLE = Path(__file__).parent / "surgery" / "sample.txt"
+"""What a verdict is found on where no text is given: prose, verse and code in the public domain."""
+
+
+def _origin(model: Model, done: Applied, state: Mapping[str, Tensor], verdict: Verdict) -> Any:
+    """Where the new model comes from: the files of the old one, with a line more of history."""
+    if model.origin is None:
+        return None
+    located = model.origin.located
+    line = entry(done, str(located.name or located.path), digest(state)) | {"verdict": verdict.to_dict()}
+    return dataclasses.replace(model.origin, history=[*model.origin.history, line])
+
+
+def undoing(source: str | os.PathLike[str]) -> list[Mapping[str, Any]]:
+    """What leads back from the last operations on a checkpoint. Raises LaminaError where nothing does."""
+    history = open_source(locate(source)).origin.history
+    if not history:
+        raise LaminaError(f"{source} has no {HISTORY}: nothing was done to it that could be undone")
+    back = history[-1].get("undo")
+    if not isinstance(back, list) or not back:
+        raise LaminaError(f"the last operations on {source} cannot be undone: they were not exact")
+    return back
+
+
+def layout(spec: ModelSpec, opened: Opened) -> str:
+    """The Hugging Face layout where it can say the spec, else the native one."""
+    try:
+        exportable(spec, opened.origin.family)
+    except UnsupportedError:
+        return "native"
+    return "hf"
+
+
+def judge(
+    before: str | os.PathLike[str],
+    after: str | os.PathLike[str],
+    *,
+    text: Path | None = None,
+    tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Verdict:
+    """Compare a checkpoint with what was made of it, and note the verdict in the history of that."""
+    old, new = load(before), load(after)
+    written = None if text is None else text.read_text(encoding="utf-8")
+    texts = sample(old, written)
+    limit, chosen = TOKENS if tokens is None else tokens, []
+    for one in texts:
+        chosen.append(one[: max(limit - sum(map(len, chosen)), 0)])
+    verdict = compare(old, new, [one for one in chosen if one], progress=progress)
+    path = Path(after) / HISTORY
+    history = read_history(path)
+    history[-1]["verdict"] = verdict.to_dict()
+    write_file(path, (json.dumps(history, indent=2) + "\n").encode())
+    return verdict

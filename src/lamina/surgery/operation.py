@@ -1,0 +1,49 @@
+"""What an operation is: data that says a change, a function that makes it, and a promise of what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from lamina.model import ModelSpec
+from lamina.specs import Spec
+
+Kept = Literal["exact", "bounded", "lossy"]
+"""exact: the same function, but for rounding. bounded: the same where a stated condition holds, or within a stated
+bound. lossy: another function, which the verdict measures."""
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What an operation keeps."""
+
+    kept: Kept
+    why: str  # in words: "the same for texts of up to 512 tokens"
+    bits: bool = False  # exact to the bit, so that not even rounding differs
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A model after an operation: its spec, and its weights, none of which has been made yet."""
+
+    spec: ModelSpec
+    weights: Mapping[str, Tensor]  # names that the spec asks for and that are not here are new
+    promise: Promise
+    undo: tuple[Operation, ...] | None = None  # what leads back, where the way back is exact
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation(Spec):
+    """Base of all operations: a frozen set of fields, called `NAME` in a plan."""
+
+    NAME = ""
+
+    def change(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Changed:
+        """The model after it. Nothing is read here: whether it can be done is seen from the spec alone.
+
+        Raises LaminaError or UnsupportedError, naming the field, where it cannot be done to this model.
+        """
+        raise NotImplementedError

@@ -1,0 +1,93 @@
+"""Where in a model an operation is at work: parts of its spec, with the beginnings of the names of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Generic, TypeVar
+
+from lamina.errors import LaminaError
+from lamina.layers import BranchSpec, StepSpec
+from lamina.model import ModelSpec
+from lamina.specs import Spec, unknown
+
+S = TypeVar("S", bound=Spec)
+
+EVERYWHERE = ("*",)
+
+
+@dataclass(frozen=True)
+class Place(Generic[S]):
+    """A part of a model's spec."""
+
+    path: str  # as weights are called: decoder.layers.3.attention.op
+    part: S
+
+    @property
+    def shown(self) -> str:
+        """As `lamina show` calls it."""
+        return self.path.removesuffix(".op")
+
+    def weight(self, name: str) -> str:
+        """The name of one of its weights."""
+        return f"{self.path}.{name}"
+
+
+def places(spec: ModelSpec, kind: type[S] | tuple[type[S], ...], at: Sequence[str] = EVERYWHERE) -> list[Place[S]]:
+    """The parts of a kind that one of `at` names: a path or the beginning of one, or a pattern with * and ?.
+
+    Raises LaminaError for an entry of `at` that names none of them, and where the model has no such part.
+    """
+    found = [Place(path, part) for path, part in _walk(spec, "") if isinstance(part, kind)]
+    if not found:
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        raise LaminaError(f"this model has no {' or '.join(one.__name__ for one in kinds)}")
+    for entry in at:
+        if not any(_names(entry, place) for place in found):
+            raise LaminaError(unknown("place", entry, [place.shown for place in found]))
+    return [place for place in found if any(_names(entry, place) for entry in at)]
+
+
+def edited(spec: ModelSpec, change: Callable[[str, Spec], Spec]) -> ModelSpec:
+    """A copy in which each part is what `change(path, part)` makes of it, the inner ones first."""
+    return _edited(spec, "", change)
+
+
+def _walk(part: Any, path: str) -> Iterator[tuple[str, Spec]]:
+    if isinstance(part, Spec):
+        yield path, part
+        for name in part.__dataclass_fields__:
+            yield from _walk(getattr(part, name), _joined(path, name))
+    elif isinstance(part, tuple):
+        for number, one in enumerate(part):
+            yield from _walk(one, _item(path, number, one))
+
+
+def _edited(part: Any, path: str, change: Callable[[str, Spec], Spec]) -> Any:
+    if isinstance(part, tuple):
+        return tuple(_edited(one, _item(path, number, one), change) for number, one in enumerate(part))
+    if not isinstance(part, Spec):
+        return part
+    inner = {name: _edited(getattr(part, name), _joined(path, name), change) for name in part.__dataclass_fields__}
+    changes = {
+        name: new for name, new in inner.items() if new is not getattr(part, name) and new != getattr(part, name)
+    }
+    return change(path, part.replace(**changes) if changes else part)
+
+
+def _joined(path: str, name: str) -> str:
+    """Steps of a layer are called by their own names alone, as their weights are."""
+    if name == "steps":
+        return path
+    return f"{path}.{name}" if path else name
+
+
+def _item(path: str, number: int, part: Any) -> str:
+    return f"{path}.{part.name if isinstance(part, StepSpec | BranchSpec) else number}"
+
+
+def _names(entry: str, place: Place[Any]) -> bool:
+    return any(
+        name == entry or name.startswith(f"{entry}.") or fnmatchcase(name, entry) for name in (place.path, place.shown)
+    )

@@ -1,0 +1,142 @@
+"""Plans: operations as data, read from YAML or from Python, checked as a whole, and applied one after the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lamina.document import Node, decode, encode, open_document
+from lamina.errors import LaminaError
+from lamina.model import ModelSpec
+from lamina.specs import unknown
+from lamina.surgery.heads import KeyHeads, OrderHeads
+from lamina.surgery.operation import Changed, Kept, Operation, Promise
+from lamina.surgery.patterns import Restore, WindowOperation
+from lamina.surgery.upcycle import PickExpert, Upcycle
+from lamina.surgery.weights import origin
+
+OPERATIONS: dict[str, type[Operation]] = {
+    kind.NAME: kind for kind in (KeyHeads, OrderHeads, WindowOperation, Upcycle, PickExpert, Restore)
+}
+"""By the name that a plan has for them."""
+
+Plan = str | os.PathLike[str] | Sequence[Mapping[str, Any] | Operation]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a weight of the new model comes from."""
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]  # names of the old model; none: it begins as `spec.initial` says
+    how: tuple[str, ...]  # what was done, in order; nothing: it is the old one
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A model after all operations of a plan: nothing has been read yet."""
+
+    operations: tuple[Operation, ...]
+    promises: tuple[Promise, ...]
+    before: ModelSpec
+    spec: ModelSpec
+    weights: Mapping[str, Tensor]
+    table: tuple[Weight, ...]
+    undo: tuple[Operation, ...] | None
+
+    @property
+    def kept(self) -> Kept:
+        """What the whole promises: the least of what its operations do."""
+        kept = {promise.kept for promise in self.promises}
+        return "lossy" if "lossy" in kept else "bounded" if "bounded" in kept else "exact"
+
+    @property
+    def new(self) -> tuple[str, ...]:
+        """Weights that begin as `spec.initial` says."""
+        return tuple(weight.name for weight in self.table if not weight.sources)
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Weights that are not the old ones: what healing trains."""
+        return tuple(weight.name for weight in self.table if weight.how or not weight.sources)
+
+
+def read_plan(plan: Plan) -> tuple[Operation, ...]:
+    """The operations of a YAML file, or of a list of mappings {"op": name, ...}.
+
+    Raises LaminaError naming the file and line, the operation, the field and what would be right.
+    """
+    if isinstance(plan, str | os.PathLike):
+        root = open_document(Path(plan))
+        items, where = root.value, root.where
+        if isinstance(items, dict) and set(items) == {"operations"}:
+            items = items["operations"].value
+    else:
+        items, where = (
+            [one if isinstance(one, Operation) else _node(one, f"plan[{i}]") for i, one in enumerate(plan)],
+            "plan",
+        )
+    if not isinstance(items, list) or not items:
+        raise LaminaError(f"{where}: a plan is a list of operations: - {{op: key_heads, heads: 1}}")
+    return tuple(one if isinstance(one, Operation) else _operation(one) for one in items)
+
+
+def said(operation: Operation) -> dict[str, Any]:
+    """The inverse of `read_plan` for one operation."""
+    fields = encode(operation)
+    return {"op": fields.pop("kind"), **fields}
+
+
+def apply(operations: Sequence[Operation], spec: ModelSpec, weights: Mapping[str, Tensor]) -> Applied:
+    """Every operation after the one before. None of the weights is made; that they fit the new spec is checked.
+
+    Raises LaminaError naming the operation that cannot be done.
+    """
+    now = Changed(spec, weights, Promise("exact", "nothing was changed", bits=True), ())
+    promises: list[Promise] = []
+    undo: tuple[Operation, ...] | None = ()
+    for number, operation in enumerate(operations):
+        try:
+            now = operation.change(now.spec, now.weights)
+        except LaminaError as error:
+            raise type(error)(f"operation {number + 1} ({operation.NAME}): {error}") from None
+        promises.append(now.promise)
+        undo = None if undo is None or now.undo is None else (*now.undo, *undo)
+    table = _table(now.spec, now.weights)
+    return Applied(tuple(operations), tuple(promises), spec, now.spec, now.weights, table, undo)
+
+
+def _table(spec: ModelSpec, weights: Mapping[str, Tensor]) -> tuple[Weight, ...]:
+    shapes = {name: tuple(parameter.shape) for name, parameter in spec.build(device="meta").named_parameters()}
+    extra = [name for name in weights if name not in shapes]
+    if extra:
+        raise LaminaError(f"{extra[0]} is left over: the new spec has no place for it")
+    rows = []
+    for name, shape in shapes.items():
+        sources, how = origin(weights, name) if name in weights else ((), ())
+        rows.append(Weight(name, shape, sources, how))
+    return tuple(rows)
+
+
+def _operation(node: Node) -> Operation:
+    if not isinstance(node.value, dict) or "op" not in node.value:
+        raise LaminaError(f"{node.where}: an operation is a mapping with op, one of {', '.join(OPERATIONS)}")
+    name = node.value["op"]
+    if name.value not in OPERATIONS:
+        raise LaminaError(f"{name.where}: {unknown('operation', str(name.plain()), OPERATIONS)}")
+    fields = {key: value for key, value in node.value.items() if key != "op"}
+    return decode(OPERATIONS[name.value], Node(fields, node.where, node.keys), name.value)
+
+
+def _node(value: Any, where: str) -> Node:
+    if isinstance(value, Mapping):
+        return Node({str(key): _node(one, f"{where}.{key}") for key, one in value.items()}, where)
+    if isinstance(value, list | tuple):
+        return Node([_node(one, f"{where}[{i}]") for i, one in enumerate(value)], where)
+    return Node(value, where)

@@ -1,0 +1,95 @@
+"""lamina edit: what a plan would do, what it does, the way back, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import lamina
+from tests import tiny
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    lamina.save(tiny.model(), tmp_path / "source")
+    tiny.tokenizer().save(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def plan(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_dry_run_says_what_would_be_and_writes_nothing(lam, source, tmp_path):
+    path = plan(tmp_path, "- {op: experts, experts: 4}\n- {op: key_heads, heads: 1}\n")
+    there = set(tmp_path.rglob("*"))
+    found = lam("edit", source, path, "--dry-run", "--json").document
+    assert set(tmp_path.rglob("*")) == there
+    assert [one["kept"] for one in found["operations"]] == ["exact", "lossy"] and found["kept"] == "lossy"
+    assert found["undo"] is None
+    old, new = lamina.account(source), lamina.account(source)
+    assert found["before"]["parameters"] == old.parameters
+    copied = 3 * 2 * 3 * 32 * 48 + 2 * 4 * 32 - 2 * 2 * 8 * 32  # copies, routers, key heads
+    assert found["after"]["parameters"] == new.parameters + copied
+    assert found["after"]["cache_bytes"] * 2 == found["before"]["cache_bytes"]
+    rows = {row["name"]: row for row in found["weights"]}
+    assert rows["decoder.layers.0.feedforward.op.router.weight"]["sources"] == []
+    up = rows["decoder.layers.1.feedforward.op.experts.up.weight"]
+    assert up["sources"] == ["decoder.layers.1.feedforward.op.up.weight"] and up["how"] == ["4 copies"]
+    assert "decoder.layers.0.attention.op.q.weight" not in rows
+    text = " ".join(lam("edit", source, path, "--dry-run").out.split())
+    assert "1. experts: exact" in text and "mean of 2 heads" in text and "begins as the spec says" in text
+
+
+def test_what_is_written_is_judged_remembered_and_undone(lam, source, tmp_path):
+    out, back = tmp_path / "out", tmp_path / "back"
+    path = plan(tmp_path, "- {op: experts, experts: 2}\n")
+    done = lam("edit", source, path, "-o", out, "--tokens", "100", "--json")
+    found = done.document
+    assert found["verdict"]["found"] == "exact" and found["verdict"]["tokens"] == 100
+    assert found["format"] == "hf" and lamina.load(out).origin.family.model_type == "mixtral"
+    history = json.loads((out / "history.json").read_text())
+    assert history[-1]["verdict"] == found["verdict"] and history[-1]["plan"] == [
+        {"op": "experts", "experts": 2, "chosen": 2, "noise": 0.0, "seed": 0, "at": ["*"]}
+    ]
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    text = lam("edit", out, "--undo", "-o", back)
+    assert "verdict: exact" in text.out and "KL divergence" in text.out
+    one, other = lamina.load(source), lamina.load(back)
+    assert one.spec == other.spec
+    assert all(torch.equal(p, other.get_parameter(name)) for name, p in one.named_parameters())
+    assert len(json.loads((back / "history.json").read_text())) == 2
+
+
+def test_the_text_of_the_user(lam, source, tmp_path):
+    (tmp_path / "book.txt").write_text("the cat sat on the mat. " * 30)
+    path = plan(tmp_path, "- {op: window, back: 4}\n")
+    given = ("edit", source, path, "--text", tmp_path / "book.txt", "--format", "native", "--json")
+    found = lam(*given, "-o", tmp_path / "out").document
+    expected = len(lamina.tokenizer(source).encode("the cat sat on the mat. " * 30))
+    assert found["verdict"]["tokens"] == expected and found["verdict"]["found"] == "changed"
+    assert (tmp_path / "out" / "spec.json").is_file()
+    assert lam(*given, "-o", tmp_path / "fast", "--no-verdict").document.get("verdict") is None
+
+
+def test_mistakes_are_one_line_and_leave_nothing(lam, source, tmp_path):
+    out = tmp_path / "out"
+    good = plan(tmp_path, "- {op: window, back: 4}\n")
+    lam("edit", source, "-o", out).refused("name a PLAN.yaml, or --undo")
+    lam("edit", source, good).refused("no --output")
+    lam("edit", source, good, "-o", out, "--text", tmp_path / "none.txt").refused("none.txt: no such file")
+    lam("edit", source, good, "-o", source).refused("is there already", "--force")
+    lam("edit", source, "--undo", "-o", out).refused("has no history.json")
+    lam("edit", "llama/7b", good, "--dry-run").refused("is a published architecture")
+    lam("edit", source, tmp_path / "no.yaml", "-o", out).refused("no.yaml", "no such file")
+    bad = plan(tmp_path, "- {op: window, back: 4}\n- {op: key_heads, heads: 3}\n")
+    lam("edit", source, bad, "-o", out).refused("operation 2 (key_heads)", "heads=3 does not fit")
+    assert not out.exists()
+    lossy = plan(tmp_path, "- {op: key_heads, heads: 1}\n")
+    assert lam("edit", source, lossy, "-o", out, "--no-verdict").status == 0
+    lam("edit", out, "--undo", "-o", tmp_path / "back").refused("cannot be undone")
