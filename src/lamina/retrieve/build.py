@@ -21,6 +21,7 @@ from lamina.data.prepare import Progress as Reading
 from lamina.data.sources import Source
 from lamina.durable import remove, sync, write_file
 from lamina.errors import LaminaError
+from lamina.machine import give_back
 from lamina.model import Model
 from lamina.retrieve import generations
 from lamina.retrieve.chunks import Chunks, Documents, once
@@ -198,6 +199,7 @@ def grow(content: Content, directory: Path, engine: Engine, *, batch: int, repor
                 out.commit()
                 journal |= {"done": out.done, "cut": content.cut}
                 write_file(work / JOURNAL, json.dumps(journal).encode())
+                give_back()
             report(Progress("embedding", total, total, begun))
         finally:
             out.close()
