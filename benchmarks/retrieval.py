@@ -114,7 +114,7 @@ def accelerating(database: Database, queries: int, exact: float) -> dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LAMINA_CACHE"] = folder
         begun = time.perf_counter()
-        store = accelerated(database.store, "benchmark")
+        store = accelerated(database.store, "benchmark", "")
         seconds = time.perf_counter() - begun
     chosen = {"lists": store.index.nlist, "chosen_probes": store.probes, "chosen_recall": round(store.recall, 4)}
     speed = best(lambda: store.search(vectors, NEAREST), queries)

@@ -77,7 +77,7 @@ def test_a_prepared_directory_and_the_same_text_again(room: Path, index: Path, t
 
 
 def test_progress_is_said(room: Path, tmp_path: Path, lam, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lamina.cli.index.EVERY", 0.0)
+    monkeypatch.setattr("lamina.cli.progress.EVERY", 0.0)
     words = ("index", "build", room / "texts", "-o", tmp_path / "i", "--embedder", room / "bert", "--tokenizer",
              room / "llama", "--chunk", "5", "--batch", "4")  # fmt: skip
     done = lam(*words)

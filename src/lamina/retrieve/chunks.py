@@ -71,9 +71,10 @@ class Chunks:
         return torch.from_numpy(out.reshape(-1, self.chunk))
 
 
-def once(keys: np.ndarray) -> np.ndarray:
-    """int64: the documents that are not the same as one before them, in order."""
-    return np.sort(np.unique(keys, return_index=True)[1])
+def once(keys: np.ndarray, known: np.ndarray | None = None) -> np.ndarray:
+    """int64: the documents that are not the same as one before them, or as one whose key is known, in order."""
+    found = np.sort(np.unique(keys, return_index=True)[1])
+    return found if known is None else found[~np.isin(keys[found], known)]
 
 
 def key_of(parts: Iterable[Sequence[int] | np.ndarray]) -> int:
