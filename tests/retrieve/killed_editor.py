@@ -23,10 +23,9 @@ KILLS = 20
 def change(root: Path) -> None:
     database, more = open_database(root / "index"), open_prepared(root / "more")
     if len(database.spec.origins) == 1:
-        add(database, more, batch=16)
+        add(database, more, batch=16, close=True)
     else:
-        remove(database, [more.manifest.sources[0].name], batch=16)
-    database.close()
+        remove(database, [more.manifest.sources[0].name], batch=16, close=True)
 
 
 def holds(database: Database) -> tuple[torch.Tensor, torch.Tensor]:

@@ -168,8 +168,8 @@ def test_states_are_added_too(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_twenty_kills_of_changes_lose_nothing(tmp_path: Path, engine: str):
-    made.prepared(tmp_path / "text", made.rows(tmp_path / "t.jsonl", made.texts(40)))
-    made.prepared(tmp_path / "more", made.rows(tmp_path / "m.jsonl", made.texts(20, seed=1)))
+    made.prepared(tmp_path / "text", made.rows(tmp_path / "t.jsonl", made.texts(16)))
+    made.prepared(tmp_path / "more", made.rows(tmp_path / "m.jsonl", made.texts(8, seed=1)))
     made.embedder_at(tmp_path / "bert")
     kills, same, generations = run("killed_editor.py", tmp_path, engine, 0).split()
     assert (kills, same, generations) == ("20", "True", "1")

@@ -151,7 +151,7 @@ def add(
     try:
         prepared = _prepared(corpus, directory / ADDED, database.tokenizer, given, line)
         line.begin()
-        spec = make(database, prepared, replace=replace, batch=batch, report=line.show)
+        spec = make(database, prepared, replace=replace, batch=batch, close=True, report=line.show)
     finally:
         line.clear()
     removed(directory / ADDED)
@@ -171,7 +171,7 @@ def remove(out: Output, directory: Path, document: tuple[str, ...]) -> None:
 
     database, line = open_database(directory), Rows(out)
     try:
-        spec = make(database, document, report=line.show)
+        spec = make(database, document, close=True, report=line.show)
     finally:
         line.clear()
     _changed(out, database, spec)

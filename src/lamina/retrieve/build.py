@@ -187,10 +187,18 @@ def check_free(directory: Path, force: bool) -> None:
 
 
 def grow(
-    content: Content, directory: Path, engine: Engine, *, batch: int, report: Report, base: Path | None = None
+    content: Content,
+    directory: Path,
+    engine: Engine,
+    *,
+    batch: int,
+    report: Report,
+    base: Path | None = None,
+    last: Callable[[], None] = lambda: None,
 ) -> IndexSpec:
     """Write the content as the newest generation of `directory`. base: the generation that it was made from, which has
-    to be the newest one until then: what another process wrote meanwhile would be lost."""
+    to be the newest one until then: what another process wrote meanwhile would be lost. last: called before it is
+    replaced, when nothing more is read of it."""
     total, tokenizer = int(content.starts[-1]), content.tokenizer
     if total == 0:
         raise LaminaError("the text has no document with a token to store, so there is nothing to find")
@@ -243,6 +251,7 @@ def grow(
                 os.fsync(file.fileno())
         sync(work / TOKENIZER)
         write(work, spec)
+        last()
         generations.install(directory)
     return spec
 

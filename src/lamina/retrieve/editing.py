@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -101,13 +101,15 @@ def add(
     *,
     replace: bool = False,
     batch: int = BATCH,
+    close: bool = False,
     report: Report = lambda progress: None,
 ) -> IndexSpec:
     """Write a generation that also has the documents of prepared text; those that are there already are left out.
 
     They are chunked and embedded as the others were. replace: documents from files of the same names are taken out in
-    the same step. Where nothing changes, nothing is written. Raises LaminaError for text of another tokenizer, another
-    embedder than that of the build, and a database that another process has replaced meanwhile.
+    the same step. close: let go of `database` in time, so that nothing of its generation stays. Where nothing changes,
+    nothing is written. Raises LaminaError for text of another tokenizer, another embedder than that of the build, and
+    a database that another process has replaced meanwhile.
     """
     database.check_tokenizer(prepared.tokenizer())
     gone = torch.zeros(database.spec.documents, dtype=torch.bool)
@@ -120,7 +122,7 @@ def add(
     if not len(new.keys) and not bool(gone.any()):
         return database.spec
     kept.notes = (*kept.notes, *_counted(ADDED, len(new.keys)), *_counted(REMOVED, int(gone.sum())))
-    return _next(database, Joined(kept, new), batch, report)
+    return _next(database, Joined(kept, new), batch, close, report)
 
 
 def remove(
@@ -128,11 +130,13 @@ def remove(
     documents: Sequence[str],
     *,
     batch: int = BATCH,
+    close: bool = False,
     report: Report = lambda progress: None,
 ) -> IndexSpec:
     """Write a generation without some documents, each said as `lamina index query` does, FILE#NUMBER, or all of FILE.
 
-    Raises LaminaError for a document that is not there, and where none would be left.
+    close: let go of `database` in time, so that nothing of its generation stays. Raises LaminaError for a document
+    that is not there, and where none would be left.
     """
     gone = torch.zeros(database.spec.documents, dtype=torch.bool)
     for name in documents:
@@ -141,7 +145,7 @@ def remove(
         raise LaminaError(f"{database.directory}: nothing would be left; remove the directory")
     kept = Selected(database, (~gone).nonzero()[:, 0])
     kept.notes = (*kept.notes, *_counted(REMOVED, int(gone.sum())))
-    return _next(database, kept, batch, report)
+    return _next(database, kept, batch, close, report)
 
 
 def named(database: Database, name: str) -> Tensor:
@@ -171,7 +175,8 @@ def _counted(words: str, count: int) -> list[str]:
     return [f"{words}: {count:,}"] if count else []
 
 
-def _next(database: Database, content: Content, batch: int, report: Report) -> IndexSpec:
+def _next(database: Database, content: Content, batch: int, close: bool, report: Report) -> IndexSpec:
     spec = database.spec
     engine = Engine(spec.engine, "" if spec.table is None else spec.table.uri)
-    return grow(content, database.directory, engine, batch=batch, report=report, base=database.folder)
+    more: dict[str, Any] = {"last": database.close} if close else {}
+    return grow(content, database.directory, engine, batch=batch, report=report, base=database.folder, **more)
