@@ -152,7 +152,6 @@ def test_documents_come_and_go(room: Path, index: Path, tmp_path: Path, lam):
     plain = lam("index", "remove", index, found["source"], room / "texts/a.txt")
     assert plain.status == 0 and f"before: {said['rows']:,} rows of 5 documents" in plain.out
     assert "documents removed since the build: 2" in lam("index", "info", index, "--verify").out
-    assert [path.name for path in index.glob("generation-*")] == ["generation-3"]
     (tmp_path / "new/d.txt").write_text("the dog sat")
     last = lam("index", "add", index, tmp_path / "new", "--replace", "--json").document
     assert last["documents"] == 3 and last["sources"] == 3

@@ -71,7 +71,8 @@ def test_what_is_added_follows_what_was_there(room: Path):
 
 
 def test_what_is_taken_out_was_never_there(room: Path):
-    add(open_database(room / "index"), prepared(room / "more"))
+    add(open_database(room / "index"), prepared(room / "more"), close=True)
+    assert [path.name for path in (room / "index").glob("generation-*")] == ["generation-2"]
     database = open_database(room / "index")
     names = [database.name_of(number) for number in (0, 7, 8, 24, 30)]
     spec = remove(database, [*names, names[0]])

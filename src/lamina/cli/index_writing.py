@@ -199,6 +199,7 @@ def copy(out: Output, directory: Path, output: Path, engine: str, uri: str, forc
 
 def _changed(out: Output, before: Database, spec: IndexSpec) -> None:
     """What became of a database."""
+    before.close()
     from lamina.retrieve.accelerator import stale
     from lamina.retrieve.manifest import hash_of
 

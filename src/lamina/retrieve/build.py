@@ -262,11 +262,18 @@ def _batch(content: Content, start: int, stop: int) -> Batch:
     numbers = np.arange(start, stop)
     documents = np.searchsorted(content.starts, numbers, side="right") - 1
     last = torch.from_numpy(content.starts[documents + 1] == numbers + 1)
+    vectors = content.vectors(start, stop)
+    if not bool(vectors.isfinite().all()):
+        row = start + int((~vectors.isfinite()).any(1).nonzero()[0])
+        raise LaminaError(
+            f"{content.embedder.source} in {content.embedder.dtype}: the vector of row {row:,} is not finite, so it"
+            " could never be found; another dtype may do: float32"
+        )
     following = torch.full((stop - start, content.chunk), -1)
     following[: len(tokens) - 1] = tokens[1:]
     return Batch(
         start=start,
-        vectors=content.vectors(start, stop),
+        vectors=vectors,
         tokens=tokens[: stop - start],
         following=following.masked_fill(last[:, None], -1),
         documents=torch.from_numpy(documents),
