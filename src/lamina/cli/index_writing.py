@@ -148,6 +148,8 @@ def add(
     from lamina.retrieve.generations import ADDED
 
     database, line = open_database(directory, device=device, embedder=embedder), Rows(out)
+    if database.spec.embedder.pooling != "state":
+        assert database.embedder  # the right one, before the text is read
     try:
         prepared = _prepared(corpus, directory / ADDED, database.tokenizer, given, line)
         line.begin()
