@@ -1,19 +1,25 @@
 """Databases of real text: how fast chunks are embedded, how fast neighbours are found, and how many of them.
 
-    lamina index build CORPUS... -o DIR --embedder minilm-l6 --dtype bfloat16 --tokenizer smollm2-135m
+    python benchmarks/retrieval.py DIR --build CORPUS... [--engine lance] --queries 0 --embed 0 [--json FILE]
     python benchmarks/retrieval.py DIR [--threads 2] [--queries 2000] [--embed 2048] [--json FILE]
 
-DIR is a database of the engine exact; its rows are copied to the engine lance (extra lamina[retrieval]) and indexed by
-faiss (extra lamina[faiss]). Queries are vectors of rows, which do not find themselves; they are asked in batches. Rates
-are the best of three. Recall is that of the 10 nearest beside the exact search of the same queries.
+With --build, DIR is built of the texts first, by the command and as a process of its own, with its time and memory.
+FILE keeps what it holds of parts that were not measured this time.
+
+Else DIR is a database of the engine exact; its rows are copied to the engine lance (extra lamina[retrieval]) and
+indexed by faiss (extra lamina[faiss]). Queries are vectors of rows, which do not find themselves; they are asked in
+batches. Rates are the best of three. Recall is that of the 10 nearest beside the exact search of the same queries.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,6 +48,48 @@ def best(search: Any, queries: int) -> float:
         search()
         times.append(time.perf_counter() - begun)
     return round(queries / min(times), 1)
+
+
+def building(corpus: list[Path], directory: Path, engine: str, threads: int) -> dict[str, Any]:
+    """`lamina index build` of texts, from the files to the last rename."""
+    command = [sys.executable, "-m", "lamina", "index", "build", *map(str, corpus), "-o", str(directory)]
+    command += ["--embedder", "minilm-l6", "--dtype", "bfloat16", "--tokenizer", "smollm2-135m", "--engine", engine]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
+    begun, held = time.perf_counter(), []
+    with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, text=True, env=environment) as child:
+        assert child.stdout is not None
+        while child.poll() is None:
+            held.append(own_memory(child.pid))
+            time.sleep(0.5)
+        said = json.loads(child.stdout.read())
+    seconds = time.perf_counter() - begun
+    fifth = len(held) // 5
+    files = [path for each in corpus for path in ([each] if each.is_file() else sorted(each.rglob("*")))]
+    texts = 0
+    for path in filter(Path.is_file, files):
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            texts += len(file.read())
+    return {
+        "engine": engine,
+        "threads": threads,
+        "text_bytes": texts,
+        "chunks": said["made"],
+        "seconds": round(seconds, 1),
+        "chunks_per_second": round(said["made"] / seconds, 1),
+        "own_memory_mib": {
+            "in_the_second_fifth": max(held[fifth : 2 * fifth], default=0),
+            "in_the_last_fifth": max(held[-fifth:], default=0),
+        },
+    }
+
+
+def own_memory(process: int) -> int:
+    """MiB that are a process's own: mapped files, which the system may drop, are left out."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return max((int(line.split()[1]) >> 10 for line in lines if line.startswith("RssAnon")), default=0)
 
 
 def embedding(database: Database, count: int) -> dict[str, float]:
@@ -114,7 +162,7 @@ def accelerating(database: Database, queries: int, exact: float) -> dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LAMINA_CACHE"] = folder
         begun = time.perf_counter()
-        store = accelerated(database.store, "benchmark")
+        store = accelerated(database.store, "benchmark", "")
         seconds = time.perf_counter() - begun
     chosen = {"lists": store.index.nlist, "chosen_probes": store.probes, "chosen_recall": round(store.recall, 4)}
     speed = best(lambda: store.search(vectors, NEAREST), queries)
@@ -129,17 +177,33 @@ def accelerating(database: Database, queries: int, exact: float) -> dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--queries", type=int, default=2000)
     parser.add_argument("--embed", type=int, default=2048)
+    parser.add_argument("--build", type=Path, nargs="+")
+    parser.add_argument("--engine", default="exact")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    document: dict[str, Any] = {}
+    if given.json is not None and given.json.is_file():
+        document = json.loads(given.json.read_text())
+    if given.build:
+        document["building"] = building(given.build, given.directory, given.engine, given.threads)
+    if given.queries or given.embed:
+        measure(given, document)
+    print(json.dumps(document, indent=1))
+    if given.json is not None:
+        given.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def measure(given: argparse.Namespace, document: dict[str, Any]) -> None:
+    """What is found in the database, and how fast."""
     database = open_database(given.directory)
     spec = database.spec
-    document: dict[str, Any] = {
+    document |= {
         "threads": given.threads,
         "rows": spec.rows,
         "documents": spec.documents,
@@ -148,13 +212,11 @@ def main() -> None:
         "embedder": spec.embedder.source,
         "dtype": spec.embedder.dtype,
     }
-    document |= {"searching": searching(database, given.queries)}
-    document["searching"] |= accelerating(database, given.queries, document["searching"]["exact_queries_per_second"])
+    if given.queries:
+        found = searching(database, given.queries)
+        document["searching"] = found | accelerating(database, given.queries, found["exact_queries_per_second"])
     if given.embed:
-        document |= {"embedding": embedding(database, given.embed)}
-    print(json.dumps(document, indent=1))
-    if given.json is not None:
-        given.json.write_text(json.dumps(document, indent=1) + "\n")
+        document["embedding"] = embedding(database, given.embed)
 
 
 if __name__ == "__main__":

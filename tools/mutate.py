@@ -107,7 +107,7 @@ def tests_of(file: str) -> tuple[str, ...]:
         name = next((test for test, stems in through.items() if name in stems), name)
         return (f"tests/train/test_{name}.py",)
     if folder == "retrieve":
-        own = ("recall", "neighbours", "overlap", "states", "knn")
+        own = ("accelerator", "editing", "knn", "lance", "neighbours", "overlap", "recall", "states")
         return () if name in own else ("tests/retrieve/test_database.py",)
     if folder == "adapters":
         return ("tests/adapters/test_lora.py", "tests/adapters/test_peft.py")

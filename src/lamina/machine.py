@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from importlib import metadata
 from pathlib import Path
@@ -30,3 +31,11 @@ def memory() -> dict[str, int | None]:
         if name in names:
             found[names[name]] = int(rest.split()[0]) * 1024
     return found
+
+
+def give_back() -> None:
+    """Give memory that was freed back to the system. The C library keeps it for tensors to come; where each batch has
+    other sizes than the last these fit nowhere, and a process that lives on 250 MB was seen to hold 2.5 GB."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; others give back by themselves, or cannot
+    if trim is not None:
+        trim(0)

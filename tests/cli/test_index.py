@@ -77,7 +77,7 @@ def test_a_prepared_directory_and_the_same_text_again(room: Path, index: Path, t
 
 
 def test_progress_is_said(room: Path, tmp_path: Path, lam, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lamina.cli.index.EVERY", 0.0)
+    monkeypatch.setattr("lamina.cli.progress.EVERY", 0.0)
     words = ("index", "build", room / "texts", "-o", tmp_path / "i", "--embedder", room / "bert", "--tokenizer",
              room / "llama", "--chunk", "5", "--batch", "4")  # fmt: skip
     done = lam(*words)
@@ -134,6 +134,32 @@ def test_copy(index: Path, tmp_path: Path, lam):
     assert torch.equal(one.values(rows), other.values(rows)) and torch.equal(one.keys, other.keys)
     assert one.name_of(1) == other.name_of(1)
     lam("index", "copy", index, "-o", index, "--engine", "exact").refused("holds a database already")
+
+
+def test_documents_come_and_go(room: Path, index: Path, tmp_path: Path, lam):
+    before = lam("index", "info", index, "--json").document
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/d.txt").write_text("a red mat is on the hill\n\nthe cat ran")
+    words = ("index", "add", index, tmp_path / "new", "--split-on", r"\n\n")
+    done = lam(*words, "--json")
+    assert done.status == 0, done.err
+    said = done.document
+    assert said["before"]["rows"] == before["rows"] and said["documents"] == before["documents"] + 2
+    assert said["notes"][-1] == "documents added since the build: 2" and not (index / "added").exists()
+    found = lam("index", "query", index, "a red mat", "--count", "1", "--json").document["neighbours"][0]
+    assert found["source"] == f"{tmp_path / 'new/d.txt'}#3" and found["text"].startswith("a red")
+    assert lam(*words, "--json").document["rows"] == said["rows"]  # they are there already
+    plain = lam("index", "remove", index, found["source"], room / "texts/a.txt")
+    assert plain.status == 0 and f"before: {said['rows']:,} rows of 5 documents" in plain.out
+    assert "documents removed since the build: 2" in lam("index", "info", index, "--verify").out
+    (tmp_path / "new/d.txt").write_text("the dog sat")
+    last = lam("index", "add", index, tmp_path / "new", "--replace", "--json").document
+    assert last["documents"] == 3 and last["sources"] == 3
+    lam("index", "remove", index, "d.txt").refused("unknown document 'd.txt'")
+    lam("index", "add", tmp_path / "none", room / "texts").refused("no database")
+    lam("index", "add", index, tmp_path / "nothing").refused("nothing: no such file")
+    lam("index", "add", index, tmp_path / "new", "--lines", "--split-on", "x").refused("--lines and --split-on")
+    lam("index", "add", index, tmp_path / "new", "--embedder", room / "llama").refused("was made by", "llama")
 
 
 def test_mistakes(room: Path, index: Path, tmp_path: Path, lam):

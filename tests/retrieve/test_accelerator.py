@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
-from lamina.retrieve import open_database
+from lamina.retrieve import Embedder, build, open_database, remove
+from lamina.retrieve.accelerator import stale
 from lamina.retrieve.store import Found, without
 from tests.retrieve import made
 
@@ -91,6 +92,29 @@ def test_an_index_from_elsewhere_has_to_be_trusted(index: Path, tmp_path: Path, 
     other = next(path for path in (tmp_path / "other/faiss").glob("*/index.faiss") if path.stat().st_size < 50_000)
     with pytest.raises(CheckpointError, match=r"rows of width 32; an inverted file of [\d,]+ rows"):
         open_database(index).accelerate(other)
+
+
+@needed
+def test_an_index_of_an_older_generation_is_stale(index: Path, tmp_path: Path):
+    one = open_database(index)
+    one.accelerate()
+    (file,) = (tmp_path / "cache/faiss").glob("*/index.faiss")
+    kept = tmp_path / "kept.faiss"
+    kept.write_bytes(file.read_bytes())
+    assert stale(one.location, one.hash) == [] and one.store.stale == 0
+    remove(one, [one.name_of(3)])
+    other = open_database(index)
+    assert stale(one.location, other.hash) == [file.parent]
+    other.accelerate()
+    assert other.store.stale == 1 and not file.exists() and stale(one.location, other.hash) == []
+    with pytest.raises(CheckpointError, match=r"kept.faiss: .* rows of width 32; an inverted file of"):
+        open_database(index).accelerate(kept)
+    # As many rows of the same vectors, but with other numbers: the nearest lie as near.
+    text = made.prepared(tmp_path / "back", made.rows(tmp_path / "back.jsonl", made.texts(150)[::-1]))
+    build(text, tmp_path / "reversed", Embedder(tmp_path / "bert"), chunk=made.CHUNK)
+    assert len(open_database(tmp_path / "reversed")) == len(one)
+    with pytest.raises(CheckpointError, match=r"kept.faiss: \d+% of some rows find themselves: it is stale"):
+        open_database(tmp_path / "reversed").accelerate(kept)
 
 
 def test_without_the_package(index: Path, monkeypatch: pytest.MonkeyPatch):

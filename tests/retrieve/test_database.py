@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 import lamina
 from lamina.errors import CheckpointError, LaminaError
 from lamina.retrieve import Embedder, Engine, build, open_database
-from lamina.retrieve.chunks import Chunks, Documents, once
+from lamina.retrieve.chunks import Chunks, Documents, key_of, once
+from lamina.retrieve.embedding import same
 from lamina.retrieve.flat import Growing, mapped
 from lamina.retrieve.store import nearest
 from tests import tiny
@@ -146,6 +148,48 @@ def test_chunks_too_long_for_the_embedder_are_cut_and_said(tmp_path: Path):
     model = lamina.load(tmp_path / "bert")
     expected = model(torch.tensor([[2, *ids, 3]])).hidden[0].mean(0)
     torch.testing.assert_close(database.store.vectors(0, 1)[0], expected / expected.norm(), rtol=0, atol=1e-5)
+
+
+def test_a_document_may_be_larger_than_memory(tmp_path: Path):
+    (tmp_path / "long.txt").write_text("ab" * 700_000)
+    prepared = made.prepared(tmp_path / "text", tmp_path / "long.txt")
+    found = Documents(prepared)  # imports and maps what there is
+    tracemalloc.start()
+    again = Documents(prepared)
+    chunks = Chunks(again, once(again.keys), 64)
+    assert chunks.tokens(9000, 9002).tolist() == [[97, 98] * 32] * 2
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert again.sizes.tolist() == [1_400_000] and peak < 1_400_000  # less than a byte a token
+    assert found.keys.tolist() == again.keys.tolist() == [key_of([np.tile([97, 98], 700_000)])]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_vectors_that_are_not_finite_are_not_stored(tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch):
+    text = made.prepared(tmp_path / "text", made.rows(tmp_path / "t.jsonl", made.texts(9)))
+    model = Embedder(made.embedder_at(tmp_path / "bert"))
+
+    def broken(self: Embedder, texts: list[str]) -> torch.Tensor:
+        vectors = torch.zeros(len(texts), 32)
+        vectors[2] = value if len(calls) else 0
+        calls.append(len(texts))
+        return vectors
+
+    calls: list[int] = []
+    monkeypatch.setattr(Embedder, "__call__", broken)
+    with pytest.raises(LaminaError, match=r"bert in float32: the vector of row 10 is not finite"):
+        build(text, tmp_path / "index", model, chunk=2, batch=8)
+    assert calls == [8, 8]
+
+
+@pytest.mark.parametrize("field, value", [("width", 33), ("pooling", "first"), ("normalise", False),
+                                          ("dtype", "bfloat16"), ("hash", "f" * 64)])  # fmt: skip
+def test_whatever_differs_between_embedders_is_named_with_both(whole, field: str, value):
+    known = whole[0].spec.embedder
+    other = known.replace(source="other", **{field: value})
+    with pytest.raises(LaminaError, match=rf"bert \({field} .*\), and this is other \({field} {str(value)[:12]}"):
+        same(known, other)
+    same(known, known.replace(source="moved"))
 
 
 def test_nothing_to_find(tmp_path: Path):

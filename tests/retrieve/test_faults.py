@@ -45,3 +45,11 @@ def test_readers_of_a_database_that_is_rebuilt(tmp_path: Path, engine: str):
     made.embedder_at(tmp_path / "bert")
     times, generations, failed = map(int, run("rebuilt.py", tmp_path, engine).split())
     assert failed == 0 and times >= 24 and generations >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the system does not say what a process holds")
+def test_memory_does_not_grow_with_rows(tmp_path: Path):
+    """What the C library keeps of tensors that are gone is given back: else 190 MB more, and ever more."""
+    early, most = map(int, run("growing.py", tmp_path, "exact").split())
+    assert most < early + 64

@@ -129,6 +129,17 @@ def test_a_table_with_other_rows_is_refused(tmp_path: Path):
         open_database(tmp_path / "lance")
 
 
+@without_lance
+def test_numbers_that_are_there_twice_are_named(tmp_path: Path):
+    _, text = made.database(tmp_path, made.texts(6))
+    build(text, tmp_path / "lance", Embedder(tmp_path / "bert"), chunk=9, engine=Engine("lance"))
+    table = open_database(tmp_path / "lance").store.table
+    table.update(where="row = 3", values={"row": 2})
+    found = open_database(tmp_path / "lance")
+    with pytest.raises(CheckpointError, match=r"rows are not numbered 0 to \d+ in order; build it anew"):
+        found.verify()
+
+
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     _, text = made.database(tmp_path, made.texts(2))
     monkeypatch.setitem(sys.modules, "lancedb", None)

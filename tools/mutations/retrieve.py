@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 ALSO: dict[str, tuple[str, ...]] = {
+    "retrieve/accelerator.py": ("tests/retrieve/test_accelerator.py",),  # needs faiss
+    "retrieve/editing.py": ("tests/retrieve/test_editing.py",),
+    "retrieve/build.py": ("tests/retrieve/test_editing.py",),
+    "retrieve/database.py": ("tests/retrieve/test_editing.py",),
     "retrieve/knn.py": ("tests/retrieve/test_knn.py",),
+    "retrieve/lance.py": ("tests/retrieve/test_lance.py",),  # needs lancedb
     "retrieve/neighbours.py": ("tests/retrieve/test_neighbours.py",),
     "retrieve/overlap.py": ("tests/retrieve/test_neighbours.py",),
     "retrieve/recall.py": ("tests/retrieve/test_lance.py",),
@@ -12,8 +17,17 @@ ALSO: dict[str, tuple[str, ...]] = {
 """Tests of a file beside those that its name tells."""
 
 MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
+    "retrieve/accelerator.py": [
+        ("faiss: what is left out", "found if exclude is None else without(found, exclude, count)", "found"),
+        ("faiss: what the lists lack is made up for", "if bool(short.any()):", "if False:"),
+        ("faiss: a damaged index is made anew", 'sha256(folder / FILE) == about["sha256"]', "True"),
+        ("faiss: an older generation's index is removed", "        remove(each)", "        pass"),
+        ("faiss: rows of a trusted index find themselves", "    if own < OWN:", "    if False:"),
+        ("faiss: an index of other rows is refused", "(index.ntotal, index.d) != (store.rows, store.width)", "False"),
+    ],
     "retrieve/build.py": [
         ("another wish begins anew", 'if found.get("key") != key:', "if not found:"),
+        ("what another process wrote is not lost", "if base is not None and generations", "if False and generations"),
         ("texts cut are counted", "self.cut += self.embed.cut - before", "pass"),
     ],
     "retrieve/chunks.py": [
@@ -23,8 +37,18 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "retrieve/database.py": [
         ("no continuation beyond the document", "(after == self.starts", "(inside == self.starts"),
         ("the same document by its tokens", "(self.keys[same] != keys)[:, None], 0", "torch.tensor(True), 0"),
-        ("the same document by its file", "out[i, 1] = torch.tensor([low, high])", "pass"),
+        ("the same document by its file", "out[i, place] = self.documents_from(file)", "pass"),
+        ("a file read in two ways", ".setdefault(origin.sha256, []).append(file)", "[origin.sha256] = [file]"),
         ("ids are those of the vocabulary", "if found.numel() and not -1 <=", "if False and not -1 <="),
+    ],
+    "retrieve/editing.py": [
+        ("added rows follow those that stay", "second.starts[1:] + self.given", "second.starts[1:]"),
+        ("what is there already is not added", "prepared, kept.keys)", "prepared, kept.keys[:0])"),
+        ("files of the same name are replaced", "if origin.name in names]", "if False]"),
+        ("rows of documents that stay", "self.begins[documents] + numbers - self.starts[documents]", "numbers"),
+        ("rows between two that stay are not taken", "[run - run[0]] for run", "[: len(run)] for run"),
+        ("files of what is added come after the others", "second.files + len(first.origins)", "second.files"),
+        ("a document is named by its file too", "and database.name_of(int(number)) == name", ""),
     ],
     "retrieve/embedding.py": [
         (
@@ -55,6 +79,14 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "self.database.search(states, self.count, spans)",
             "self.database.search(states, self.count)",
         ),
+    ],
+    "retrieve/lance.py": [
+        ("lance: what is left out", "            rows, distances = found.rows, found.distances", "            pass"),
+        ("lance: what the lists lack is made up for", "for i in (rows < 0).any(1)", "for i in (rows < -1).any(1)"),
+        ("lance: rows in the order that was asked for", "return values[order][which]", "return values[order]"),
+        ("lance: answers in the order of their queries", "(of.double() * 1e9 + distances", "(distances"),
+        ("lance: a table with other rows is refused", "if count != self.rows or", "if"),
+        ("lance: as many lists as the recall asks for", "asked.nprobes(self.spec.probes)", "asked.nprobes(1)"),
     ],
     "retrieve/neighbours.py": [
         ("neighbours: not of the document itself", "count, own[of[whole]]).rows", "count).rows"),

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lamina.cli.corpus import corpus_options, wanted
 from lamina.cli.errors import Failed
-from lamina.cli.output import Output, short, size, table
+from lamina.cli.output import Output, duration, short, size, table
 from lamina.cli.program import NAMES, command
-from lamina.errors import LaminaError
+from lamina.cli.progress import Line
 
 if TYPE_CHECKING:
     from lamina.data import Manifest
@@ -53,19 +53,8 @@ lamina data show book/train --verify --json
     show_default=True,
     help="Of each row: text; source,target; text,label; tokens,labels; first,second or first,second,score.",
 )
-@click.option("--field", "fields", multiple=True, help="Field of a row that holds a column: text=body, or body.")
 @click.option("--labels", default="", help="Names of labels by number: a,b,c. [default: in the order met]")
-@click.option("--glob", help="Files taken out of directories. [default: text, JSONL and Parquet by suffix]")
-@click.option("--lines", is_flag=True, help="Each line of a text file is a document.")
-@click.option("--split-on", help=r"Documents of a text file are separated by this: '\n\n', '<|endoftext|>'.")
-@click.option(
-    "--characters",
-    type=click.Choice(["error", "replace", "skip"]),
-    default="error",
-    show_default=True,
-    help="What is no text (not UTF-8, NUL): refused, replaced, or its document left out.",
-)
-@click.option("--damaged", default=0.01, show_default=True, help="Part of a file's rows that may be damaged.")
+@corpus_options
 @click.option("--validation", default=0.0, show_default=True, help="Part kept for validation.")
 @click.option(
     "--split",
@@ -81,11 +70,8 @@ def prepare(
     output: Path,
     tokenizer: str,
     columns: str,
-    fields: tuple[str, ...],
     labels: str,
     glob: str | None,
-    lines: bool,
-    split_on: str | None,
     split: str | None,
     no_end: bool,
     special: str,
@@ -103,18 +89,15 @@ def prepare(
     from lamina.data.sources import find
     from lamina.data.wishes import PrepareSpec
 
-    if lines and split_on is not None:
-        raise LaminaError("--lines and --split-on: choose one; --lines is --split-on '\\n'")
-    separator = "\n" if lines else None if split_on is None else _unescaped(split_on)
+    wishes = wanted(given, columns.split(","))
     found = find(sources, glob)
-    alone = len(found) == 1 and found[0].kind == "text" and separator is None
+    alone = len(found) == 1 and found[0].kind == "text" and wishes["split_on"] is None
     spec = PrepareSpec(
         kind=COLUMNS[columns],  # pyright: ignore[reportArgumentType]
-        fields=_fields(columns.split(","), fields),
-        split_on=separator,
         split=split or ("end" if alone and given["validation"] else "documents"),  # pyright: ignore[reportArgumentType]
         end=not no_end,
         labels=tuple(labels.split(",")) if labels else (),
+        **wishes,
         **given,
     )
     started = time.monotonic()
@@ -190,23 +173,6 @@ def _tokenizer(name: str) -> Any:
     return lamina.tokenizer(name)
 
 
-def _fields(columns: list[str], given: tuple[str, ...]) -> tuple[str, ...]:
-    names = dict.fromkeys(columns, "")
-    for each in given:
-        column, _, name = each.rpartition("=")
-        column = column or columns[0]
-        if column not in names:
-            from lamina.specs import unknown
-
-            raise LaminaError(f"--field {each}: {unknown('column', column, names)}")
-        names[column] = name
-    return tuple(name or column for column, name in names.items())
-
-
-def _unescaped(text: str) -> str:
-    return text.replace("\\n", "\n").replace("\\t", "\t")
-
-
 def _about(directory: Path, manifest: Manifest) -> dict[str, Any]:
     sums = {name: sum(getattr(each, name) for each in manifest.sources) for name in ("damaged", "empty", "skipped")}
     return {
@@ -242,26 +208,17 @@ def _lines(parts: dict[str, dict[str, Any]]) -> list[str]:
     return [*table(("part", "documents", "tokens", "vocabulary"), rows), *more]
 
 
-class _Line:
-    """One line that is written over, on a terminal only."""
+class _Line(Line):
+    """How far the sources are read."""
 
     def __init__(self, out: Output) -> None:
-        self.out, self.started, self.last = out, time.monotonic(), 0.0
+        self.started = time.monotonic()
+        super().__init__(out, last=self.started)
 
     def show(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if not self.out.progress or now - self.last < 0.2:
-            return
-        self.last = now
-        rate = progress.bytes / max(now - self.started, 1e-9)
+        rate = progress.bytes / max(time.monotonic() - self.started, 1e-9)
         line = f"{Path(progress.source).name}: {short(progress.tokens)}tokens, {rate / 1e6:.2f} MB/s"
         if progress.total > progress.bytes and rate:
-            left = (progress.total - progress.bytes) / rate
-            line += f", {100 * progress.bytes / progress.total:.0f} %, {left / 60:.0f} min {left % 60:.0f} s left"
-        sys.stderr.write(f"\r\x1b[K{line}")
-        sys.stderr.flush()
-
-    def clear(self) -> None:
-        if self.out.progress:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            part, left = 100 * progress.bytes / progress.total, (progress.total - progress.bytes) / rate
+            line += f", {part:.0f} %, {duration(left)} left"
+        self.say(line)

@@ -31,7 +31,7 @@ COMMANDS = {
     "data": "Prepare texts for training, and look at what was prepared.",
     "train": "Train a model as a configuration says.",
     "runs": "Past training runs: list, show, compare.",
-    "index": "Databases of text: build, query, info, neighbours.",
+    "index": "Databases of text: build, query, change.",
     "serve": "Serve a model over HTTP.",
     "page": "The local web page.",
     "doctor": "This machine and installation, to paste into a report.",

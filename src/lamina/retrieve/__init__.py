@@ -3,6 +3,7 @@
 from lamina.retrieve.build import Progress, build, build_states
 from lamina.retrieve.copying import copy
 from lamina.retrieve.database import Database, open_database
+from lamina.retrieve.editing import add, remove
 from lamina.retrieve.embedding import Embedder, EmbedderSpec
 from lamina.retrieve.engines import Engine
 from lamina.retrieve.knn import KnnLM
@@ -20,10 +21,12 @@ __all__ = [
     "KnnLM",
     "Neighbours",
     "Progress",
+    "add",
     "build",
     "build_states",
     "copy",
     "find_neighbours",
     "open_database",
     "open_neighbours",
+    "remove",
 ]

@@ -1,7 +1,8 @@
 """A faster index over the rows of a database: faiss' inverted file (extra lamina[faiss]), which can be made anew.
 
 faiss trusts what it reads, so an index is read only where this user's machine made it: it lies in the cache directory,
-under the hash of the generation that it is of. One that comes from elsewhere has to be named, and trusted.
+under the hash of the generation that it is of, and says of which database. One of an older generation is stale: its
+rows are other ones now, so it is never read again. One that comes from elsewhere has to be named, and trusted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamina.durable import sync, write_file
+from lamina.durable import remove, sync, write_file
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.packaged import cache_directory
 from lamina.retrieve.manifest import sha256
@@ -30,6 +31,7 @@ LIST = (
 )
 TRAINED = 64  # rows a list that the lists are found by
 FILE, ABOUT = "index.faiss", "about.json"
+OWN = 0.5  # part of the rows that have to find themselves: more would miss those that many equal ones lie beside
 
 
 def _faiss() -> Any:
@@ -43,8 +45,9 @@ def _faiss() -> Any:
 class Accelerated:
     """A store whose rows are found by faiss; tokens and vectors are those of the store below."""
 
-    def __init__(self, store: Store, index: Any, probes: int, recall: float) -> None:
-        self.store, self.index, self.recall = store, index, recall
+    def __init__(self, store: Store, index: Any, probes: int, recall: float, stale: int = 0) -> None:
+        """stale: indexes of older generations, which were removed when this one was made."""
+        self.store, self.index, self.recall, self.stale = store, index, recall, stale
         self.rows, self.width = store.rows, store.width
         self.probes = probes
 
@@ -75,33 +78,48 @@ class Accelerated:
         self.store.verify()
 
 
-def accelerated(store: Store, name: str, trusted: str | os.PathLike[str] | None = None) -> Accelerated:
+def accelerated(store: Store, name: str, of: str, trusted: str | os.PathLike[str] | None = None) -> Accelerated:
     """The rows of a store found by faiss: by the index that was made before, or by one that is made now.
 
-    name: the hash of the generation. trusted: an index from elsewhere, which is read as it is; a file that was made to
-    harm can run code. Raises CheckpointError for an index of other rows.
+    name: the hash of the generation. of: the directory of the database. trusted: an index from elsewhere, which is
+    read as it is; a file that was made to harm can run code. Raises CheckpointError for an index of other rows.
     """
     if trusted is not None:
         index = _read(Path(trusted))
         _check(Path(trusted), index, store)
+        _check_vectors(Path(trusted), index, store)
         return _measured(store, index)
-    folder = cache_directory() / "faiss" / name
+    folder = _room() / name
     about = read_json(folder / ABOUT) if (folder / ABOUT).is_file() else None
     if about is not None and (folder / FILE).is_file() and sha256(folder / FILE) == about["sha256"]:
         index = _read(folder / FILE)
         _check(folder / FILE, index, store)
         return Accelerated(store, index, about["probes"], about["recall"])
+    old = stale(of, name)
     made = _measured(store, _made(store))
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{FILE}.{secrets.token_hex(4)}.partial"
     _faiss().write_index(made.index, str(partial))
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
-    said = {"sha256": sha256(partial), "probes": made.probes, "recall": made.recall}
+    said = {"sha256": sha256(partial), "probes": made.probes, "recall": made.recall, "of": of}
     os.replace(partial, folder / FILE)
     sync(folder)
     write_file(folder / ABOUT, json.dumps(said).encode())
+    for each in old:
+        remove(each)
+    made.stale = len(old)
     return made
+
+
+def stale(of: str, name: str) -> list[Path]:
+    """The indexes of a database that are not of its generation `name`."""
+    files = [path for path in _room().glob(f"*/{ABOUT}") if path.parent.name != name]
+    return [path.parent for path in files if read_json(path).get("of") == of]
+
+
+def _room() -> Path:
+    return cache_directory() / "faiss"
 
 
 def _made(store: Store) -> Any:
@@ -142,4 +160,16 @@ def _check(path: Path, index: Any, store: Store) -> None:
         raise CheckpointError(
             f"{path}: {type(index).__name__} of {index.ntotal:,} rows of width {index.d}; an inverted file of"
             f" {store.rows:,} rows of width {store.width} is needed"
+        )
+
+
+def _check_vectors(path: Path, index: Any, store: Store) -> None:
+    """Whether rows find themselves. The nearest of another generation are as near: only their numbers are wrong."""
+    queries, spans = sampled(store)
+    found = Accelerated(store, index, index.nlist, 0.0).search(queries, NEAREST)
+    own = float((found.rows == spans[:, 0, :1]).any(1).float().mean())
+    if own < OWN:
+        raise CheckpointError(
+            f"{path}: {own:.0%} of some rows find themselves: it is stale, of an older generation of this database, or"
+            " of another one; name none, and it is made anew"
         )

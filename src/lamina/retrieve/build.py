@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +22,7 @@ from lamina.data.prepare import Progress as Reading
 from lamina.data.sources import Source
 from lamina.durable import remove, sync, write_file
 from lamina.errors import LaminaError
+from lamina.machine import give_back
 from lamina.model import Model
 from lamina.retrieve import generations
 from lamina.retrieve.chunks import Chunks, Documents, once
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 CHUNK = 64  # tokens, as in RETRO
 BATCH = 1024  # rows that are embedded together and put on the disk
+COPIED = 8192  # rows, where they were embedded before
 WISH = "wish.json"  # what a corpus was prepared from, and how
 JOURNAL, DOCUMENTS, TOKENIZER = "journal.json", "documents.safetensors", "tokenizer"
 
@@ -64,10 +67,12 @@ class Content(Protocol):
     keys: np.ndarray  # (documents,): of each that is in it, a hash of its tokens,
     files: np.ndarray  # and the number of its file
     starts: np.ndarray  # (documents + 1,): the first row of each, and the number of rows
+    given: int  # rows, the first ones, that were embedded before and are copied
     left: int  # documents left out, which are the same as others
     chunk: int
     embedder: EmbedderSpec
     cut: int  # texts that were cut so far
+    notes: tuple[str, ...]  # what is known of its rows from before, each words and a number
 
     def tokens(self, start: int, stop: int) -> Tensor:
         """(stop - start, chunk) int64, -1 where a chunk is shorter."""
@@ -82,10 +87,13 @@ class ChunkContent:
     """The chunks of prepared text, and the vectors of their texts. Documents that are the same as others are left
     out."""
 
-    def __init__(self, prepared: Prepared, chunk: int, embedder: Embedder) -> None:
+    notes, given = (), 0
+
+    def __init__(self, prepared: Prepared, chunk: int, embedder: Embedder, known: np.ndarray | None = None) -> None:
+        """known: keys of documents that are left out, as they are there already."""
         self.chunk, self.embed, self.embedder = chunk, embedder, embedder.spec
         documents = Documents(prepared)
-        chosen = once(documents.keys)
+        chosen = once(documents.keys, known)
         self.chunks = Chunks(documents, chosen, chunk)
         self.hash, self.tokenizer, self.origins = prepared.hash, prepared.tokenizer(), documents.origins
         self.keys, self.files, self.starts = documents.keys[chosen], documents.files[chosen], self.chunks.starts
@@ -150,13 +158,12 @@ def build_states(
 
 def corpus_of(
     sources: Sequence[Source],
-    directory: Path,
+    path: Path,
     tokenizer: Tokenizer,
     spec: PrepareSpec,
     report: Callable[[Reading], None] = lambda progress: None,
 ) -> Prepared:
-    """The sources as prepared text beside the database, or what an earlier run made of the same ones."""
-    path = directory / generations.CORPUS
+    """The sources as prepared text at `path`, or what an earlier run made of the same ones."""
     wish = json.dumps([spec.to_json(), tokenizer.hash, [asdict(source) for source in sources]]).encode()
     if not (path / WISH).is_file() or (path / WISH).read_bytes() != wish:
         prepare(sources, path, tokenizer, spec, force=path.exists(), report=report)
@@ -166,6 +173,7 @@ def corpus_of(
 
 def check_free(directory: Path, force: bool) -> None:
     """Raise LaminaError for a directory that may not be built in."""
+    generations.check_local(directory)
     if directory.exists() and not directory.is_dir():
         raise LaminaError(f"{directory}: is a file; a directory is built in")
     if (directory / generations.CURRENT).exists():
@@ -178,8 +186,19 @@ def check_free(directory: Path, force: bool) -> None:
             raise LaminaError(f"{directory}: holds {strange[0]!r}, so it is no database; name another directory")
 
 
-def grow(content: Content, directory: Path, engine: Engine, *, batch: int, report: Report) -> IndexSpec:
-    """Write the content as the newest generation of `directory`."""
+def grow(
+    content: Content,
+    directory: Path,
+    engine: Engine,
+    *,
+    batch: int,
+    report: Report,
+    base: Path | None = None,
+    last: Callable[[], None] = lambda: None,
+) -> IndexSpec:
+    """Write the content as the newest generation of `directory`. base: the generation that it was made from, which has
+    to be the newest one until then: what another process wrote meanwhile would be lost. last: called before it is
+    replaced, when nothing more is read of it."""
     total, tokenizer = int(content.starts[-1]), content.tokenizer
     if total == 0:
         raise LaminaError("the text has no document with a token to store, so there is nothing to find")
@@ -187,17 +206,23 @@ def grow(content: Content, directory: Path, engine: Engine, *, batch: int, repor
     wish = [content.hash, content.chunk, content.embedder.to_json(), engine.kind, engine.uri]
     key = hashlib.sha256(json.dumps(wish).encode()).hexdigest()
     with generations.alone(directory) as work:
+        if base is not None and generations.current(directory) != base:
+            raise LaminaError(f"{directory}: another process has replaced {base.name} meanwhile; do it again")
         journal = _journal(work, key)
         content.cut, name = journal["cut"], journal["table"]
         out = writer(engine, work, name, shape, journal["done"])
         try:
             begun = out.done
-            for start in range(begun, total, batch):
-                report(Progress("embedding", start, total, begun))
-                out.add(_batch(content, start, min(start + batch, total)))
+            while (start := out.done) < total:
+                copied = start < content.given
+                stop = min(start + max(batch, COPIED), content.given) if copied else min(start + batch, total)
+                report(Progress("copying" if copied else "embedding", start, total, max(begun, content.given)))
+                out.add(_batch(content, start, stop))
                 out.commit()
                 journal |= {"done": out.done, "cut": content.cut}
                 write_file(work / JOURNAL, json.dumps(journal).encode())
+                give_back()
+            begun = max(begun, content.given)
             report(Progress("embedding", total, total, begun))
         finally:
             out.close()
@@ -219,13 +244,14 @@ def grow(content: Content, directory: Path, engine: Engine, *, batch: int, repor
             origins=content.origins,
             files=stored(work, names),
             table=table,
-            notes=tuple(_notes(content)),
+            notes=summed([*content.notes, *_notes(content)]),
         )
         for each in names:
             with open(work / each, "rb") as file:
                 os.fsync(file.fileno())
         sync(work / TOKENIZER)
         write(work, spec)
+        last()
         generations.install(directory)
     return spec
 
@@ -236,11 +262,18 @@ def _batch(content: Content, start: int, stop: int) -> Batch:
     numbers = np.arange(start, stop)
     documents = np.searchsorted(content.starts, numbers, side="right") - 1
     last = torch.from_numpy(content.starts[documents + 1] == numbers + 1)
+    vectors = content.vectors(start, stop)
+    if not bool(vectors.isfinite().all()):
+        row = start + int((~vectors.isfinite()).any(1).nonzero()[0])
+        raise LaminaError(
+            f"{content.embedder.source} in {content.embedder.dtype}: the vector of row {row:,} is not finite, so it"
+            " could never be found; another dtype may do: float32"
+        )
     following = torch.full((stop - start, content.chunk), -1)
     following[: len(tokens) - 1] = tokens[1:]
     return Batch(
         start=start,
-        vectors=content.vectors(start, stop),
+        vectors=vectors,
         tokens=tokens[: stop - start],
         following=following.masked_fill(last[:, None], -1),
         documents=torch.from_numpy(documents),
@@ -273,3 +306,11 @@ def _write_documents(work: Path, content: Content) -> None:
 def _notes(content: Content) -> list[str]:
     notes = [f"documents left out, which are the same as others: {content.left:,}"] if content.left else []
     return [*notes, *([f"chunks cut for the embedder, which reads less: {content.cut:,}"] if content.cut else [])]
+
+
+def summed(notes: Iterable[str]) -> tuple[str, ...]:
+    """Notes of the same words as one, with the sum of their numbers."""
+    sums: Counter[str] = Counter()
+    for words, _, number in (note.rpartition(": ") for note in notes):
+        sums[words] += int(number.replace(",", ""))
+    return tuple(f"{words}: {number:,}" for words, number in sums.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from lamina.data import Prepared
 
 
+PIECE = 1 << 16  # tokens of a document that are read together
+
+
 class Documents:
     """The documents of prepared text, without the tokens that end them, and what tells them apart.
 
@@ -30,7 +33,7 @@ class Documents:
             raise LaminaError(f"{prepared.directory}: holds {prepared.kind}; chunks are cut from text")
         self.bodies = Bodies(prepared.column("text"), prepared.end)
         self.sizes = np.diff(self.bodies.begins)
-        self.keys = np.array([key_of([self.bodies.document(i)]) for i in range(len(self.sizes))], np.int64)
+        self.keys = np.array([key_of(self._pieces(i)) for i in range(len(self.sizes))], np.int64)
         sources = prepared.manifest.sources
         self.origins = tuple(Origin(name=s.name, sha256=s.sha256, documents=s.documents) for s in sources)
         counts = [source.documents for source in sources]
@@ -39,6 +42,13 @@ class Documents:
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def _pieces(self, document: int) -> Iterator[np.ndarray]:
+        """Its tokens; a document may be larger than memory."""
+        begin = int(self.bodies.begins[document])
+        end = begin + int(self.sizes[document])
+        for at in range(begin, end, PIECE):
+            yield self.bodies.slice(at, min(at + PIECE, end))
 
 
 class Chunks:
@@ -71,9 +81,10 @@ class Chunks:
         return torch.from_numpy(out.reshape(-1, self.chunk))
 
 
-def once(keys: np.ndarray) -> np.ndarray:
-    """int64: the documents that are not the same as one before them, in order."""
-    return np.sort(np.unique(keys, return_index=True)[1])
+def once(keys: np.ndarray, known: np.ndarray | None = None) -> np.ndarray:
+    """int64: the documents that are not the same as one before them, or as one whose key is known, in order."""
+    found = np.sort(np.unique(keys, return_index=True)[1])
+    return found if known is None else found[~np.isin(keys[found], known)]
 
 
 def key_of(parts: Iterable[Sequence[int] | np.ndarray]) -> int:

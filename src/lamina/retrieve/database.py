@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +30,7 @@ class Database:
     def __init__(self, directory: Path, hold: Hold, device: torch.device | str, embedder: str | None) -> None:
         self.directory, self.folder, self._hold = directory, hold.path, hold
         self.spec = layout.load(self.folder)
-        self.device, self._embedder = device, embedder
+        self.device, self.embedder_source = device, embedder or self.spec.embedder.source
         self.starts, self.keys, self.files = self._documents()
         self.store = opened(self.folder, self.spec, device)
 
@@ -46,7 +45,12 @@ class Database:
         """
         from lamina.retrieve.accelerator import accelerated
 
-        self.store = accelerated(self.store, self.hash, trusted)
+        self.store = accelerated(self.store, self.hash, self.location, trusted)
+
+    @property
+    def location(self) -> str:
+        """Where the database lies, however it was named."""
+        return str(self.directory.resolve())
 
     def close(self) -> None:
         """Let go of the generation, so that a later build may remove it."""
@@ -58,7 +62,7 @@ class Database:
     @cached_property
     def hash(self) -> str:
         """SHA-256 of the manifest of the generation: rows are numbers in it alone."""
-        return hashlib.sha256(self.spec.to_json().encode()).hexdigest()
+        return layout.hash_of(self.spec)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -75,7 +79,7 @@ class Database:
                 f"{self.directory}: holds states of {self.spec.embedder.source}, for kNN-LM, and no chunks; build one"
                 " without --states"
             )
-        found = Embedder(self._embedder or self.spec.embedder.source, self.spec.embedder.dtype, self.device)
+        found = Embedder(self.embedder_source, self.spec.embedder.dtype, self.device)
         same(self.spec.embedder, found.spec)
         return found
 
@@ -134,7 +138,7 @@ class Database:
         return f"{name}#{document}"
 
     def own(self, keys: Tensor, hashes: list[str], whole: Tensor) -> Tensor:
-        """(n, 2, 2) int64: for documents (n,) of another text, those here that are the same: from, to before; empty
+        """(n, spans, 2) int64: for documents (n,) of another text, those here that are the same: from, to before; empty
         where there is none. A document is the same where its tokens are, and where it comes from the same file and
         either of the two is the whole of its file: the end of a file was cut off, or it was cut into lines.
 
@@ -144,16 +148,28 @@ class Database:
         at = torch.searchsorted(self.keys[order], keys).clamp(max=len(order) - 1)
         same = order[at]
         spans = torch.stack([same, same + 1], dim=1).masked_fill((self.keys[same] != keys)[:, None], 0)
-        out = torch.stack([spans, torch.zeros_like(spans)], dim=1)
-        numbers = {origin.sha256: i for i, origin in enumerate(self.spec.origins) if origin.sha256}
-        for i, digest in enumerate(hashes):
-            file = numbers.get(digest, -1)
-            if file < 0 or not (bool(whole[i]) or self.spec.origins[file].documents == 1):
-                continue
-            low, high = torch.searchsorted(self.files, torch.tensor([file, file + 1])).tolist()
-            if low < high:
-                out[i, 1] = torch.tensor([low, high])
+        numbers: dict[str, list[int]] = {}  # a file that was read in two ways, or added again, has several
+        for file, origin in enumerate(self.spec.origins):
+            numbers.setdefault(origin.sha256, []).append(file)
+        of = [numbers.get(digest, []) if digest else [] for digest in hashes]
+        out = torch.zeros(len(keys), 1 + max(map(len, of), default=0), 2, dtype=torch.int64)
+        out[:, 0] = spans
+        for i, files in enumerate(of):
+            for place, file in enumerate(files, 1):
+                if bool(whole[i]) or self.spec.origins[file].documents == 1:
+                    out[i, place] = self.documents_from(file)
         return out
+
+    def documents_from(self, file: int) -> Tensor:
+        """(2,) int64: the documents of a file, which lie beside each other: from, to before."""
+        ends = torch.tensor([file, file + 1])
+        low, high = torch.searchsorted(self._by_file[0], ends).tolist()
+        return self._by_file[1][[low, high - 1]] + torch.tensor([0, 1]) if low < high else torch.zeros_like(ends)
+
+    @cached_property
+    def _by_file(self) -> tuple[Tensor, Tensor]:
+        """The files of documents in order, and the documents. Those whose file is not known may lie anywhere."""
+        return self.files.sort(stable=True)
 
     def verify(self) -> None:
         """Read everything: hashes, vectors, ids. Raises CheckpointError naming what is damaged."""

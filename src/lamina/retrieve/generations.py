@@ -4,6 +4,7 @@ DIRECTORY/current         "generation-3"
 DIRECTORY/generation-3/   index.json and the files that it lists
 DIRECTORY/.building/      what is being written, with journal.json
 DIRECTORY/corpus/         the prepared text, where it was prepared by the build
+DIRECTORY/added/          that of documents which are being added
 
 A reader holds a shared lock on the directory of its generation, which the system lets go of when it ends. A builder
 removes old generations that nobody holds.
@@ -21,10 +22,21 @@ from pathlib import Path
 from lamina.durable import remove, sync, write_file
 from lamina.errors import CheckpointError, LaminaError
 
-CURRENT, BUILDING, CORPUS = "current", ".building", "corpus"
-NAMES = frozenset((CURRENT, BUILDING, CORPUS, f".{CORPUS}.preparing", f".{CORPUS}.old"))
+CURRENT, BUILDING, CORPUS, ADDED = "current", ".building", "corpus", "added"
+NAMES = frozenset((CURRENT, BUILDING, *(f"{a}{name}{b}" for name in (CORPUS, ADDED)
+                   for a, b in (("", ""), (".", ".preparing"), (".", ".old")))))  # fmt: skip
 FOLDER = re.compile(r"generation-(\d{1,18})")
+ADDRESS = re.compile("[a-z][a-z0-9+.-]+:/")  # of s3://bucket, as a path, s3:/bucket
 TRIES = 20  # generations that may pass while one is opened
+
+
+def check_local(directory: Path) -> None:
+    """Raise LaminaError for a uri: the locks and renames of a directory are those of a file system."""
+    if ADDRESS.match(str(directory)):
+        raise LaminaError(
+            f"{directory}: a database's directory is in a file system; it is small, and its rows may lie elsewhere:"
+            " name a directory, with --engine lance --uri s3://..."
+        )
 
 
 def current(directory: Path) -> Path:
@@ -50,6 +62,7 @@ class Hold:
     """The newest generation, which stays as long as this is held."""
 
     def __init__(self, directory: Path) -> None:
+        check_local(directory)
         for _ in range(TRIES):
             self.path = current(directory)
             try:

@@ -138,8 +138,9 @@ def indexed(uri: str, at: str, name: str, shape: tuple[int, int, int], report: C
 
 
 def _durable(at: str, name: str) -> None:
-    """Put the files of a table that lies in a directory on the disk; lancedb leaves that to the system."""
-    for folder, _, files in os.walk(Path(at) / f"{name}.lance"):
+    """Put the files of a table that lies in a directory on the disk; lancedb leaves that to the system. Where it lies
+    in object storage there is no such directory: what was written is there."""
+    for folder, _, files in os.walk(Path(at.removeprefix("file://")) / f"{name}.lance"):
         for each in [*(Path(folder) / file for file in files), Path(folder)]:
             handle = os.open(each, os.O_RDONLY)
             try:

@@ -79,6 +79,11 @@ class IndexSpec(Spec):
                 raise LaminaError(f"files: {file.name!r}; only files below the generation's directory may be listed")
 
 
+def hash_of(spec: IndexSpec) -> str:
+    """SHA-256 of a generation's manifest: rows are numbers in it alone."""
+    return hashlib.sha256(spec.to_json().encode()).hexdigest()
+
+
 def write(folder: Path, spec: IndexSpec) -> None:
     """The last file of a generation."""
     said = {"format": FORMAT, **spec.to_dict()}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lamina.durable import write_file
 from lamina.errors import CheckpointError, LaminaError
+from lamina.machine import give_back
 from lamina.retrieve.build import Progress, said
 from lamina.retrieve.chunks import Chunks, Documents
 from lamina.retrieve.database import Database
@@ -100,6 +101,7 @@ def find_neighbours(
             file.append(_found(database, chunks, own, start, stop, count))
             file.sync()
             write_file(directory / JOURNAL, json.dumps({"key": key, "done": stop}).encode())
+            give_back()
     finally:
         file.close()
     write_file(directory / NAME, key.encode())

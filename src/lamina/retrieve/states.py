@@ -73,14 +73,23 @@ class StateContent:
     as fit. Documents that are the same as others are left out.
     """
 
-    chunk = 1
+    chunk, notes, given = 1, (), 0
 
-    def __init__(self, prepared: Prepared, model: Model, source: str, window: int | None, stride: int | None) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        model: Model,
+        source: str,
+        window: int | None,
+        stride: int | None,
+        known: np.ndarray | None = None,
+    ) -> None:
+        """known: keys of documents that are left out, as they are there already."""
         keyed(model)
         self.model = model
         self.window, self.stride = window_of(model, window, stride)
         documents = Documents(prepared)
-        self.chosen = once(documents.keys)
+        self.chosen = once(documents.keys, known)
         self.hash, self.tokenizer, self.origins = prepared.hash, prepared.tokenizer(), documents.origins
         self.keys, self.files = documents.keys[self.chosen], documents.files[self.chosen]
         self.column = prepared.column("text")  # with the tokens that end documents, which are predicted too
