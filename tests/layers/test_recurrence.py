@@ -1,4 +1,4 @@
-"""Segment recurrence against a loop over segments that detaches its memory: loss and every gradient."""
+"""Segment recurrence against a loop over segments that keeps hidden states, detached: loss and every gradient."""
 
 from __future__ import annotations
 
@@ -43,18 +43,22 @@ def waves(distance: int) -> Tensor:
 
 
 def written_out(layers: list[Any], x: Tensor) -> Tensor:
-    """One row (T, width), a segment, a head and a query at a time; keys and values of a memory are detached."""
+    """One row (T, width), a segment, a head and a query at a time; inputs are kept, detached, and projected anew."""
     spec = layers[0].memory.spec
-    memories: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in layers]
+    memories: list[list[tuple[int, Tensor]]] = [[] for _ in layers]
     out = []
     for start in range(0, len(x), spec.length):
         h = x[start : start + spec.length]
         for layer, memory in zip(layers, memories, strict=True):
             query, key, value = heads_of(layer, h)
             own = [(start + j, key[:, j], value[:, j]) for j in range(len(h))]
+            kept = []
+            for at, one in memory:
+                _, old_key, old_value = heads_of(layer, one[None])
+                kept.append((at, old_key[:, 0], old_value[:, 0]))
             rows = []
             for i in range(len(h)):
-                seen = [one for one in memory if one[0] >= start - spec.size] + own[: i + 1]
+                seen = [one for one in kept if one[0] >= start - spec.size] + own[: i + 1]
                 result = []
                 for n in range(layer.spec.heads):
                     projected = layer.relative.project.weight.unflatten(0, (-1, SIZE))[n]
@@ -66,7 +70,7 @@ def written_out(layers: list[Any], x: Tensor) -> Tensor:
                     share = (torch.stack(scores) * SIZE**-0.5).softmax(0)
                     result.append(share @ torch.stack([v[n] for _, _, v in seen]))
                 rows.append(torch.cat(result))
-            memory += [(at, k.detach(), v.detach()) for at, k, v in own]
+            memory += [(start + j, one.detach()) for j, one in enumerate(h)]
             h = h + torch.stack(rows) @ layer.o.weight.T
         out.append(h)
     return torch.cat(out)
@@ -109,7 +113,7 @@ def test_pieces_have_the_gradient_of_the_whole():
     found = [p.grad for p in model.parameters() if p.grad is not None]
     for mine, theirs in zip(found, whole, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
-    assert len(cache.slots) == 2
+    assert len(cache.slots) == 4  # keys and values of two layers, and their inputs
 
 
 @torch.no_grad()
