@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/memory_facts.py [--seeds 0 1] [--steps 600] [--json FILE]
 
-A fact is a subject, a relation and a value: 128 x 128 of them, each value one of 64 drawn at random, so there is nothing
-to learn but the facts themselves. A model reads the subject and the relation and says the value. Decoders of 2 layers,
-width 64; the second has a feed-forward network or a product-key memory of 4,096 values, of which a token reads 32.
-The network is as wide as makes a token cost no fewer FLOPs than with the memory. AdamW, 2e-3 (values of the memory ten
-times that: a value is read rarely), 512 facts a step.
+A fact is a subject, a relation and a value: 128 x 128 of them, each value one of 64 drawn at random, so there is
+nothing to learn but the facts themselves. A model reads the subject and the relation and says the value. Decoders of 2
+layers, width 64; the second has a feed-forward network or a product-key memory of 4,096 values, of which a token reads
+32. The network is as wide as makes a token cost no fewer FLOPs than with the memory. AdamW, 2e-3 (values of the memory
+ten times that: a value is read rarely), 512 facts a step.
 """
 
 from __future__ import annotations
