@@ -317,7 +317,9 @@ def memory_figures() -> str:
 
 
 def facts_figures() -> str:
-    """What benchmarks/memory_facts.py found."""
+    """What benchmarks/memory_facts.py found; nothing before it has been run."""
+    if not (ROOT / "benchmarks/results/memory_facts.json").is_file():
+        return ""
     found = results("memory_facts")
     rows: dict[str, list[dict[str, Any]]] = {}
     for run in found["runs"]:
