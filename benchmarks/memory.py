@@ -2,15 +2,19 @@
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py [--only NAME ...] [--task NAME] [--seeds 0 1] [--json FILE]
 
-Texts of 4 segments of 16 tokens. Somewhere in the first one stand pairs of a key and its value, everything else is
-filler; the last token is one of the keys, and the model has to say its value, 1 of 16. Attention sees its own segment,
-so without a memory that is chance (0.0625). "pass-key" has one pair and one key. "recall" has 3 pairs of 8 keys, and in
-training asks for one of them at the end of the first segment too: a memory that passes no gradient back is filled by
-layers that have to learn what to store from what is read near by.
+Texts of 4 segments of 16 tokens. In the first one stand pairs of a key and one of 16 values, the rest is filler, and at
+the end the model has to say the value of a key. Attention sees its own segment, so without a memory that is chance
+(0.0625). The same is asked at the end of the first segment, where attention sees the pair: no gradient goes into most
+memories, so what they hold is worth finding only where something near by taught the layers to write it.
 
-Decoders of 2 layers, width 64, 4 heads with rotary positions are trained from scratch with AdamW (3e-3, batches of 32)
-on those tokens alone for at most 400 steps (600 in the run without a memory), or until 99.5 % of 512 held-out texts are
-answered right at the end. Runs that the JSON already has are not made again.
+- pass-key: one pair, anywhere in the first segment. The key stands again at the end of each segment, so in training it
+  is asked from near and from further and further.
+- recall: 4 pairs of 8 keys. The keys alone stand again, in another order, at the end of the first segment and of the
+  last: 4 answers a text. To know which values there were, but not whose, is to be right in 0.25 of them.
+
+Decoders of 2 layers, width 64, 4 heads, half of whose features turn with the position, are trained from scratch with
+AdamW (3e-3, batches of 32) on those answers alone for at most 600 steps, or until 99.5 % of the last ones in 512
+held-out texts are right. Seconds are the processor's. Runs that the JSON already has are not made again.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from lamina.layers import (
     MemorizingSpec,
     MemoryAttentionSpec,
     RecurrenceSpec,
+    RecurrentMemorySpec,
     RMSNormSpec,
     RotarySpec,
     StackSpec,
@@ -46,99 +51,121 @@ from lamina.patterns import BlockWindow, Causal, Pattern
 
 SEGMENT, SEGMENTS, VALUES, KEYS, FILLER = 16, 4, 16, 8, 8
 LENGTH = SEGMENT * SEGMENTS
-WIDTH, BATCH, STEPS, RATE, EVERY, ENOUGH = 64, 32, 400, 3e-3, 50, 0.995
-TASKS = {"pass-key": (1, 1), "recall": (3, KEYS)}
-"""Pairs in a text, and keys that there are."""
+WIDTH, BATCH, STEPS, RATE, EVERY, ENOUGH = 64, 32, 600, 3e-3, 50, 0.995
+TASKS = {"pass-key": 1, "recall": 4}
+"""Pairs in a text."""
 
 OWN = Causal() & BlockWindow(size=SEGMENT, back=1)
+
+
+def compressive(by: Any) -> tuple[Pattern, CompressiveSpec]:
+    """The segment before, and two older ones at 2 to 1."""
+    return Causal(), CompressiveSpec(length=SEGMENT, size=SEGMENT, count=SEGMENT, rate=2, by=by)
+
+
+def memorizing(**fields: Any) -> tuple[Pattern, MemorizingSpec]:
+    """Three segments of keys. The scale begins where scores of length 1 tell keys apart."""
+    return OWN, MemorizingSpec(length=SEGMENT, size=3 * SEGMENT, count=8, sharpness=20.0, **fields)
+
+
 MODELS: dict[str, tuple[Pattern, Any]] = {
     "no memory": (OWN, None),
     "all keys": (Causal(), None),
     "recurrence, too short": (Causal(), RecurrenceSpec(length=SEGMENT, size=SEGMENT)),
     "recurrence": (Causal(), RecurrenceSpec(length=SEGMENT, size=3 * SEGMENT)),
-    "compressive, mean": (Causal(), CompressiveSpec(length=SEGMENT, size=SEGMENT, count=16, rate=2, by="mean")),
-    "compressive, max": (Causal(), CompressiveSpec(length=SEGMENT, size=SEGMENT, count=16, rate=2, by="max")),
-    "compressive, convolution": (Causal(), CompressiveSpec(length=SEGMENT, size=SEGMENT, count=16, rate=2)),
-    "memorizing, nearest 4": (OWN, MemorizingSpec(length=SEGMENT, size=3 * SEGMENT, count=4, sharpness=10.0)),
-    "memorizing, nearest 16": (OWN, MemorizingSpec(length=SEGMENT, size=3 * SEGMENT, count=16, sharpness=10.0)),
-    "memorizing, sharper": (OWN, MemorizingSpec(length=SEGMENT, size=3 * SEGMENT, count=8, sharpness=30.0)),
-    "memorizing, clusters": (
-        OWN,
-        MemorizingSpec(length=SEGMENT, size=3 * SEGMENT, count=16, sharpness=10.0, clusters=8, probes=3),
-    ),
+    "compressive, mean": compressive("mean"),
+    "compressive, max": compressive("max"),
+    "compressive, convolution": compressive("convolution"),
+    "compressive, most used": compressive("most-used"),
+    "memorizing": memorizing(),
+    "memorizing, clusters": memorizing(clusters=8, probes=3),
     "infini, linear": (OWN, InfiniSpec(length=SEGMENT)),
     "infini, delta": (OWN, InfiniSpec(length=SEGMENT, update="delta")),
+    "memory tokens": (Causal(), RecurrentMemorySpec(tokens=4, length=SEGMENT)),
 }
 
 
-def spec_of(pattern: Pattern, memory: Any) -> lamina.ModelSpec:
-    """A decoder of 2 layers, each with the memory."""
-    op: Any = AttentionSpec(heads=4, key_heads=4, head_dim=WIDTH // 4, pattern=pattern, rotary=RotarySpec())
-    if memory is not None:
-        op = MemoryAttentionSpec(attention=op, memory=memory)
+def decoder(
+    op: Any, vocabulary: int, width: int, hidden: int, layers: int = 2, recurrence: RecurrentMemorySpec | None = None
+) -> lamina.ModelSpec:
+    """A pre-norm decoder that has this attention in each layer."""
     layer = LayerSpec(
         steps=(
             StepSpec(name="attention", op=op, pre=RMSNormSpec()),
-            StepSpec(name="feedforward", op=FeedForwardSpec(hidden=2 * WIDTH), pre=RMSNormSpec()),
+            StepSpec(name="feedforward", op=FeedForwardSpec(hidden=hidden), pre=RMSNormSpec()),
         )
     )
     return lamina.ModelSpec(
-        width=WIDTH,
-        embedding=EmbeddingSpec(vocabulary=VALUES + KEYS + FILLER),
-        decoder=StackSpec(layers=(layer,) * 2, norm=RMSNormSpec()),
+        width=width,
+        embedding=EmbeddingSpec(vocabulary=vocabulary),
+        decoder=StackSpec(layers=(layer,) * layers, norm=RMSNormSpec(), recurrence=recurrence),
         head=LanguageHeadSpec(tied=False),
         context=LENGTH,
     )
 
 
-def texts(task: str, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids (count, LENGTH), the values that follow the end of each, and those that follow the first segment, -100 where
-    nothing is asked there. Values are 0..15, keys 16..23, filler from 24 on."""
-    pairs, keys = TASKS[task]
+def spec_of(pattern: Pattern, memory: Any) -> lamina.ModelSpec:
+    """The model of the tasks, with the memory in both layers, or around them."""
+    op: Any = AttentionSpec(heads=4, key_heads=4, head_dim=WIDTH // 4, pattern=pattern, rotary=RotarySpec(width=8))
+    around = memory if isinstance(memory, RecurrentMemorySpec) else None
+    if memory is not None and around is None:
+        op = MemoryAttentionSpec(attention=op, memory=memory)
+    return decoder(op, VALUES + KEYS + FILLER, WIDTH, 2 * WIDTH, recurrence=around)
+
+
+def texts(task: str, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Ids (count, LENGTH), and the value that is asked for at each place, -100 where nothing is. Values are 0..15, keys
+    16..23, filler from 24 on."""
+    pairs = TASKS[task]
 
     def among(n: int, k: int) -> Tensor:
         """(count, k) different numbers below n."""
         return torch.rand(count, n, generator=generator).argsort(dim=1)[:, :k]
 
     ids = torch.randint(FILLER, (count, LENGTH), generator=generator) + VALUES + KEYS
-    key = among(keys, pairs) + VALUES
+    asked = torch.full_like(ids, -100)
+    key = among(1 if pairs == 1 else KEYS, pairs) + VALUES
     value = torch.randint(VALUES, (count, pairs), generator=generator)
-    place = 2 * among(SEGMENT // 2 - 1, pairs) + torch.randint(2, (count, 1), generator=generator)
-    ids.scatter_(1, place, key).scatter_(1, place + 1, value)
-    ids[:, -1] = key[:, 0]
-    near = torch.full((count,), -100)
-    if pairs > 1:
-        ids[:, SEGMENT - 1], near = key[:, 1], value[:, 1]
-    return ids, value[:, 0], near
+    if pairs == 1:
+        place = torch.randint(SEGMENT - 2, (count, 1), generator=generator)
+        ids.scatter_(1, place, key).scatter_(1, place + 1, value)
+        ids[:, SEGMENT - 1 :: SEGMENT], asked[:, SEGMENT - 1 :: SEGMENT] = key, value
+        return ids, asked
+    ids[:, : 2 * pairs] = torch.stack([key, value], dim=2).flatten(1)
+    for end in (SEGMENT, LENGTH):
+        order = among(pairs, pairs)
+        ids[:, end - pairs : end], asked[:, end - pairs : end] = key.gather(1, order), value.gather(1, order)
+    return ids, asked
 
 
 def train(name: str, task: str, seed: int, steps: int = STEPS) -> dict[str, Any]:
-    """Train one model; how often it is right, after how many steps, in which time."""
+    """Train one model; how often it is right in the last segment, after how many steps, in which time."""
     model = spec_of(*MODELS[name]).build(seed=seed)
     generator = torch.Generator().manual_seed(1000 + seed)
-    held, answers, _ = texts(task, 512, torch.Generator().manual_seed(7))
+    held, answers = texts(task, 512, torch.Generator().manual_seed(7))
+    answers[:, :-SEGMENT] = -100
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
-    began, right, step = time.perf_counter(), 0.0, 0
+    began, right, step = time.process_time(), 0.0, 0
     for step in range(1, steps + 1):
         for group in optimiser.param_groups:
             group["lr"] = RATE * min(1.0, step / 50)
-        ids, value, near = texts(task, BATCH, generator)
+        ids, asked = texts(task, BATCH, generator)
         out = model.train()(ids)
         assert out.logits is not None
-        asked = out.logits[:, [SEGMENT - 1, LENGTH - 1]].transpose(1, 2)  # (BATCH, vocabulary, 2)
-        loss = F.cross_entropy(asked, torch.stack([near, value], dim=1)) + sum(out.losses.values())
+        loss = F.cross_entropy(out.logits.transpose(1, 2), asked) + sum(out.losses.values())
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         if step % EVERY == 0:
             with torch.inference_mode():
-                logits = model.eval()(held, keep_logits=1).logits
+                logits = model.eval()(held).logits
             assert logits is not None
-            right = float((logits[:, 0].argmax(dim=1) == answers).float().mean())
+            there = answers >= 0
+            right = float((logits.argmax(dim=2) == answers)[there].float().mean())
             if right >= ENOUGH:
                 break
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     return {"model": name, "task": task, "seed": seed, "right": right, "steps": step, "seconds": round(seconds, 1)}
 
 

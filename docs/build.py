@@ -297,22 +297,46 @@ holds {found["cache_bytes"]["window of 512"]["8512"] / 2**20:.1f} MiB after 1,00
 
 
 def memory_figures() -> str:
-    """What benchmarks/memory.py measured: each memory's runs, one after the other."""
+    """What benchmarks/memory.py measured: each memory's seeds, one after the other."""
     found = results("memory")
-    cells: dict[str, dict[str, list[str]]] = {}
+    cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for run in found["runs"]:
-        row = cells.setdefault(run["model"], {"pass-key": [], "recall": []})
-        row[run["task"]].append(f"{run['right']:.3f} ({run['steps']})")
+        cells.setdefault(run["model"], {"pass-key": [], "recall": []})[run["task"]].append(run)
     rows = [
-        f"| {name} | {', '.join(row['pass-key'])} | {', '.join(row['recall']) or 'not run'} |"
+        (
+            name,
+            *(", ".join(f"{run['right']:.3f} ({run['steps']})" for run in runs) or "not run" for runs in row.values()),
+        )
         for name, row in cells.items()
     ]
-    table = "\n".join(["| memory | pass-key | recall |", "|---|---|---|", *rows])
-    return f"""Right answers among 512 held-out texts, a number for each seed, after so many steps; chance is
-{found["chance"]:.4f} ([benchmarks/memory.py](../benchmarks/memory.py), [results](../benchmarks/results/memory.json)):
+    seconds = [run["seconds"] for run in found["runs"]]
+    before = f"""Right answers at the end of 512 held-out texts, a number for each seed, after so many steps; chance is
+    {found["chance"]:.4f}. A run took {min(seconds):.0f} to {max(seconds):.0f} seconds of one core
+    ([benchmarks/memory.py](../benchmarks/memory.py), [results](../benchmarks/results/memory.json)):"""
+    return f"{filled(before)}\n\n{_table(('memory', 'pass-key', 'recall'), rows)}\n"
 
-{table}
-"""
+
+def facts_figures() -> str:
+    """What benchmarks/memory_facts.py found; nothing before it has been run."""
+    if not (ROOT / "benchmarks/results/memory_facts.json").is_file():
+        return ""
+    found = results("memory_facts")
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for run in found["runs"]:
+        rows.setdefault(run["model"], []).append(run)
+    table = [
+        (
+            name,
+            f"{runs[0]['flops']:,}",
+            f"{runs[0]['parameters']:,}",
+            " ".join(f"{run['known']:.3f}" for run in runs),
+        )
+        for name, runs in rows.items()
+    ]
+    before = f"""{found["facts"]:,} facts, {found["steps"]:,} steps; the share that is known, a number for each seed;
+    chance is {found["chance"]:.4f} ([benchmarks/memory_facts.py](../benchmarks/memory_facts.py),
+    [results](../benchmarks/results/memory_facts.json)):"""
+    return f"{filled(before)}\n\n{_table(('second layer', 'FLOPs a token', 'parameters', 'known'), table)}\n"
 
 
 def values_figures() -> str:
@@ -400,6 +424,8 @@ def pages() -> dict[Path, str]:
         path: placed(path.read_text(encoding="utf-8"), mark, figures())
         for path, (mark, figures) in ((ROOT / f"docs/{page}.md", each) for page, each in measured.items())
     }
+    values = ROOT / "docs/product-keys.md"
+    memories[values] = placed(memories[values], "facts", facts_figures())
     return memories | {
         ROOT / "docs/command-line.md": command_line(),
         ROOT / "docs/layers.md": layers_page(),

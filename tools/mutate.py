@@ -76,6 +76,7 @@ def tests_of(file: str) -> tuple[str, ...]:
             "cached": "attention",
             "gated_memory": "infini",
             "segments": "infini",
+            "most_used": "compressive",
         }
         return (f"tests/layers/test_{shared.get(name, name)}.py",)
     if folder == "parallel":

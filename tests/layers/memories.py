@@ -7,21 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.memory import decoder
 from lamina.layers import (
     AttentionSpec,
     CompressiveSpec,
-    EmbeddingSpec,
-    FeedForwardSpec,
     InfiniSpec,
-    LanguageHeadSpec,
-    LayerSpec,
     MemorizingSpec,
     MemoryAttentionSpec,
     RecurrenceSpec,
-    RMSNormSpec,
     RotarySpec,
-    StackSpec,
-    StepSpec,
 )
 from lamina.model import Model, ModelSpec
 from lamina.patterns import BlockWindow, Causal, Pattern, Window
@@ -37,6 +31,8 @@ MEMORIES: dict[str, tuple[Any, Pattern]] = {
     "compressive": (CompressiveSpec(length=4, size=2, count=3, rate=2), Causal()),
     "compressive, mean": (CompressiveSpec(length=3, size=3, count=2, rate=3, by="mean"), Causal()),
     "compressive, max": (CompressiveSpec(length=2, size=4, count=2, rate=2, by="max"), NEAR),
+    "compressive, most used": (CompressiveSpec(length=4, size=4, count=2, rate=2, by="most-used"), Causal()),
+    "compressive, used twice": (CompressiveSpec(length=3, size=6, count=3, rate=3, by="most-used"), NEAR),
     "infini": (InfiniSpec(length=LENGTH), OWN),
     "infini, delta": (InfiniSpec(length=LENGTH, update="delta"), OWN),
     "infini beside all keys": (InfiniSpec(length=LENGTH), Causal()),
@@ -45,7 +41,7 @@ MEMORIES: dict[str, tuple[Any, Pattern]] = {
 }
 UNBOUNDED = ("infini beside all keys",)
 """Those whose own keys reach everything."""
-NO_FIXED = {"infini": "sums up what has passed", "compressive": "compresses what has passed"}
+NO_FIXED = {"infini": "sums up what has passed", "compressive": "(compresses|sums up) what has passed"}
 """What a fixed cache says of a kind of memory."""
 
 
@@ -53,19 +49,7 @@ def spec(memory: Any, pattern: Pattern, layers: int = 2, **fields: Any) -> Model
     """A pre-norm decoder whose attentions have this memory."""
     given = {"heads": 4, "key_heads": 2, "head_dim": 6, "rotary": RotarySpec(base=100.0)} | fields
     op = MemoryAttentionSpec(attention=AttentionSpec(pattern=pattern, **given), memory=memory)
-    layer = LayerSpec(
-        steps=(
-            StepSpec(name="attention", op=op, pre=RMSNormSpec()),
-            StepSpec(name="feedforward", op=FeedForwardSpec(hidden=24), pre=RMSNormSpec()),
-        )
-    )
-    return ModelSpec(
-        width=16,
-        embedding=EmbeddingSpec(vocabulary=small.VOCABULARY),
-        decoder=StackSpec(layers=(layer,) * layers, norm=RMSNormSpec()),
-        head=LanguageHeadSpec(),
-        context=32,
-    )
+    return decoder(op, small.VOCABULARY, 16, 24, layers)
 
 
 def build(name: str, seed: int = 0, **fields: Any) -> Model:

@@ -70,7 +70,7 @@ def written_out(layers: list[Any], x: Tensor) -> Tensor:
             past = older + memory
             if past:
                 inputs = torch.stack([one.detach() for _, one in past])
-                _, past_key, past_value = (part.detach() for part in heads_of(layer, inputs))
+                _, past_key, past_value = heads_of(layer, inputs)
                 if layer.spec.rotary is not None:
                     past_key = turned(past_key, [at for at, _ in past])
             rows = []
@@ -101,6 +101,63 @@ def test_a_loop_over_segments(by: str, heads: int, key_heads: int, rotary: Rotar
         pairs = (torch.autograd.grad(one.square().sum(), parameters) for one in (found, expected))
         for mine, theirs in zip(*pairs, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=10 * near, atol=10 * near * float(theirs.abs().max()))
+
+
+def most_used_written_out(layers: list[Any], x: Tensor) -> Tensor:
+    """One row, a query at a time (arXiv:1911.05507, section 3.1), with the sums of what it gave to memories."""
+    spec = layers[0].memory.spec
+    out = []
+    memories: list[list[list[Any]]] = [[] for _ in layers]  # [position, input, how much it was used], oldest first
+    older: list[list[list[Any]]] = [[] for _ in layers]
+    for start in range(0, len(x), spec.length):
+        h = x[start : start + spec.length]
+        for i, layer in enumerate(layers):
+            if len(memories[i]) > spec.size:
+                pushed, memories[i] = memories[i][: spec.length], memories[i][spec.length :]
+                best = sorted(pushed, key=lambda one: -one[2])[: spec.length // spec.rate]
+                older[i] = (older[i] + sorted(best, key=lambda one: one[0]))[-spec.count :]
+            past = older[i] + memories[i]
+            inputs = torch.stack([*(one[1] for one in past), *h])
+            query, key, value = heads_of(layer, inputs)
+            where = [*(one[0] for one in past), *range(start, start + len(h))]
+            if layer.spec.rotary is not None:
+                query, key = turned(query, where), turned(key, where)
+            rows = []
+            for t in range(len(past), len(inputs)):
+                shares = [(key[n, : t + 1] @ query[n, t] * SIZE**-0.5).softmax(0) for n in range(layer.spec.heads)]
+                rows.append(torch.cat([share @ value[n, : t + 1] for n, share in enumerate(shares)]))
+                for at, memory in enumerate(memories[i]):
+                    memory[2] += sum(float(share[len(older[i]) + at].detach()) for share in shares)
+            memories[i] += [[start + j, one.detach(), 0.0] for j, one in enumerate(h)]
+            h = h + torch.stack(rows) @ layer.o.weight.T
+        out.append(h)
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(3, 3), (4, 2), (2, 1)])
+@pytest.mark.parametrize(("rotary", "near"), [(None, 1e-10), (RotarySpec(base=50.0), 1e-5)])  # float32 phases
+def test_the_most_used_are_kept(heads: int, key_heads: int, rotary: RotarySpec | None, near: float):
+    shapes = ({"size": 4, "count": 4}, {"length": 3, "size": 6, "rate": 3, "count": 2}, {"size": 8, "count": 2})
+    for seed, fields in enumerate(shapes):
+        made = layers_of("most-used", heads, key_heads, seed, rotary, **fields)
+        x = random(2, 23, WIDTH, seed=seed).requires_grad_()
+        parameters = [x, *(p for layer in made for p in layer.parameters())]
+        found = ours(made, x, Call(tokens=plain(2, 23)))
+        expected = torch.stack([most_used_written_out(made, row) for row in x])
+        torch.testing.assert_close(found, expected, rtol=near, atol=near)
+        pairs = (torch.autograd.grad(one.square().sum(), parameters) for one in (found, expected))
+        for mine, theirs in zip(*pairs, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=10 * near, atol=10 * near * float(theirs.abs().max()))
+
+
+@torch.no_grad()
+def test_among_equals_the_earlier_are_kept():
+    """Queries of zero look at all keys alike. Position 12 has 8 to 11 as memories, and two of each segment before."""
+    layer, x = layers_of("most-used", size=4, count=4)[0], random(1, 13, WIDTH)
+    layer.q.weight.zero_()
+    value = heads_of(layer, x[0])[2]
+    expected = value[:, [0, 1, 4, 5, 8, 9, 10, 11, 12]].mean(dim=1).flatten() @ layer.o.weight.T
+    torch.testing.assert_close(layer(x, Call(tokens=plain(1, 13)))[0, 12], expected, rtol=0, atol=1e-12)
 
 
 def test_only_the_compression_learns_from_its_loss_and_from_nothing_else():
@@ -193,3 +250,7 @@ def test_what_cannot_be_is_refused():
         CompressiveSpec(length=5, size=4, count=1, rate=2)
     with pytest.raises(LaminaError, match=r"CompressiveSpec.rate is 1; it must be at least 2"):
         CompressiveSpec(length=4, size=4, count=1, rate=1)
+    with pytest.raises(LaminaError, match=r"CompressiveSpec.size is 2; by='most-used' needs a multiple of length=4"):
+        CompressiveSpec(length=4, size=2, count=2, rate=2, by="most-used")
+    with pytest.raises(LaminaError, match=r"count is 3; by='most-used' needs a multiple of length / rate = 2"):
+        CompressiveSpec(length=4, size=4, count=3, rate=2, by="most-used")

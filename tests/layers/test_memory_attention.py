@@ -267,6 +267,9 @@ def test_parts_of_a_text_on_several_ranks_are_refused(name: str):
         def slot(self, path: str) -> Gathered:
             return self
 
+        def find(self, path: str) -> Gathered:
+            return self
+
         def extend(self, key: Tensor, value: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tokens]:
             return key, value, tokens
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.layers import CapacitySpec, RouterLossSpec
+from lamina.layers import AttentionSpec, CapacitySpec, CompressiveSpec, MemoryAttentionSpec, RouterLossSpec
 from lamina.parallel import MeshSpec, arguments, plan, template
 from lamina.parallel.context import Cut
 from lamina.parallel.pipeline import owners
@@ -64,6 +64,10 @@ def test_what_a_model_cannot_be_shared_by():
     ):
         with pytest.raises(LaminaError, match=says):
             plan(MeshSpec(**fields), *fields.values(), MIXTRAL)
+    kept = CompressiveSpec(length=4, size=4, count=2, rate=2, by="most-used")
+    used = edit(GPT2, AttentionSpec, lambda path, part: MemoryAttentionSpec(attention=part, memory=kept))
+    with pytest.raises(UnsupportedError, match="what was used most is counted over all heads, and tensor = 2 shares"):
+        plan(MeshSpec(tensor=2), 2, used)
     with pytest.raises(LaminaError, match="49 hidden features cannot be shared by tensor = 2"):
         plan(MeshSpec(tensor=2), 2, tiny.spec(tiny.LLAMA | {"intermediate_size": 49}))
     with pytest.raises(LaminaError, match="3 key heads cannot be shared, nor copied, by tensor = 2"):

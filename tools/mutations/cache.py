@@ -7,27 +7,18 @@ ALSO: dict[str, tuple[str, ...]] = {
     "cache/growing.py": ("tests/generation/test_beam.py",),
     "cache/neighbours.py": ("tests/layers/test_retrieval.py",),
     "cache/recurrent.py": ("tests/layers/test_recurrent.py",),
+    "cache/fixed.py": ("tests/layers/test_memory_attention.py",),
+    "cache/ring.py": ("tests/layers/test_memory_attention.py",),
+    "cache/sinks.py": ("tests/layers/test_memory_attention.py",),
     "cache/summed.py": ("tests/layers/test_memory_attention.py",),
 }
 """Tests of a file beside those that its name tells."""
 
 MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "cache/cache.py": [
-        (
-            "a ring where a window is",
-            'self.kind in ("auto", "ring") and windowed and',
-            'self.kind == "ring" and windowed and',
-        ),
-        ("segments are not renumbered", 'if retained.segment is not None and self.kind == "sinks":', "if False:"),
-        ("sums are not for a fixed cache", 'if retained.of == "summed" and self.kind == "fixed":', "if False:"),
-        ("compressed keys are not for a fixed cache", 'if retained.every > 1 and self.kind == "fixed":', "if False:"),
-        ("compressed keys have rings of their own", "elif retained.every > 1:", "elif False:"),
-        ("compressed keys are counted", ", every=retained.every)", ")"),
         ("detached", "            slot.detach()", "            pass"),
-        ("what a pattern forgets is forgotten", 'elif self.kind == "auto" and forgets(retained):', "elif False:"),
-        ("sinks beside a window are forgotten", 'elif self.kind in ("auto", "ring") and windowed:', "elif False:"),
-        ("sinks of a pattern are kept", "windowed and retained.first == 0", "windowed"),
-        ("windows of different sizes", 'key = ("ring", retained.recent)', 'key = "ring"'),
+        ("what is refused", "if reason := one.refuses(self.kind, retained):", 'if reason := "":'),
+        ("layers share a ledger", "if name not in self.ledgers:", "if True:"),
         ("positions go on", "tokens.position.gather(1, column) + 1", "tokens.position.gather(1, column)"),
         (
             "rows without tokens stay",
@@ -75,6 +66,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("trim: bounds", "if not 0 <= length <= self.length:", "if False:"),
     ],
     "cache/expiring.py": [
+        ("what a pattern forgets is forgotten", "if windowed or forgets else None", "if windowed else None"),
+        ("sinks beside a window are forgotten", "if windowed or forgets else None", "if forgets else None"),
         ("expiring: what a later query sees stays", "& (last > latest)  # what", "& (last > latest + 1)  # what"),
         ("expiring: what nobody sees goes", "& (last > latest)  # what", "& (last >= -1)  # what"),
         ("expiring: old keys go", "& (self.last > latest)\n", "\n"),
@@ -100,6 +93,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("expiring: marks", "self.marked.scatter(1, self.place, marked)", "self.marked"),
     ],
     "cache/fixed.py": [
+        ("sums are not for a fixed cache", 'if retained.of == "summed":', "if False:"),
+        ("compressed keys are not for a fixed cache", "if retained.every > 1:", "if False:"),
         ("overflow", "if self.length + new > self.capacity:", "if False:"),
         ("overflow, off by one", "if self.length + new > self.capacity:", "if self.length + new >= self.capacity:"),
         ("cursor", "self.cursor.add_(new)", "pass"),
@@ -158,6 +153,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("recurrent cache: bytes", "self.progress.memory.numel() * ", ""),
     ],
     "cache/ring.py": [
+        ("a ring where a window is", 'kind in ("auto", "ring") and', 'kind == "ring" and'),
+        ("sinks of a pattern are kept", " and retained.first == 0", ""),
+        ("compressed keys have rings of their own", "if compressed or windowed", "if windowed"),
+        ("compressed keys are counted", ", every=retained.every)", ")"),
+        ("windows of different sizes", '("ring", retained.recent, retained.every)', '("ring", retained.every)'),
         (
             "places wrap",
             "torch.where(kept, serial % self.window, self.window)",
@@ -191,6 +191,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("reorder: documents", "self.document, self.marked = self.document[index], self.marked[index]", "pass"),
     ],
     "cache/sinks.py": [
+        ("segments are not renumbered", "if retained.segment is not None:", "if False:"),
         ("first keys", "(seen < self.first) | ", ""),
         ("first keys, off by one", "(seen < self.first)", "(seen <= self.first)"),
         ("recent keys, off by one", "seen >= self.count - self.recent", "seen > self.count - self.recent"),

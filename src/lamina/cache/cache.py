@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,20 @@ from lamina.cache.sinks import SinksLedger
 from lamina.cache.slot import Ledger, Slot
 from lamina.cache.summed import SummedLedger
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.patterns import Pattern, Retained
-from lamina.tokens import Tokens, plain
+from lamina.patterns import Retained
+from lamina.tokens import Tokens
+
+LEDGERS: tuple[type[Ledger], ...] = (
+    MemoryLedger,
+    NeighbourLedger,
+    SummedLedger,
+    RingLedger,
+    SinksLedger,
+    FixedLedger,
+    ExpiringLedger,
+    GrowingLedger,
+)
+"""Who is asked, in this order, whether what a layer keeps is kept there (`Ledger.serves`)."""
 
 
 class Cache:
@@ -38,7 +52,7 @@ class Cache:
         self.next_position = torch.zeros((batch, 1), dtype=torch.int64, device=device)
         self.document = torch.zeros((batch, 1), dtype=torch.int64, device=device)
         self.slots: dict[str, Slot] = {}
-        self.ledgers: dict[object, Ledger] = {}
+        self.ledgers: dict[Hashable, Ledger] = {}
         self.memory: Tensor | None = None  # (texts, S, width): what the encoder made of the source
         self.source: Tensor | None = None  # (texts, S): its ids, where they were given
 
@@ -54,6 +68,10 @@ class Cache:
     def slot(self, path: str) -> Slot:
         """The slot of the layer at `path`."""
         return self.slots[path]
+
+    def find(self, path: str) -> Slot | None:
+        """The slot of the part at `path`, where it has one."""
+        return self.slots.get(path)
 
     def advance(self, tokens: Tokens) -> None:
         """The model has read `tokens`."""
@@ -109,66 +127,15 @@ class Cache:
         return sum(slot.bytes() for slot in self.slots.values())
 
     def _ledger(self, path: str, retained: Retained) -> Ledger:
-        windowed = retained.recent is not None
-        if retained.segment is not None and self.kind == "sinks":
-            raise UnsupportedError(f"{path} goes by positions, which a sinks cache renumbers; cache='auto' keeps them")
-        if retained.of == "summed" and self.kind == "fixed":
-            raise UnsupportedError(f"{path} sums up what has passed, which a fixed cache cannot; cache='auto' can")
-        if retained.every > 1 and self.kind == "fixed":
-            raise UnsupportedError(f"{path} compresses what has passed, which a fixed cache cannot; cache='auto' can")
-        if retained.of == "memory":
-            key: object = "memory"
-        elif retained.every > 1:  # whatever the kind: its tokens are not the text's
-            key = ("ring", retained.recent, retained.every)
-        elif retained.of == "summed":
-            key = ("summed", retained.segment)
-        elif retained.of == "found" and self.kind == "sinks":
-            raise UnsupportedError(
-                f"{path} counts chunks by position, and a sinks cache renumbers them; 'auto' does not"
-            )
-        elif retained.of == "found":
-            key = "found"
-        elif self.kind == "sinks":
-            key = "sinks"
-        elif self.kind == "fixed":
-            key = "fixed"
-        elif self.kind in ("auto", "ring") and windowed and retained.first == 0:
-            key = ("ring", retained.recent)
-        elif self.kind in ("auto", "ring") and windowed:
-            key = retained.pattern
-        elif self.kind == "ring":
-            raise UnsupportedError(f"{path} looks back without limit, so a ring cannot serve it; cache='auto' can")
-        elif self.kind == "auto" and forgets(retained):
-            key = retained.pattern
-        else:
-            key = "growing"
-        if key not in self.ledgers:
-            self.ledgers[key] = self._new(key, retained)
-        return self.ledgers[key]
-
-    def _new(self, key: object, retained: Retained) -> Ledger:
-        if key == "sinks":
-            return SinksLedger() if self.capacity is None else SinksLedger(4, max(self.capacity - 4, 1))
-        if key == "fixed":
-            assert self.capacity is not None
-            return FixedLedger(self.batch, self.capacity, self.device)
-        if key == "memory":
-            return MemoryLedger(self.batch)
-        if key == "found":
-            return NeighbourLedger(self.batch, self.device)
-        if key == "growing":
-            return GrowingLedger()
-        if isinstance(key, Pattern):
-            return ExpiringLedger(self.batch, key, self.device)
-        assert retained.recent is not None
-        if retained.of == "summed":
-            return SummedLedger(self.batch, retained.recent, self.device)
-        return RingLedger(self.batch, retained.recent, self.device, every=retained.every)
-
-
-def forgets(retained: Retained) -> bool:
-    """Whether the pattern of a layer says of any key that there is a last query to see it."""
-    return retained.pattern is not None and retained.pattern.lasts(plain(1, 1)) is not None
+        for one in LEDGERS:
+            if reason := one.refuses(self.kind, retained):
+                raise UnsupportedError(f"{path} {reason}")
+        for one in LEDGERS:
+            if (name := one.serves(self.kind, retained)) is not None:
+                if name not in self.ledgers:
+                    self.ledgers[name] = one.made(retained, self.batch, self.capacity, self.device)
+                return self.ledgers[name]
+        raise UnsupportedError(f"{path} looks back without limit, so a ring cannot serve it; cache='auto' can")
 
 
 def last_real(position: Tensor) -> Tensor:

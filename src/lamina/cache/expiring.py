@@ -8,11 +8,13 @@ Example, Causal() & (Window(back=3) | Sinks(count=1)), after the tokens 0..5: to
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
 from lamina.cache.slot import Ledger, Slot
-from lamina.patterns import FOREVER, Pattern
+from lamina.patterns import FOREVER, Pattern, Retained
 from lamina.tokens import HOLE, Tokens, join, plain
 
 FIRST_ROOM = 16
@@ -34,6 +36,19 @@ class ExpiringLedger(Ledger):
         self.place = torch.zeros((batch, 1), dtype=torch.int64, device=device)
         self.single = False
         self.seen = 0  # columns so far
+
+    @classmethod
+    def serves(cls, kind: str, retained: Retained) -> Hashable | None:
+        windowed = kind in ("auto", "ring") and retained.recent is not None
+        forgets = kind == "auto" and retained.pattern is not None and retained.pattern.lasts(plain(1, 1)) is not None
+        return retained.pattern if windowed or forgets else None
+
+    @classmethod
+    def made(
+        cls, retained: Retained, batch: int, capacity: int | None, device: torch.device | str | None = None
+    ) -> ExpiringLedger:
+        assert retained.pattern is not None
+        return cls(batch, retained.pattern, device)
 
     def note(self, tokens: Tokens) -> Tokens:
         before = self._tokens()

@@ -3,11 +3,14 @@ shape and can be compiled or captured. Empty places are holes."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
 from lamina.cache.slot import Ledger, Slot
 from lamina.errors import LaminaError
+from lamina.patterns import Retained
 from lamina.tokens import HOLE, Tokens
 
 
@@ -25,6 +28,27 @@ class FixedLedger(Ledger):
         self.cursor = torch.zeros((), dtype=torch.int64, device=device)
         self.place = torch.zeros((1,), dtype=torch.int64, device=device)
         self.length: int | None = 0  # in Python, to refuse an overflow; None inside a compiled step
+
+    @classmethod
+    def refuses(cls, kind: str, retained: Retained) -> str | None:
+        if kind != "fixed":
+            return None
+        if retained.of == "summed":
+            return "sums up what has passed, which a fixed cache cannot; cache='auto' can"
+        if retained.every > 1:
+            return "compresses what has passed, which a fixed cache cannot; cache='auto' can"
+        return None
+
+    @classmethod
+    def serves(cls, kind: str, retained: Retained) -> Hashable | None:
+        return "fixed" if kind == "fixed" else None
+
+    @classmethod
+    def made(
+        cls, retained: Retained, batch: int, capacity: int | None, device: torch.device | str | None = None
+    ) -> FixedLedger:
+        assert capacity is not None
+        return cls(batch, capacity, device)
 
     def note(self, tokens: Tokens) -> Tokens:
         new = tokens.position.shape[1]

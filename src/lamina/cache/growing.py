@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
 from lamina.cache.slot import Ledger, Slot
+from lamina.patterns import Retained
 from lamina.tokens import Tokens, join
 
 FIRST_ROOM = 64
@@ -21,6 +24,10 @@ class GrowingLedger(Ledger):
         self.tokens: Tokens | None = None
         self.length = 0
         self.before = 0
+
+    @classmethod
+    def serves(cls, kind: str, retained: Retained) -> Hashable | None:
+        return "growing" if kind in ("auto", "growing") else None
 
     def note(self, tokens: Tokens) -> Tokens:
         self.before = self.length

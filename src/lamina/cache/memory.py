@@ -5,10 +5,13 @@ Beams of one text share them: where the cache has B * n rows, n for each text, t
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
 from lamina.cache.slot import Ledger, Slot
+from lamina.patterns import Retained
 from lamina.tokens import Tokens
 
 
@@ -23,6 +26,16 @@ class MemoryLedger(Ledger):
         self.rows = batch  # of the cache: as many as texts, or a multiple
         self.tokens: Tokens | None = None
         self.parents: Tensor | None = None  # of the last `reorder`, where texts changed places
+
+    @classmethod
+    def serves(cls, kind: str, retained: Retained) -> Hashable | None:
+        return "memory" if retained.of == "memory" else None
+
+    @classmethod
+    def made(
+        cls, retained: Retained, batch: int, capacity: int | None, device: torch.device | str | None = None
+    ) -> MemoryLedger:
+        return cls(batch)
 
     def note(self, tokens: Tokens) -> Tokens:
         self.tokens = tokens

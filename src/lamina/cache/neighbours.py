@@ -10,6 +10,7 @@ tokens 8, 9 and 10; token 11 brings those of chunk 2, which take their place.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lamina.cache.slot import Ledger, Slot
+from lamina.patterns import Retained
 from lamina.tokens import HOLE, Tokens
 
 
@@ -43,6 +45,16 @@ class NeighbourLedger(Ledger):
         row = torch.arange(batch, device=device)
         self.kept = Found(none, none.clamp(min=0), row=row, chunk=torch.full_like(row, HOLE))
         self.pick = row  # (B,): of what is visible in this forward, what is kept
+
+    @classmethod
+    def serves(cls, kind: str, retained: Retained) -> Hashable | None:
+        return "found" if retained.of == "found" else None
+
+    @classmethod
+    def made(
+        cls, retained: Retained, batch: int, capacity: int | None, device: torch.device | str | None = None
+    ) -> NeighbourLedger:
+        return cls(batch, device)
 
     def note(self, tokens: Tokens) -> Found:
         """New chunks come before those that were kept. Those of a row are in order, and the last one stays."""

@@ -7,10 +7,13 @@ Padding is never kept: each row counts its own real tokens, and holes go to a sp
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
 from lamina.cache.slot import Ledger, Slot
+from lamina.patterns import Retained
 from lamina.tokens import HOLE, Tokens, join
 
 
@@ -29,6 +32,19 @@ class RingLedger(Ledger):
         self.marked = torch.zeros((batch, window + 1), dtype=torch.bool, device=device)
         self.place = torch.zeros((batch, 1), dtype=torch.int64, device=device)
         self.single = False
+
+    @classmethod
+    def serves(cls, kind: str, retained: Retained) -> Hashable | None:
+        windowed = kind in ("auto", "ring") and retained.recent is not None and retained.first == 0
+        compressed = retained.every > 1  # whatever the kind: its tokens are not the text's
+        return ("ring", retained.recent, retained.every) if compressed or windowed else None
+
+    @classmethod
+    def made(
+        cls, retained: Retained, batch: int, capacity: int | None, device: torch.device | str | None = None
+    ) -> RingLedger:
+        assert retained.recent is not None
+        return cls(batch, retained.recent, device, every=retained.every)
 
     def note(self, tokens: Tokens) -> Tokens:
         real = tokens.real

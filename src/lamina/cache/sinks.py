@@ -7,11 +7,14 @@ kept without their rotary phases, since those positions move; the phases are app
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
 from lamina.cache.slot import Ledger, Slot
 from lamina.errors import UnsupportedError
+from lamina.patterns import Retained
 from lamina.tokens import HOLE, Tokens
 
 
@@ -29,6 +32,26 @@ class SinksLedger(Ledger):
         self.document: Tensor | None = None  # (B, 1): the one of each row
         self.pick: Tensor | None = None  # (B, kept): the columns, of what was visible, that stay
         self.renumbered: Tokens | None = None
+
+    @classmethod
+    def refuses(cls, kind: str, retained: Retained) -> str | None:
+        if kind != "sinks":
+            return None
+        if retained.segment is not None:
+            return "goes by positions, which a sinks cache renumbers; cache='auto' keeps them"
+        if retained.of == "found":
+            return "counts chunks by position, and a sinks cache renumbers them; 'auto' does not"
+        return None
+
+    @classmethod
+    def serves(cls, kind: str, retained: Retained) -> Hashable | None:
+        return "sinks" if kind == "sinks" else None
+
+    @classmethod
+    def made(
+        cls, retained: Retained, batch: int, capacity: int | None, device: torch.device | str | None = None
+    ) -> SinksLedger:
+        return cls() if capacity is None else cls(4, max(capacity - 4, 1))
 
     def note(self, tokens: Tokens) -> Tokens:
         batch, new = tokens.position.shape

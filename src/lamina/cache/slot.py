@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 
+import torch
 from torch import Tensor
 
+from lamina.patterns import Retained
 from lamina.tokens import Tokens
 
 
@@ -32,6 +35,24 @@ class Ledger(ABC):
         self.incoming: Tokens | None = None
         self.visible: Tokens | None = None
         self.alike = 0  # in a `reorder`: so many first columns are the same in each row and the one it takes over
+
+    @classmethod
+    def refuses(cls, kind: str, retained: Retained) -> str | None:
+        """What a layer that keeps `retained` does that a cache of this kind cannot serve, and what can."""
+        return None
+
+    @classmethod
+    def serves(cls, kind: str, retained: Retained) -> Hashable | None:
+        """Whether this is the ledger, in a cache of that kind, of a layer that keeps `retained`: then its name there,
+        which is that of every layer that can share it."""
+        return None
+
+    @classmethod
+    def made(
+        cls, retained: Retained, batch: int, capacity: int | None, device: torch.device | str | None = None
+    ) -> Ledger:
+        """A new one, for the layers that it serves."""
+        return cls()
 
     def admit(self, tokens: Tokens) -> Tokens:
         """Take note of new tokens (B, T); return the tokens of all keys that a slot will hand out for them."""

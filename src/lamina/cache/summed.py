@@ -7,12 +7,14 @@ first token beyond it comes, so that positions may have gaps. A new document beg
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lamina.cache.slot import Ledger, Slot
+from lamina.patterns import Retained
 from lamina.tokens import HOLE, Tokens, join
 
 
@@ -29,6 +31,17 @@ class SummedLedger(Ledger):
         self.held = self.document  # whose state the slots held before the last tokens came
         self.pick: Tensor | None = None  # (B, kept): the columns, of what was visible, that stay; None: the last ones
         self.kept = 0
+
+    @classmethod
+    def serves(cls, kind: str, retained: Retained) -> Hashable | None:
+        return ("summed", retained.recent) if retained.of == "summed" else None
+
+    @classmethod
+    def made(
+        cls, retained: Retained, batch: int, capacity: int | None, device: torch.device | str | None = None
+    ) -> SummedLedger:
+        assert retained.recent is not None
+        return cls(batch, retained.recent, device)
 
     def note(self, tokens: Tokens) -> Tokens:
         seen = tokens if self.tokens is None else join(self.tokens, tokens)

@@ -39,6 +39,7 @@ MEMORY = Kind(
         "layers/memory_attention.py",
         "layers/recurrence.py",
         "layers/compressive.py",
+        "layers/most_used.py",
         "layers/memorizing.py",
         "layers/infini.py",
         "layers/product_keys.py",
@@ -47,8 +48,8 @@ MEMORY = Kind(
     ),
     used=named("MemoryAttentionSpec", "ProductKeySpec", "RecurrentMemorySpec"),
     variants=(
-        by_class("Transformer-XL", "keys and values before the segment, without gradients", "RecurrenceSpec"),
-        by_class("compressive", "what leaves those, c positions as one key", "CompressiveSpec"),
+        by_class("Transformer-XL", "what came before the segment, of which W_k and W_v alone learn", "RecurrenceSpec"),
+        by_class("compressive", "what leaves those, c positions as one key, or the most used", "CompressiveSpec"),
         by_class("memorizing", "the k nearest of stored keys, mixed in by a gate a head", "MemorizingSpec"),
         by_class("Infini-attention", "a matrix for all that left the segment", "InfiniSpec"),
         Variant(

@@ -7,10 +7,11 @@ arXiv:1911.05507, section 3).
 What is compressed is older than `size`; the last `count` of it are kept. Groups lie at multiples of `rate` in the
 document and are compressed when they are over, which gives what compressing them at their eviction would. A compressed
 key stands at the last position of its group. Where positions have gaps, a group is compressed of what there is (zeros
-in a convolution).
+in a convolution). With `by="most-used"` nothing is computed anew: see most_used.py.
 
-As in a recurrence no gradient leaves a segment. Only a convolution learns, and only from its own loss (section 3.2,
-equation 1), which `Record.losses` and `Output.losses` have under the layer's path and `.reconstruction`:
+As in a recurrence W_k and W_v learn from what is remembered, and nothing before them does, so not f either. A
+convolution learns from its own loss alone (section 3.2, equation 1), which `Record.losses` and `Output.losses` have
+under the layer's path and `.reconstruction`:
 
     loss * mean over queries, heads and features of (attn(h, old) - attn(h, f(old)))^2
 
@@ -34,7 +35,8 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers.attention import AttentionSpec
 from lamina.layers.cached import turn
 from lamina.layers.call import Call
-from lamina.layers.recurrence import refuse_marks, stopped
+from lamina.layers.most_used import Asked, MostUsed
+from lamina.layers.recurrence import Anew, Inputs, Kept, refuse_marks, stopped
 from lamina.layers.segments import Segments, segments
 from lamina.patterns import Pattern, Retained, SegmentWindow, allowed
 from lamina.specs import Spec
@@ -55,7 +57,7 @@ class CompressiveSpec(Spec):
     size: int  # 512 to 1024
     count: int  # 512 to 1536
     rate: int  # positions that become one: 2 to 4
-    by: Literal["mean", "max", "convolution"] = "convolution"
+    by: Literal["mean", "max", "convolution", "most-used"] = "convolution"
     loss: float = 1.0  # of the convolution
 
     def check(self) -> None:
@@ -67,6 +69,14 @@ class CompressiveSpec(Spec):
                 raise LaminaError(
                     f"CompressiveSpec.{name} is {getattr(self, name)}; it must be a multiple of rate={self.rate}"
                 )
+        if self.by == "most-used":  # memories leave a segment at a time
+            kept = self.length // self.rate
+            for name, one in (("size", self.length), ("count", kept)):
+                if getattr(self, name) % one:
+                    what = f"length={self.length}" if name == "size" else f"length / rate = {kept}"
+                    raise LaminaError(
+                        f"CompressiveSpec.{name} is {getattr(self, name)}; by='most-used' needs a multiple of {what}"
+                    )
 
     def build(self, attention: AttentionSpec, width: int) -> Compressive:
         return Compressive(self, attention, width)
@@ -108,21 +118,38 @@ class Compressive(nn.Module):
         self.older: Pattern = SegmentWindow(length=length, back=size + reach - FAR, gap=size - FAR)
         self.pattern = self.own | self.earlier | self.older
         self.evicted: Pattern = SegmentWindow(length=length, back=size + length, gap=size)
-        self.compress = Compression(spec, width)
+        self.chosen = MostUsed(spec, self.earlier) if spec.by == "most-used" else None
+        self.compress = Compression(spec, width) if spec.by != "most-used" else None
+        self.inputs = Inputs(self.kept())
+        self.shorter = None if self.compress is None else Inputs(self._older())
 
     def kept(self) -> Retained:
         """What a cache has to keep for the layer itself."""
+        if self.chosen is not None:  # what a segment pushes out is looked at when the segment has begun
+            return Retained(self.spec.size + 2 * self.spec.length, segment=self.spec.length)
         pattern = self.own | self.earlier
         return replace(pattern.retained(), pattern=pattern, segment=self.spec.length)
 
-    def retained(self) -> Retained:
-        """What a cache has to keep of the compressed keys: those that are not old enough to be read, too."""
+    def retained(self) -> Retained | dict[str, Retained]:
+        """What a cache has to keep of the compressed keys. What was chosen is kept there."""
+        return {} if self.compress is None else self._older()
+
+    def _older(self) -> Retained:
+        """Those that are not old enough to be read, too."""
         spec = self.spec
         return Retained(spec.count + (spec.size + spec.length) // spec.rate, segment=spec.length, every=spec.rate)
 
+    def remembered(
+        self, layer: MemoryAttention, x: Tensor, query: Tensor, keys: Kept, call: Call, asked: Asked
+    ) -> Kept:
+        """All compressed keys, those of the cache too; `keys`: those that are not compressed."""
+        if self.chosen is not None:
+            return self.chosen(query, keys, call, asked)
+        return self._made(layer, x, call)
+
     @torch.no_grad()
-    def keys(self, layer: MemoryAttention, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tokens]:
-        """All compressed keys and values (B, G, n, D), and where they stand, those of the cache too."""
+    def _made(self, layer: MemoryAttention, x: Tensor, call: Call) -> Kept:
+        assert self.compress is not None and self.shorter is not None
         inputs, tokens = x.detach()[:, None], call.tokens
         if call.cache is not None:
             slot = call.cache.slot(self.compress.path)
@@ -131,19 +158,21 @@ class Compressive(nn.Module):
             inputs, _, tokens = slot.extend(inputs, inputs[..., :0], tokens)
         groups = segments(tokens, self.spec.rate, call.memo)
         made = compressed(groups, tokens, call)
-        key, value = layer.keys_of(self.compress(groups.laid_out(inputs)[:, 0], groups.there()))
+        short = self.compress(groups.laid_out(inputs)[:, 0], groups.there())
+        key, value = layer.keys_of(short)
         key = turn(key, made, layer.spec.rotary, layer.spec.head_dim, call.memo)
-        if call.cache is None:
-            return key, value, made
-        return call.cache.slot(self.path).extend(key, value, made)
+        short = self.shorter(short, made, call)
+        if call.cache is not None:
+            key, value, made = call.cache.slot(self.path).extend(key, value, made)
+        return Kept(made, key, value, short)
 
-    def forward(self, request: Request) -> Request:
+    def forward(self, request: Request, anew: Anew) -> Request:
         """The same attention, through which no gradient leaves a segment."""
-        return stopped(request, self.own, self.earlier | self.older)
+        return stopped(request, self.own, self.earlier | self.older, anew)
 
     def learn(self, layer: MemoryAttention, x: Tensor, parts: tuple[Tensor, Tensor, Tensor], call: Call) -> None:
         """Write down the loss of a convolution in training; `parts`: queries, keys and values without phases."""
-        if layer.training and self.compress.convolution is not None and self.spec.loss:
+        if layer.training and self.spec.by == "convolution" and self.spec.loss:
             constant = tuple(part.detach() for part in parts)
             loss = self.spec.loss * self._reconstruction(layer, x.detach(), constant, call)
             call.record.losses[f"{call.record.called(self.path)}.reconstruction"] = loss
@@ -151,6 +180,7 @@ class Compressive(nn.Module):
     def _reconstruction(self, layer: MemoryAttention, x: Tensor, parts: tuple[Tensor, ...], call: Call) -> Tensor:
         tokens, memo = call.tokens, call.memo
         groups = segments(tokens, self.spec.rate, memo)
+        assert self.compress is not None
         shorter = self.compress(groups.laid_out(x[:, None])[:, 0], groups.there())
         constant = {name: p.detach() for name, p in layer.named_parameters()}
         query, key, value = parts

@@ -18,15 +18,16 @@ from torch import Tensor
 from lamina.attend import Request, attend, weights
 from lamina.errors import LaminaError
 from lamina.layers.attention import Attention, AttentionSpec
-from lamina.layers.cached import with_cache
+from lamina.layers.cached import turn, with_cache
 from lamina.layers.call import Call
 from lamina.layers.compressive import Compressive, CompressiveSpec, beside
 from lamina.layers.gated_memory import GatedMemory
 from lamina.layers.infini import InfiniSpec
 from lamina.layers.memorizing import MemorizingSpec
-from lamina.layers.recurrence import RecurrenceSpec
+from lamina.layers.recurrence import Anew, Kept, RecurrenceSpec
 from lamina.patterns import Retained
 from lamina.specs import Spec
+from lamina.tokens import Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,27 +65,57 @@ class MemoryAttention(Attention):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         query, key, value = self.project(x)
-        request = self._asked(x, query, key, value, call)
-        call.record.keep(f"{self.path}.weights", lambda: weights(request))
         if isinstance(self.memory, GatedMemory):
+            request = self.request(query, key, value, call)
+            call.record.keep(f"{self.path}.weights", lambda: weights(request))
             return self.joined(self.memory(attend(request, call.backend), query, key, value, call))
-        return self.joined(attend(self.memory(request), call.backend))
+        query, own, older = self._with_memory(x, query, key, value, call)
+        request = self._asked(query, call.tokens, own, older, call)
+        call.record.keep(f"{self.path}.weights", lambda: weights(request))
+        return self.joined(attend(self.memory(request, self._anew(own, older, call)), call.backend))
 
-    def _asked(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Request:
-        """What is asked in the layer's own softmax."""
+    def _with_memory(
+        self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, call: Call
+    ) -> tuple[Tensor, Kept, Kept | None]:
+        """Queries, the keys that there are, and compressed ones."""
         memory, spec = self.memory, self.spec
-        if isinstance(memory, GatedMemory):
-            return self.request(query, key, value, call)
+        assert not isinstance(memory, GatedMemory)
         if isinstance(memory, Compressive):
             memory.learn(self, x, (query, key, value), call)
-        query, key, value, queries, keys = with_cache(self.path, call, query, key, value, spec.rotary, spec.head_dim)
-        masked = keys
-        if isinstance(memory, Compressive):
-            short_key, short_value, made = memory.keys(self, x, call)
-            keys, masked = beside(keys, made, call)
-            key, value = torch.cat([key, short_key], dim=2), torch.cat([value, short_value], dim=2)
-        request = self._request(query, key, value, queries, keys, call)
-        return replace(request, keys=masked, pattern=memory.pattern)
+        query, key, value, _, keys = with_cache(self.path, call, query, key, value, spec.rotary, spec.head_dim)
+        own = Kept(keys, key, value, memory.inputs(x, call.tokens, call))
+        if not isinstance(memory, Compressive):
+            return query, own, None
+
+        def asked(query: Tensor, queries: Tokens, own: Kept, older: Kept) -> Request:
+            return self._asked(query, queries, own, older, replace(call, memo={}))  # masks of one segment alone
+
+        return query, own, memory.remembered(self, x, query, own, call, asked)
+
+    def _asked(self, query: Tensor, queries: Tokens, own: Kept, older: Kept | None, call: Call) -> Request:
+        """What is asked in the one softmax."""
+        keys, masked = (own.tokens, own.tokens) if older is None else beside(own.tokens, older.tokens, call)
+        every = own if older is None else own.beside(older)
+        request = self._request(query, every.key, every.value, queries, keys, call)
+        return replace(request, keys=masked, pattern=self.memory.pattern)  # pyright: ignore[reportArgumentType]
+
+    def _anew(self, own: Kept, older: Kept | None, call: Call) -> Anew:
+        """How to make those keys and values anew, where what they are made of is kept."""
+        parts = [one for one in (own, older) if one is not None]
+        if any(one.inputs is None for one in parts):
+            return None
+
+        def made() -> tuple[Tensor, Tensor]:
+            pairs = [self._made(one, call) for one in parts]
+            key, value = (torch.cat(both, dim=2) for both in zip(*pairs, strict=True))
+            return key, value
+
+        return made
+
+    def _made(self, kept: Kept, call: Call) -> tuple[Tensor, Tensor]:
+        assert kept.inputs is not None
+        key, value = self.keys_of(kept.inputs[:, 0])
+        return turn(key, kept.tokens, self.spec.rotary, self.spec.head_dim, call.memo), value
 
     def keys_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, n, width) -> keys and values (B, G, n, D), without rotary phases."""

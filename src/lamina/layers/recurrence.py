@@ -1,12 +1,14 @@
 """Segment recurrence: each segment also reads the last `size` positions before it (Transformer-XL, arXiv:1901.02860,
 section 3.2).
 
-    segment s reads [SG(k, v of the `size` positions before it), its own k, v], in one softmax
+    segment s reads [W_k SG(h), W_v SG(h) of the `size` positions before it, its own k, v], in one softmax
 
-SG stops the gradient: what a segment learns is of its own tokens. The paper stops it at the hidden states of the memory
-and projects them anew, so that W_k and W_v also learn from memories; here keys and values are kept, as decoding needs
-them, and give no gradient at all. So training on consecutive pieces, cut between segments, with the cache carried over,
-has the gradients of the whole text read at once.
+SG stops the gradient: no earlier layer learns from a memory, but W_k and W_v do, which are what finds something there.
+So keys come twice while gradients are computed: with a gradient to h for their own segment, without for later ones.
+
+Training on consecutive pieces, cut between segments, with the cache carried over, has the gradients of the whole text
+read at once. For that a cache that was made while the model was in training keeps h beside keys and values. One that
+was made in evaluation does not, and what it holds gives no gradient at all.
 
 Positions must be relative (TransformerXLSpec, rotary phases, a bias). In a trained model nothing changes as long as a
 text fits into one segment; a gate cannot make more exact, since there is one softmax: for that, see MemorizingSpec.
@@ -14,17 +16,19 @@ text fits into one segment; a gate cannot make more exact, since there is one so
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lamina.attend import Request
 from lamina.errors import LaminaError
 from lamina.layers.attention import AttentionSpec
+from lamina.layers.call import Call
 from lamina.patterns import Global, Pattern, Prefix, Retained, SegmentWindow, Without
 from lamina.specs import Spec
-from lamina.tokens import Tokens, join
+from lamina.tokens import HOLE, Tokens, join
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +57,65 @@ class Recurrence(nn.Module):
         self.own: Pattern = attention.pattern & SegmentWindow(length=spec.length, back=0)
         self.earlier: Pattern = SegmentWindow(length=spec.length, back=spec.size, gap=0)
         self.pattern = self.own | self.earlier
+        self.inputs = Inputs(self.kept())
 
     def kept(self) -> Retained:
-        """What a cache has to keep for the layer, in its one slot."""
+        """What a cache has to keep for the layer itself."""
         return replace(self.pattern.retained(), pattern=self.pattern, segment=self.spec.length)
 
-    def forward(self, request: Request) -> Request:
+    def forward(self, request: Request, anew: Anew) -> Request:
         """The same attention, through which no gradient leaves a segment."""
-        return stopped(request, self.own, self.earlier)
+        return stopped(request, self.own, self.earlier, anew)
+
+
+class Inputs(nn.Module):
+    """The slot of a layer's inputs, of which keys and values are made anew in training. In evaluation there is none."""
+
+    def __init__(self, kept: Retained) -> None:
+        super().__init__()
+        self.path = ""  # set by the model: the name of the slot
+        self.kept = kept
+
+    def retained(self) -> dict[str, Retained]:
+        """What a cache has to keep: as many as there are keys, so that both lie in the same places."""
+        return {"": self.kept} if self.training else {}
+
+    def forward(self, x: Tensor, tokens: Tokens, call: Call) -> Tensor | None:
+        """(B, T, width) -> all there are (B, 1, S, width), those of the cache too; None where it keeps none."""
+        x = x.detach()[:, None]
+        if call.cache is None:
+            return x
+        slot = call.cache.find(self.path)
+        return None if slot is None else slot.extend(x, x[..., :0], tokens)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Keys of a memory; holes are places without one."""
+
+    tokens: Tokens  # (B, n)
+    key: Tensor  # (B, G, n, D)
+    value: Tensor  # (B, G, n, V)
+    inputs: Tensor | None = None  # (B, 1, n, width): what they are made of, where that is kept
+
+    def beside(self, other: Kept) -> Kept:
+        """These, and then the others."""
+        parts = (torch.cat(pair, dim=2) for pair in zip(self.parts(), other.parts(), strict=True))
+        return Kept(join(self.tokens, other.tokens), *parts)
+
+    def at(self, index: Tensor, there: Tensor) -> Kept:
+        """Those at `index` (B, n), and holes where nothing is `there`."""
+        position = torch.where(there, self.tokens.position.gather(1, index), HOLE)
+        picked = (x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in self.parts())
+        return Kept(Tokens(position, self.tokens.document.gather(1, index)), *picked)
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """Keys, values, and inputs where there are any."""
+        return (self.key, self.value) if self.inputs is None else (self.key, self.value, self.inputs)
+
+
+Anew = Callable[[], tuple[Tensor, Tensor]] | None
+"""Makes keys and values (B, G, S, D) of inputs that give no gradient, to those of a request; None: there are none."""
 
 
 def refuse_marks(pattern: Pattern) -> None:
@@ -72,16 +127,17 @@ def refuse_marks(pattern: Pattern) -> None:
             )
 
 
-def stopped(request: Request, own: Pattern, earlier: Pattern) -> Request:
+def stopped(request: Request, own: Pattern, earlier: Pattern, anew: Anew) -> Request:
     """A request under own | earlier. While gradients are computed, keys come twice: as they are, for their own segment,
-    and marked and without a gradient, for later ones."""
+    and marked and made of inputs without a gradient, for later ones."""
     if not (torch.is_grad_enabled() and (request.key.requires_grad or request.value.requires_grad)):
         return request
     bias, table = request.bias, request.value_table
+    key, value = (request.key.detach(), request.value.detach()) if anew is None else anew()
     return replace(
         request,
-        key=torch.cat([request.key, request.key.detach()], dim=2),
-        value=torch.cat([request.value, request.value.detach()], dim=2),
+        key=torch.cat([request.key, key], dim=2),
+        value=torch.cat([request.value, value], dim=2),
         keys=_twice(request),
         pattern=Without(first=own, second=Prefix()) | (earlier & Prefix()),
         bias=None if bias is None else torch.cat([bias, bias], dim=-1),

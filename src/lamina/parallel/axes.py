@@ -11,6 +11,7 @@ from lamina.layers import (
     BatchNormSpec,
     CapacitySpec,
     ChunkedCrossAttentionSpec,
+    CompressiveSpec,
     ExpertChoiceSpec,
     ExpertsSpec,
     FeedForwardSpec,
@@ -140,6 +141,10 @@ def _shared(path: str, part: Any, ranks: int) -> None:
     where = f"{path}: " if path else ""
     if isinstance(part, ProductKeySpec):  # whole on every rank
         return
+    if isinstance(part, CompressiveSpec) and part.by == "most-used":
+        raise UnsupportedError(
+            f"{where}what was used most is counted over all heads, and tensor = {ranks} shares them out; by='mean' can"
+        )
     heads, key_heads = (getattr(part, name, None) for name in ("heads", "key_heads"))
     if isinstance(heads, int) and heads % ranks:
         raise LaminaError(f"{where}{heads} heads cannot be shared by tensor = {ranks}")

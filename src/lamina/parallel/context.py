@@ -70,6 +70,10 @@ class Gathering:
         """Every layer's slot is this."""
         return self
 
+    def find(self, path: str) -> Gathering | None:
+        """Where something is kept for gradients alone there is nothing to gather without them."""
+        return self if torch.is_grad_enabled() else None
+
     def extend(self, key: Tensor, value: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tokens]:
         """Keys (B, G, L, D) and values of this rank -> those of all ranks (B, G, size L, D), and whose they are."""
         if key.shape[:-1] == value.shape[:-1]:  # one gather in place of two
