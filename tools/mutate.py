@@ -102,8 +102,8 @@ def tests_of(file: str) -> tuple[str, ...]:
             "run": ("records", "directory"),
             "report": ("curves", "past"),
             "guards": ("finite", "fitting"),
-            "loop": ("sums", "optimiser"),
-            "training": ("building", "around", "evaluating", "saving", "loader"),
+            "loop": ("sums", "optimiser", "loader"),
+            "training": ("building", "around", "evaluating", "saving"),
         }
         name = next((test for test, stems in through.items() if name in stems), name)
         return (f"tests/train/test_{name}.py",)
