@@ -113,7 +113,7 @@ def build(
     if not isinstance(model, Embedder):
         keyed(model)  # before the text is read
     started = time.monotonic()
-    line = _Line(out)
+    line = Line(out)
     try:
         prepared = _prepared(corpus, output, tokenizer, given, line)
         line.begin()
@@ -251,7 +251,7 @@ def neighbours(
 
     database, text = open_database(directory, device=device, embedder=embedder), open_prepared(prepared)
     _accelerate(out, database, faiss, trust_index)
-    line = _Line(out)
+    line = Line(out)
     try:
         found = find_neighbours(database, text, output, count=count, batch=batch, report=line.show)
     finally:
@@ -284,7 +284,7 @@ def copy(out: Output, directory: Path, output: Path, engine: str, uri: str, forc
     from lamina.retrieve import Engine, open_database
     from lamina.retrieve import copy as make
 
-    line = _Line(out)
+    line = Line(out)
     try:
         chosen = Engine(engine, uri)  # pyright: ignore[reportArgumentType]
         spec = make(open_database(directory), output, chosen, force=force, report=line.show)
@@ -302,7 +302,7 @@ command = click.Group(
 
 
 def _prepared(
-    corpus: tuple[str, ...], output: Path, tokenizer: str | None, given: dict[str, Any], line: _Line
+    corpus: tuple[str, ...], output: Path, tokenizer: str | None, given: dict[str, Any], line: Line
 ) -> Prepared:
     """The prepared directory that CORPUS is, or CORPUS prepared beside the database."""
     import lamina
@@ -380,7 +380,7 @@ def _lines(directory: Path, spec: IndexSpec) -> list[str]:
     return [*lines, *spec.notes]
 
 
-class _Line:
+class Line:
     """Progress: one line that is written over on a terminal, else a line now and then."""
 
     def __init__(self, out: Output) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.families import FAMILIES, Fields, family, sizes
 from lamina.locate import locate
 from lamina.model import Model, ModelSpec
+from lamina.objectives import Neighbours
 from lamina.opening import open_source
+from lamina.retrieve import open_database
+from lamina.retrieve.neighbours import of_text
 from lamina.source import load, save, tokenizer
 from lamina.specs import Spec, unknown
 from lamina.specs import diff as differences
@@ -124,10 +129,23 @@ def model_of(choice: ModelChoice, data: Prepared, *, seed: int, device: torch.de
     return model.train()
 
 
-def teacher_of(source: str, data: Prepared, dtype: str, device: torch.device | str = "cpu") -> Model:
-    """A model that another one learns from. Raises LaminaError where its tokenizer is not that of the data."""
-    data.check_tokenizer(tokenizer(source))
-    return load(source, dtype=dtype, device=device)
+@dataclass(frozen=True)
+class Beside:
+    """Opens what an objective needs beside the data (`lamina.objectives.Opening`)."""
+
+    data: Prepared
+    dtype: str | None  # of a teacher; None: as it is stored
+    device: torch.device | str = "cpu"
+
+    def model(self, source: str) -> Model:
+        """A teacher. Raises LaminaError where its tokenizer is not that of the data."""
+        self.data.check_tokenizer(tokenizer(source))
+        return load(source, dtype=self.dtype, device=self.device)
+
+    def neighbours(self, index: str, directories: Sequence[str]) -> tuple[Callable[[Prepared], Neighbours], int]:
+        database = open_database(index)
+        database.check_tokenizer(self.data.tokenizer())
+        return partial(of_text, directories, database), database.spec.chunk
 
 
 def trained(spec: TrainSpec, model: Model) -> list[tuple[str, nn.Parameter]]:
@@ -212,7 +230,7 @@ def write(model: Model, tensors: Mapping[str, Tensor], directory: Path, data: Pr
 
 def plan(spec: TrainSpec) -> dict[str, Any]:
     """What a run would read, compute and hold, without building it."""
-    data, _ = data_of(spec.data)
+    data, held = data_of(spec.data)
     architecture = spec_of(spec.model, data)
     opened = None
     if architecture is None:
@@ -223,7 +241,11 @@ def plan(spec: TrainSpec) -> dict[str, Any]:
     made.origin = None if opened is None else opened.origin
     fits(spec, made)
     learning = trained(spec, made)
-    examples = len(spec.objective.examples(data, spec.data.length))
+    task = spec.objective.ready(Beside(data, None))
+    task.fits(architecture)
+    examples = len(task.examples(data, spec.data.length))
+    if held is not None:
+        task.examples(held, spec.data.length)
     if not examples:
         raise LaminaError(f"{spec.data.train}: holds no example of {spec.data.length} tokens")
     tokens = spec.loop.steps * spec.loop.batch * spec.data.length * (2 if architecture.two_stacks else 1)

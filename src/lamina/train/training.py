@@ -23,6 +23,7 @@ from lamina.model import Model
 from lamina.specs import Spec
 from lamina.train import checkpoint
 from lamina.train.building import (
+    Beside,
     data_of,
     filled,
     fingerprint,
@@ -30,7 +31,6 @@ from lamina.train.building import (
     flops,
     model_of,
     spec_of,
-    teacher_of,
     trained,
     unlike,
     write,
@@ -119,7 +119,7 @@ def train(
         half = None if spec.loop.precision == "float32" else spec.loop.precision
         ranks = Together(mesh, distribute(model, mesh, precision=half))
         device = str(mesh.device)
-    task = spec.objective.ready(lambda source: teacher_of(source, data, spec.loop.precision, device))
+    task = spec.objective.ready(Beside(data, spec.loop.precision, device))
     task.fits(model.spec)
     examples = task.examples(data, spec.data.length)
     loop = spec.loop
