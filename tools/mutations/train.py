@@ -22,9 +22,10 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
         (
             "building: special tokens of a size",
-            '**_special(data), **choice.config, "model_type"',
-            '**choice.config, "model_type"',
+            '"vocabulary": data.vocabulary, **_special(data)}',
+            '"vocabulary": data.vocabulary}',
         ),
+        ("building: the vocabulary of a size", '"vocabulary": data.vocabulary, ', ""),
         ("building: what a decoder begins with", "Fields(_begun(config), where=", "Fields(config, where="),
         ("building: a decoder's own beginning", '"decoder_start_token_id" in config', "False"),
         (

@@ -81,7 +81,9 @@ def spec_of(choice: ModelChoice, data: Prepared) -> ModelSpec | None:
         model_type = choice.family
         if model_type not in FAMILIES:
             raise LaminaError(f"model.family: {unknown('model_type', model_type, FAMILIES)}")
-    config = {**published, "vocab_size": data.vocabulary, **_special(data), **choice.config, "model_type": model_type}
+    # The second name is that of families without files of their own: PaLM, GLaM, RETRO.
+    ids = {"vocab_size": data.vocabulary, "vocabulary": data.vocabulary, **_special(data)}
+    config = {**published, **ids, **choice.config, "model_type": model_type}
     return family(model_type).spec(Fields(_begun(config), where="model.config"))
 
 
@@ -99,7 +101,8 @@ def _begun(config: dict[str, Any]) -> dict[str, Any]:
     """With the id that a decoder of two stacks begins with, where the user says none: that of the token which has this
     part in the ids that the family is published with. T5's begins with its padding, BART's with its end."""
     ids = ("pad_token_id", "eos_token_id", "bos_token_id")
-    plain = {name: value for name, value in config.items() if name not in ids} | {"vocab_size": ROOM}
+    plain = {name: value for name, value in config.items() if name not in ids}
+    plain |= {"vocab_size": ROOM, "vocabulary": ROOM}
     published = family(config["model_type"]).spec(Fields(plain, where="model.config")).special
     parts = zip(ids, (published.pad, next(iter(published.end), None), published.start), strict=True)
     part = next((name for name, number in parts if number == published.decoder_start), None)
