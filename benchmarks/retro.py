@@ -1,13 +1,14 @@
 """What retrieval gains on real text: a small RETRO beside its twin, and SmolLM2 that has learned to read neighbours.
 
     python benchmarks/retro.py small WORK [--seeds 0,1] [--json FILE]
-    python benchmarks/retro.py fitted WORK [--unrelated FILE] [--json FILE]
+    python benchmarks/retro.py fitted WORK [--unrelated FILE] [--documents 16] [--json FILE]
 
 WORK is a directory in which the commands at the heads of examples/train/retro.yaml and retrofit.yaml were run, up to
-those of training. `small` trains both recipes with each seed in WORK/runs/NAME-SEED; `fitted` trains the second in
-WORK/runs/retrofit. A run that is there and has ended is not made again. Every model then reads the held-out pages, with
-neighbours and without; `--unrelated` is a text that has nothing to do with the database. A share is of a chunk: what
-its neighbours hold of it in one run of tokens, at most. With --json the part of the file that is not made anew stays.
+those of training. `small` trains the first and its twin with each seed in WORK/runs/NAME-SEED; `fitted` trains the
+second in WORK/runs/retrofit. A run that is there is not made again. Every model then reads the held-out pages (the
+large one some of them) with neighbours and without; `--unrelated` is a text that has nothing to do with the database.
+A share is of a chunk: what its neighbours hold of it in one run of tokens, at most. With --json the part of the file
+that is not made anew stays.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 import lamina
-from lamina.data import Prepared, open_prepared
+from lamina.data import Prepared, Writer, open_prepared
 from lamina.data.prepare import PrepareSpec, prepare
 from lamina.data.sources import find
 from lamina.model import Model
@@ -79,6 +80,18 @@ def compared(longest: torch.Tensor, chunk: int, each: dict[str, Losses]) -> dict
     return {**{name: figures(None, one) for name, one in each.items()}, "overlap": rows}
 
 
+def some(text: Prepared, folder: Path, documents: int) -> Prepared:
+    """That many documents, from all over a text."""
+    column, count = text.column("text"), len(text.column("text").lengths())
+    with Writer(folder, vocabulary=text.vocabulary, tokenizer=text.tokenizer_hash, end=text.end) as writer:
+        for i in range(documents):
+            ids = column[i * count // documents]
+            writer.add({"text": ids[:-1] if text.end is not None else ids})
+        writer.close()
+    text.tokenizer().save(folder)
+    return open_prepared(folder)
+
+
 def small(work: Path, seeds: list[int], window: int, stride: int) -> dict[str, Any]:
     """RETRO, RETRO without neighbours, and the twin that was trained without."""
     database, text = open_database("kernel-index"), open_prepared("kernel/validation")
@@ -97,21 +110,21 @@ def small(work: Path, seeds: list[int], window: int, stride: int) -> dict[str, A
     return {"small": {**about(database, text, window, stride), "runs": runs}}
 
 
-def fitted(work: Path, unrelated: Path | None, window: int, stride: int) -> dict[str, Any]:
+def fitted(work: Path, unrelated: Path | None, documents: int, window: int, stride: int) -> dict[str, Any]:
     """SmolLM2 with neighbours and without, which is SmolLM2 itself."""
-    database, text = open_database("kernel-smol-index"), open_prepared("kernel-smol/validation")
+    database = open_database("kernel-smol-index")
     model = lamina.load(trained("retrofit", work / "runs/retrofit", 0), "bfloat16")
-    found = open_neighbours("kernel-smol-near-validation", database, text)
-    parts = {"related": measured(model, database, text, found, window, stride)}
-    print(json.dumps(parts["related"], indent=1), flush=True)
-    if unrelated is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer = lamina.tokenizer(work / "runs/retrofit/model")
-            prepare(find([str(unrelated)]), Path(folder) / "text", tokenizer, PrepareSpec())
-            other = open_prepared(Path(folder) / "text")
-            near = find_neighbours(database, other, Path(folder) / "near")
-            parts["unrelated"] = measured(model, database, other, near, window, stride)
-        print(json.dumps(parts["unrelated"], indent=1), flush=True)
+    parts: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        texts = {"related": some(open_prepared("kernel-smol/validation"), Path(folder) / "related", documents)}
+        if unrelated is not None:
+            tokenizer = lamina.tokenizer("smollm2-retro")
+            prepare(find([str(unrelated)]), Path(folder) / "unrelated", tokenizer, PrepareSpec())
+            texts["unrelated"] = open_prepared(Path(folder) / "unrelated")
+        for name, text in texts.items():
+            found = find_neighbours(database, text, Path(folder) / f"{name}-near")
+            parts[name] = measured(model, database, text, found, window, stride)
+            print(json.dumps(parts[name], indent=1), flush=True)
     return {"fitted": parts}
 
 
@@ -143,6 +156,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--unrelated", type=Path)
+    parser.add_argument("--documents", type=int, default=16, help="held-out pages that the large model reads")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--stride", type=int, default=192)
     parser.add_argument("--threads", type=int, default=1)
@@ -156,7 +170,7 @@ def main() -> None:
         seeds = [int(seed) for seed in given.seeds.split(",")]
         document = small(Path(), seeds, given.window, given.stride)
     else:
-        document = fitted(Path(), unrelated, given.window, given.stride)
+        document = fitted(Path(), unrelated, given.documents, given.window, given.stride)
     if target is not None:
         kept = json.loads(target.read_text()) if target.is_file() else {}
         target.write_text(json.dumps(kept | document, indent=1) + "\n")

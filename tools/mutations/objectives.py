@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 ALSO: dict[str, tuple[str, ...]] = {
-    "objectives/causal.py": ("tests/objectives/test_retrieval.py", "tests/objectives/test_runs.py"),
     "objectives/distillation.py": ("tests/parallel/test_state.py",),
     "objectives/loss.py": ("tests/train/test_loss.py",),
     "objectives/objective.py": ("tests/objectives/test_parity.py", "tests/objectives/test_masked.py"),

@@ -182,6 +182,14 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("records: means of what is finite", "if math.isfinite(value):", "if True:"),
     ],
+    "train/precision.py": [
+        ("frozen weights are written as they were", "self.frozen.get(name, weight.float())", "weight.float()"),
+        (
+            "frozen weights are written in float32",
+            "self.frozen.get(name, weight.float())",
+            "self.frozen.get(name, weight)",
+        ),
+    ],
     "train/report.py": [
         ("report: samples are text", '{escape(sample["sample"])}', '{sample["sample"]}'),
         ("report: the configuration is text", "{escape(run.config)}", "{run.config}"),
