@@ -4,11 +4,11 @@
     python benchmarks/retro.py fitted WORK [--unrelated FILE] [--documents 16] [--json FILE]
 
 WORK is a directory in which the commands at the heads of examples/train/retro.yaml and retrofit.yaml were run, up to
-those of training. `small` trains the first and its twin with each seed in WORK/runs/NAME-SEED; `fitted` trains the
-second in WORK/runs/retrofit. A run that is there is not made again. Every model then reads the held-out pages (the
-large one some of them) with neighbours and without; `--unrelated` is a text that has nothing to do with the database.
-A share is of a chunk: what its neighbours hold of it in one run of tokens, at most. With --json the part of the file
-that is not made anew stays.
+the first `lamina train` of the one and the last of the other. `small` trains retro-base.yaml, retro.yaml and its twin
+with each seed in WORK/runs/NAME-SEED, `fitted` retrofit.yaml in WORK/runs/retrofit. A run that is there is not made
+again. Every model then reads the held-out pages (the large one some of them) with neighbours, with those of other
+chunks, and without; `--unrelated` is a text that has nothing to do with the database. A share is of a chunk: what its
+neighbours hold of it in one run of tokens, at most. With --json the part of the file that is not made anew stays.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import argparse
 import json
 import math
 import os
+import subprocess
+import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from lamina.data.prepare import PrepareSpec, prepare
 from lamina.data.sources import find
 from lamina.model import Model
 from lamina.retrieve import Database, Neighbours, find_neighbours, open_database, open_neighbours
+from lamina.retrieve.neighbours import NeighboursSpec
 from lamina.retrieve.overlap import Losses, Share, by_overlap, losses, overlaps
 from lamina.train.document import assign, decode, read
 from lamina.train.specs import TrainSpec
@@ -37,13 +41,26 @@ from lamina.train.training import train
 RECIPES = Path(__file__).resolve().parent.parent / "examples/train"
 
 
-def trained(recipe: str, directory: Path, seed: int) -> Path:
+def trained(recipe: str, directory: Path, *assignments: str) -> Path:
     """The model of a run of this recipe, which is made if it is not there."""
     if not (directory / "model").is_dir():
         document = read(RECIPES / f"{recipe}.yaml")
-        assign(document, f"seed={seed}")
+        for assignment in assignments:
+            assign(document, assignment)
         train(decode(TrainSpec, document), directory, resume="auto", show=lambda said: print(said, flush=True))
     return directory / "model"
+
+
+def twins(seed: int) -> tuple[Model, Model]:
+    """RETRO and its twin, which go on from one model."""
+    start = Path(f"runs/retro-start-{seed}")
+    if not start.is_dir():
+        base = trained("retro-base", Path(f"runs/retro-base-{seed}"), f"seed={seed}")
+        made = [sys.executable, str(RECIPES / "retrofit.py"), str(base), str(start)]
+        subprocess.run([*made, "--layers", "1,3", "--chunk", "32"], check=True)
+    given = f"model.source={start}", f"seed={10 + seed}"
+    one, other = (trained(name, Path(f"runs/{name}-{seed}"), *given) for name in ("retro", "retro-plain"))
+    return lamina.load(one), lamina.load(other)
 
 
 def figures(share: Share | None, whole: Losses) -> dict[str, Any]:
@@ -59,13 +76,31 @@ def figures(share: Share | None, whole: Losses) -> dict[str, Any]:
     }
 
 
+@dataclass
+class Other:
+    """Neighbours of other chunks, from half the text away: what a model gains that does not look at what it reads."""
+
+    found: Neighbours
+
+    @property
+    def spec(self) -> NeighboursSpec:
+        return self.found.spec
+
+    def values(self, chunks: torch.Tensor) -> torch.Tensor:
+        count = self.found.spec.chunks
+        away = (chunks + count // 2) % count
+        whole = (self.found.rows >= 0).all(1)  # the ends of documents have none: the last before them that has
+        last = torch.where(whole, torch.arange(count), -1).cummax(0).values
+        return self.found.values(last[away].clamp(min=0))
+
+
 def read_over(
-    model: Model, text: Prepared, found: Neighbours, window: int, stride: int, beside: bool
-) -> tuple[Losses, Losses | None]:
-    """Without neighbours, and with them."""
-    chunk = found.spec.chunk
-    without = losses(model, text, chunk, window, stride)
-    return without, losses(model, text, chunk, window, stride, found) if beside else None
+    model: Model, text: Prepared, found: Neighbours, window: int, stride: int
+) -> tuple[Losses, Losses, Losses]:
+    """Without neighbours, with them, and with those of other chunks."""
+    ways: tuple[Any, ...] = (None, found, Other(found))
+    without, beside, other = (losses(model, text, found.spec.chunk, window, stride, way) for way in ways)
+    return without, beside, other
 
 
 def compared(longest: torch.Tensor, chunk: int, each: dict[str, Losses]) -> dict[str, Any]:
@@ -92,28 +127,26 @@ def some(text: Prepared, folder: Path, documents: int) -> Prepared:
     return open_prepared(folder)
 
 
-def small(work: Path, seeds: list[int], window: int, stride: int) -> dict[str, Any]:
+def small(seeds: list[int], window: int, stride: int) -> dict[str, Any]:
     """RETRO, RETRO without neighbours, and the twin that was trained without."""
     database, text = open_database("kernel-index"), open_prepared("kernel/validation")
     found = open_neighbours("kernel-near-validation", database, text)
     longest, chunk = overlaps(found, text), database.spec.chunk
     runs = []
     for seed in seeds:
-        retro = lamina.load(trained("retro", work / f"runs/retro-{seed}", seed))
-        plain = lamina.load(trained("retro-plain", work / f"runs/retro-plain-{seed}", seed))
-        without, beside = read_over(retro, text, found, window, stride, True)
-        alone, _ = read_over(plain, text, found, window, stride, False)
-        assert beside is not None
-        named = {"retro": beside, "retro_without_neighbours": without, "plain": alone}
+        retro, plain = twins(seed)
+        without, beside, other = read_over(retro, text, found, window, stride)
+        named = {"retro": beside, "retro_other_neighbours": other, "retro_without_neighbours": without}
+        named["plain"] = losses(plain, text, chunk, window, stride)
         runs.append({"seed": seed, **compared(longest, chunk, named)})
         print(json.dumps(runs[-1], indent=1), flush=True)
     return {"small": {**about(database, text, window, stride), "runs": runs}}
 
 
-def fitted(work: Path, unrelated: Path | None, documents: int, window: int, stride: int) -> dict[str, Any]:
+def fitted(unrelated: Path | None, documents: int, window: int, stride: int) -> dict[str, Any]:
     """SmolLM2 with neighbours and without, which is SmolLM2 itself."""
     database = open_database("kernel-smol-index")
-    model = lamina.load(trained("retrofit", work / "runs/retrofit", 0), "bfloat16")
+    model = lamina.load(trained("retrofit", Path("runs/retrofit")), "bfloat16")
     parts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         texts = {"related": some(open_prepared("kernel-smol/validation"), Path(folder) / "related", documents)}
@@ -131,9 +164,8 @@ def fitted(work: Path, unrelated: Path | None, documents: int, window: int, stri
 def measured(
     model: Model, database: Database, text: Prepared, found: Neighbours, window: int, stride: int
 ) -> dict[str, Any]:
-    without, beside = read_over(model, text, found, window, stride, True)
-    assert beside is not None
-    named = {"with_neighbours": beside, "smollm2": without}
+    without, beside, other = read_over(model, text, found, window, stride)
+    named = {"with_neighbours": beside, "other_neighbours": other, "smollm2": without}
     change = math.exp(float((beside.nats - without.nats).sum() / without.tokens.sum())) - 1
     rows = compared(overlaps(found, text), database.spec.chunk, named)
     return {**about(database, text, window, stride), "perplexity_changes_by": round(change, 4), **rows}
@@ -168,9 +200,9 @@ def main() -> None:
     os.chdir(given.work)
     if given.part == "small":
         seeds = [int(seed) for seed in given.seeds.split(",")]
-        document = small(Path(), seeds, given.window, given.stride)
+        document = small(seeds, given.window, given.stride)
     else:
-        document = fitted(Path(), unrelated, given.documents, given.window, given.stride)
+        document = fitted(unrelated, given.documents, given.window, given.stride)
     if target is not None:
         kept = json.loads(target.read_text()) if target.is_file() else {}
         target.write_text(json.dumps(kept | document, indent=1) + "\n")

@@ -356,15 +356,19 @@ def retro_figures() -> str:
     found, parts = results("retro"), []
     if "small" in found:
         runs = found["small"]["runs"]
-        names = ("plain", "retro_without_neighbours", "retro")
+        names = ("plain", "retro_without_neighbours", "retro_other_neighbours", "retro")
         rows = [
             (_share(row["share"]), f"{row['chunks']:,}", *(_each(runs, i, name, "bits_per_byte") for name in names))
             for i, row in enumerate(runs[0]["overlap"])
         ]
         rows.append(("everything", "", *(_each(runs, None, name, "bits_per_byte") for name in names)))
-        header = ("a neighbour holds", "chunks", "the twin", "RETRO without neighbours", "RETRO")
-        parts += [f"Bits a byte, a number for each of {len(runs)} seeds:", _table(header, rows)]
-    for name, what in (("related", "Held-out pages"), ("unrelated", "A text that has nothing to do with the pages")):
+        header = ("a neighbour holds", "chunks", "the twin", "RETRO without", "with those of other chunks", "RETRO")
+        seeds = "in one seed" if len(runs) == 1 else f"a number for each of {len(runs)} seeds"
+        parts += [f"The small model, bits a byte, {seeds}:", _table(header, rows)]
+    for name, what in (
+        ("related", "SmolLM2 on held-out pages"),
+        ("unrelated", "SmolLM2 on Shakespeare, neighbours from the pages"),
+    ):
         if name in found.get("fitted", {}):
             one = found["fitted"][name]
             rows = [
@@ -372,12 +376,13 @@ def retro_figures() -> str:
                     "everything" if row is one else _share(row["share"]),
                     f"{row['chunks']:,}" if row is not one else "",
                     f"{row['smollm2']['perplexity']:.2f}",
+                    f"{row['other_neighbours']['perplexity']:.2f}",
                     f"{row['with_neighbours']['perplexity']:.2f}",
                     f"{100 * (row['with_neighbours']['perplexity'] / row['smollm2']['perplexity'] - 1):+.1f} %",
                 )
                 for row in ([*one["overlap"], one] if name == "related" else [one])
             ]
-            header = ("a neighbour holds", "chunks", "SmolLM2", "with neighbours", "")
+            header = ("a neighbour holds", "chunks", "SmolLM2", "with those of other chunks", "with its own", "")
             parts += [f"{what}, perplexity:", _table(header, rows)]
     return "\n\n".join(parts) + "\n"
 
