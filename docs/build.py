@@ -376,7 +376,7 @@ def retro_figures() -> str:
                     "everything" if row is one else _share(row["share"]),
                     f"{row['chunks']:,}" if row is not one else "",
                     f"{row['smollm2']['perplexity']:.2f}",
-                    f"{row['other_neighbours']['perplexity']:.2f}",
+                    f"{row['other_neighbours']['perplexity']:.2f}" if "other_neighbours" in row else "",
                     f"{row['with_neighbours']['perplexity']:.2f}",
                     f"{100 * (row['with_neighbours']['perplexity'] / row['smollm2']['perplexity'] - 1):+.1f} %",
                 )
