@@ -373,6 +373,52 @@ def tokens_figures() -> str:
     return f"{filled(before)}\n\n{_table(('', 'whole', 'cached'), rows)}\n"
 
 
+def retro_figures() -> str:
+    """What benchmarks/retro.py measured, as far as it has been run."""
+    if not (ROOT / "benchmarks/results/retro.json").is_file():
+        return ""
+    found, parts = results("retro"), []
+    if "small" in found:
+        runs = found["small"]["runs"]
+        names = ("plain", "retro_without_neighbours", "retro_other_neighbours", "retro")
+        rows = [
+            (_share(row["share"]), f"{row['chunks']:,}", *(_each(runs, i, name, "bits_per_byte") for name in names))
+            for i, row in enumerate(runs[0]["overlap"])
+        ]
+        rows.append(("everything", "", *(_each(runs, None, name, "bits_per_byte") for name in names)))
+        header = ("a neighbour holds", "chunks", "the twin", "RETRO without", "with those of other chunks", "RETRO")
+        seeds = "in one seed" if len(runs) == 1 else f"a number for each of {len(runs)} seeds"
+        parts += [f"The small model, bits a byte, {seeds}:", _table(header, rows)]
+    for name, what in (
+        ("related", "SmolLM2 on held-out pages"),
+        ("unrelated", "SmolLM2 on Shakespeare, neighbours from the pages"),
+    ):
+        if name in found.get("fitted", {}):
+            one = found["fitted"][name]
+            rows = [
+                (
+                    "everything" if row is one else _share(row["share"]),
+                    f"{row['chunks']:,}" if row is not one else "",
+                    f"{row['smollm2']['perplexity']:.2f}",
+                    f"{row['other_neighbours']['perplexity']:.2f}" if "other_neighbours" in row else "",
+                    f"{row['with_neighbours']['perplexity']:.2f}",
+                    f"{100 * (row['with_neighbours']['perplexity'] / row['smollm2']['perplexity'] - 1):+.1f} %",
+                )
+                for row in ([*one["overlap"], one] if name == "related" else [one])
+            ]
+            header = ("a neighbour holds", "chunks", "SmolLM2", "with those of other chunks", "with its own", "")
+            parts += [f"{what}, perplexity:", _table(header, rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _share(share: float) -> str:
+    return f"at most {100 * share:g} %"
+
+
+def _each(runs: list[dict], row: int | None, name: str, figure: str) -> str:
+    return ", ".join(f"{(run if row is None else run['overlap'][row])[name][figure]:.3f}" for run in runs)
+
+
 def data_figures() -> str:
     """What benchmarks/data.py measured, as far as it has been run."""
     found = results("data")
@@ -419,6 +465,7 @@ def pages() -> dict[Path, str]:
         "memory": ("memory", memory_figures),
         "product-keys": ("values", values_figures),
         "memory-tokens": ("tokens", tokens_figures),
+        "retro": ("retro", retro_figures),
     }
     memories = {
         path: placed(path.read_text(encoding="utf-8"), mark, figures())

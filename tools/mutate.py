@@ -92,7 +92,7 @@ def tests_of(file: str) -> tuple[str, ...]:
         shared = {"mapped": "weights/test_ctranslate2", "rules": "test_families_ctranslate2"}
         return (f"tests/{shared.get(name, f'weights/test_{name}')}.py",)
     if folder == "objectives":
-        shared = {"prefix": "spans", "next_sentence": "masked", "loss": "distillation"}
+        shared = {"prefix": "spans", "next_sentence": "masked", "loss": "distillation", "causal": "retrieval"}
         known = ("masked", "spans", "denoising", "distillation", "stream", "retrieval")
         shared |= {"boundaries": "stream", "rows": "stream"} | {one: one for one in known}
         return (f"tests/objectives/test_{shared.get(name, 'pairs')}.py",)
@@ -102,7 +102,7 @@ def tests_of(file: str) -> tuple[str, ...]:
             "run": ("records", "directory"),
             "report": ("curves", "past"),
             "guards": ("finite", "fitting"),
-            "loop": ("sums", "optimiser", "loader"),
+            "loop": ("sums", "optimiser", "loader", "precision"),
             "training": ("building", "around", "evaluating", "saving"),
         }
         name = next((test for test, stems in through.items() if name in stems), name)

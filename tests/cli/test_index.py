@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+import lamina
 from lamina.retrieve import open_database
 from tests import tiny
 from tests.retrieve import made
@@ -124,6 +126,90 @@ def test_states_and_their_perplexity(room: Path, tmp_path: Path, lam):
     lam("index", "build", room / "texts", "-o", tmp_path / "x", "--embedder", room / "bert", "--window", "8",
         "--tokenizer", room / "llama").refused("--window is for --states")  # fmt: skip
     lam("index", "query", tmp_path / "states", "cat").refused("for kNN-LM, and no chunks")
+
+
+def test_writing_with_a_database(room: Path, index: Path, tmp_path: Path, lam):
+    """As `lamina.generate` writes with it; what does not go together is said in a line."""
+    source = made.reader_at(tmp_path / "retro", chunk=5)
+    words = ("generate", source, "the cat sat on the mat", "--max-new-tokens", "12", "--json")
+    model, database = lamina.load(source), open_database(index)
+    ids = torch.tensor([tiny.tokenizer().encode("the cat sat on the mat")])
+    written = {}
+    for count in (1, 3):
+        done = lam(*words, "--index", index, "--count", count)
+        assert done.status == 0, done.err
+        expected = lamina.generate(model, ids, max_new_tokens=12, retriever=database, neighbours=count)
+        new = expected[0, ids.shape[1] :].tolist()
+        written[count] = done.document["ids"]
+        assert written[count] == new[: len(written[count])] and len(written[count]) > 5
+    assert len({tuple(each) for each in (*written.values(), lam(*words).document["ids"])}) > 1
+    assert lam(*words, "--index", index).document["ids"] == lam(*words, "--index", index, "--count", 2).document["ids"]
+    beams = lam(*words, "--index", index, "--beams", "2", "--count", "1")
+    expected = lamina.generate(model, ids, max_new_tokens=12, beams=2, retriever=database, neighbours=1)
+    assert beams.document["ids"] == expected[0, ids.shape[1] :][: len(beams.document["ids"])].tolist()
+    lam(*words, "--count", "2").refused("--count is for --index")
+    lam("generate", source, "a", "--index", index, "--max-new-tokens", "0").refused("lamina evaluate --index")
+    lam("generate", room / "llama", "a", "--index", index).refused("has no layer that reads neighbours")
+    other = made.reader_at(tmp_path / "seven", chunk=7)
+    lam("generate", other, "a", "--index", index).refused("chunks of 5 tokens", "of 7: build it anew with --chunk 7")
+    lam(*words, "--index", tmp_path / "none").refused("no database")
+
+
+def test_what_a_text_costs_with_its_neighbours(room: Path, index: Path, tmp_path: Path, lam):
+    """Files, and the same text prepared with its neighbours; the document itself is not read from the database."""
+    source = made.reader_at(tmp_path / "retro", chunk=5)
+    model, database, tokenizer = lamina.load(source), open_database(index), tiny.tokenizer()
+    texts = ["the cat sat on the hill and the dog ran over the mat", "the cat sat on the hill"]
+    files = [tmp_path / "new.txt", tmp_path / "old.jsonl"]  # text too, whatever it is called
+    for path, text in zip(files, texts, strict=True):
+        path.write_text(text)
+    words = ("evaluate", source, *files, "--index", index, "--window", "20", "--stride", "10")
+    found = lam(*words, "--count", "1", "--json").document
+    assert (found["count"], found["chunk"], found["window"], found["stride"]) == (1, 5, 20, 10)
+    nats, tokens = [0.0, 0.0], 0
+    for text in texts:
+        ids = torch.tensor([tokenizer.encode(text, special=False)])
+        assert ids.shape[1] <= 20 or text is texts[0]
+        chunks = ids[0, : ids.shape[1] // 5 * 5].view(-1, 5)
+        own = torch.tensor([[[0, 1]]]) if text == texts[1] else torch.zeros(1, 1, 2, dtype=torch.int64)
+        if text == texts[1]:
+            assert database.name_of(0).endswith("a.txt#0")
+        near = database.neighbours(chunks, count=1, exclude=own.expand(len(chunks), -1, -1))
+        tokens += ids.shape[1] - 1
+        for at in range(1, ids.shape[1]):
+            last = 20 if at < 20 else 20 + -(-(at - 19) // 10) * 10
+            begin = -(-max(min(last, ids.shape[1]) - 20, 0) // 5) * 5
+            whole = (at - begin) // 5
+            given = near[begin // 5 : begin // 5 + whole][None] if whole else None
+            with torch.inference_mode():
+                for i, neighbours in enumerate((None, given)):
+                    logits = model(ids[:, begin:at], neighbours=neighbours).logits[0, -1]
+                    nats[i] -= float(logits.log_softmax(0)[ids[0, at]])
+    assert found["tokens"] == tokens and nats[0] != nats[1]
+    for name, sum_ in zip(("without", "with"), nats, strict=True):
+        assert found[name]["perplexity"] == pytest.approx(math.exp(sum_ / tokens), rel=1e-4)
+        bits = sum_ / math.log(2) / sum(len(text.encode()) for text in texts)
+        assert found[name]["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
+    counts = [each["chunks"] for each in found["overlap"]]
+    assert counts == sorted(counts) and counts[-1] == sum(len(tokenizer.encode(t, special=False)) // 5 for t in texts)
+    plain = lam(*words)
+    assert plain.status == 0 and "a neighbour holds" in plain.out and "2 neighbours of chunks of 5" in plain.out
+    made.rows(tmp_path / "t.jsonl", texts)
+    lam("data", "prepare", tmp_path / "t.jsonl", "-o", tmp_path / "text", "--tokenizer", source)
+    lam("index", "neighbours", index, tmp_path / "text", "-o", tmp_path / "near", "--count", "1")
+    again = ("evaluate", source, tmp_path / "text", "--index", index, "--window", "20", "--stride", "10", "--json")
+    for more in (("--count", "1"), ("--neighbours", tmp_path / "near")):
+        other = lam(*again, *more).document
+        assert {name: other[name] for name in ("overlap", "with", "without")} == {
+            name: found[name] for name in ("overlap", "with", "without")
+        }
+    lam("evaluate", source, files[0], "--neighbours", tmp_path / "near").refused("--neighbours is for --index")
+    lam(*words, "--neighbours", tmp_path / "near").refused("of one prepared directory")
+    lam(*words, "--knn", index).refused("--index and --knn: choose one")
+    lam(*words, "--weight", "0.5").refused("--weight is for --knn")
+    lam(*words[:-2], "--stride", "7").refused("must be multiples of 5")
+    lam("evaluate", room / "llama", files[0], "--index", index).refused("no layer that reads neighbours")
+    lam("evaluate", source, tmp_path / "none", "--index", index).refused("no such file, and no directory")
 
 
 def test_copy(index: Path, tmp_path: Path, lam):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,8 @@ def taught(mix: float, temperature: float = 2.0, **more: Any) -> tuple[Taught, l
         asked.append(source)
         return teacher
 
-    return Distillation(teacher="a", mix=mix, temperature=temperature, **more).ready(load), teacher, asked
+    opening: Any = SimpleNamespace(model=load)
+    return Distillation(teacher="a", mix=mix, temperature=temperature, **more).ready(opening), teacher, asked
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
@@ -104,5 +106,5 @@ def test_what_is_refused():
     with pytest.raises(LaminaError, match="temperature=0.0 must be above 0"):
         Distillation(teacher="a", temperature=0.0)
     batch = CausalLM().collate([Rows().example(0, np.random.default_rng())])
-    with pytest.raises(UnsupportedError, match=r"distillation needs its teacher: objective\.ready\(lamina\.load\)"):
+    with pytest.raises(UnsupportedError, match=r"distillation needs its teacher: objective\.ready, or Taught"):
         Distillation(teacher="a").total(decoder().build(), batch)

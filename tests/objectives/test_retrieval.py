@@ -14,13 +14,14 @@ from lamina.data import Prepared
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.families import Fields, family
 from lamina.model import Model
-from lamina.objectives import CausalLM, Retrieving
+from lamina.objectives import Batch, CausalLM, RetrievalLM, Retrieving
 from lamina.objectives.retrieval import _chunks
 from tests import small
 from tests.layers.test_retrieval import TINY
 from tests.objectives import made
 
 CHUNK, LENGTH = 4, 16
+PACKED = CausalLM(packed=True)
 SIZES = (5, 17, 2, 40, 23, 9, 61, 3, 4, 8)
 
 
@@ -49,10 +50,10 @@ def model(vocabulary: int, **fields: int) -> Model:
 
 
 def test_every_chunk_is_read_where_it_ends_and_every_token_is_asked_for(prepared: Prepared):
-    task = Retrieving(CausalLM(), Numbered(prepared), CHUNK)
+    task = Retrieving(PACKED, Numbered, CHUNK)
     examples = task.examples(prepared, LENGTH)
     column = prepared.column("text")
-    starts = task.neighbours.starts.tolist()
+    starts = Numbered(prepared).starts.tolist()
     asked, read = [], []
     texts = [column[i].tolist() for i in range(len(SIZES))]
     for index in range(len(examples)):
@@ -101,21 +102,22 @@ def test_a_chunk_that_ends_in_what_is_a_label_alone_has_none():
 
 @torch.no_grad()
 def test_the_loss_is_that_of_each_piece_alone(prepared: Prepared):
-    task = Retrieving(CausalLM(), Numbered(prepared), CHUNK)
+    task = Retrieving(PACKED, Numbered, CHUNK)
     examples, module = task.examples(prepared, LENGTH), model(prepared.vocabulary)
     task.fits(module.spec)
     rows = [examples.example(i, made.random_of(i)) for i in range(len(examples))]
     batch = task.collate(rows)
     assert batch.tokens == sum(int((row["documents"][:-1] >= 0).sum()) for row in rows) < len(rows) * LENGTH
     total = task.total(module, batch).kinds["next_token"]
-    starts, by_hand, count = task.neighbours.starts, 0.0, 0
+    neighbours = Numbered(prepared)
+    starts, by_hand, count = neighbours.starts, 0.0, 0
     for i in range(len(SIZES)):
         text = torch.from_numpy(prepared.column("text")[i])
         for at in range(0, max(len(text) - 1, 1), LENGTH):
             piece = text[at : at + LENGTH + 1]
             ids, labels = piece[:-1][None], piece[1:]
             numbers = [int(starts[i]) + at // CHUNK + u for u in range(ids.shape[1] // CHUNK)]
-            found = task.neighbours.values(torch.tensor([[n if n < starts[i + 1] else -1 for n in numbers]]))
+            found = neighbours.values(torch.tensor([[n if n < starts[i + 1] else -1 for n in numbers]]))
             logits = module(ids, neighbours=found if numbers else None).logits[0]
             by_hand += float(-logits.log_softmax(-1).gather(1, labels[:, None]).sum())
             count += len(labels)
@@ -124,11 +126,19 @@ def test_the_loss_is_that_of_each_piece_alone(prepared: Prepared):
 
 
 def test_what_does_not_fit_is_refused(prepared: Prepared):
-    found = Numbered(prepared)
     for wrong in ({"documents": False}, {"aligned": False}):
-        with pytest.raises(LaminaError, match="documents=True and aligned=True"):
-            Retrieving(CausalLM(**wrong), found, CHUNK)  # pyright: ignore[reportArgumentType]
-    task = Retrieving(CausalLM(), found, CHUNK)
+        with pytest.raises(LaminaError, match="documents and aligned must be true with packed"):
+            CausalLM(packed=True, **wrong)
+    with pytest.raises(LaminaError, match="the causal objective must be packed"):
+        Retrieving(CausalLM(), Numbered, CHUNK)
+    with pytest.raises(LaminaError, match="objective.packed must be true"):
+        RetrievalLM(index="i", neighbours=("n",), objective=CausalLM())
+    with pytest.raises(LaminaError, match="neighbours is empty"):
+        RetrievalLM(index="i", neighbours=())
+    with pytest.raises(UnsupportedError, match="objective.ready"):
+        RetrievalLM(index="i", neighbours=("n",)).total(model(prepared.vocabulary), Batch({}, {}))
+    found = Numbered(prepared)
+    task = Retrieving(PACKED, lambda prepared: found, CHUNK)
     with pytest.raises(LaminaError, match="length=18 must be a multiple of the chunk of 4"):
         task.examples(prepared, 18)
     with pytest.raises(UnsupportedError, match="reads chunks of 5 tokens; these neighbours are of chunks of 4"):
@@ -160,7 +170,7 @@ def test_what_follows_is_copied_from_the_first_token_on(tmp_path: Path):
     words, count = made.bert(), 8
     texts = torch.randint(count, (600, 3 * CHUNK), generator=torch.Generator().manual_seed(0))
     prepared = made.prepared(tmp_path, words, [{"text": row.numpy()} for row in texts], ended=False)
-    task = Retrieving(CausalLM(), Continued(texts), CHUNK)
+    task = Retrieving(PACKED, lambda prepared: Continued(texts), CHUNK)
     examples = task.examples(prepared, 3 * CHUNK)
     assert len(examples) == 600
     fields = {"layers": 2, "first": 1, "every": 9, "width": 32, "hidden": 64, "heads": 4, "encoder_width": 32}

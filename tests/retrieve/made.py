@@ -14,8 +14,9 @@ import lamina
 from lamina.data import Prepared, open_prepared
 from lamina.data.prepare import PrepareSpec, prepare
 from lamina.data.sources import find
+from lamina.families import Fields, family
 from lamina.retrieve import Database, Embedder, Engine, build, open_database
-from tests import tiny
+from tests import small, tiny
 
 CHUNK = 7
 EXACT = Engine()
@@ -52,6 +53,23 @@ def database(
     model = Embedder(embedder_at(root / "bert"))
     build(source, root / "index", model, chunk=chunk, engine=engine, **more)
     return open_database(root / "index"), source
+
+
+def reader_at(directory: Path, chunk: int = CHUNK, context: int = 64) -> Path:
+    """A tiny RETRO that reads chunks of the tiny tokenizer, with weights as large as show what it reads."""
+    fields = {
+        "layers": 3,
+        "width": 18,
+        "heads": 3,
+        "head_dim": 8,
+        "hidden": 24,
+        "vocabulary": tiny.tokenizer().vocabulary,
+    }
+    fields |= {"context": context, "chunk": chunk, "first": 2, "every": 1, "encoder_width": 14, "encoder_heads": 2}
+    fields |= {"encoder_head_dim": 6, "encoder_hidden": 20, "encoder_layers": 1}
+    lamina.save(small.build(family("retro").spec(Fields(fields))).float(), directory, "native")
+    tiny.tokenizer().save(directory)
+    return directory
 
 
 def chunks_of(documents: Sequence[str], chunk: int) -> list[tuple[int, list[int], list[int]]]:

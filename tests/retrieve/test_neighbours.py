@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import lamina
-from lamina.errors import CheckpointError, LaminaError
+from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.retrieve import Embedder, build, find_neighbours, open_database, open_neighbours
-from lamina.retrieve.overlap import Losses, by_overlap, longest_common, losses, overlaps
+from lamina.retrieve.chunks import Documents
+from lamina.retrieve.neighbours import of_text
+from lamina.retrieve.overlap import Losses, by_overlap, longest_common, losses, overlaps, windows_of
 from tests import tiny
 from tests.retrieve import made
 
@@ -90,6 +92,25 @@ def test_nothing_leaks_from_the_document_itself(room, tmp_path: Path):
     assert leaked[: len(ids)].tolist() == ids[: 2 * made.CHUNK]  # what would be found
 
 
+def test_what_is_in_the_database_is_not_embedded_again(room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of `other` one document is in it, token by token, and its chunks were embedded when it was built."""
+    _, database, text, other, documents = room
+    asked: list[str] = []
+    embed = Embedder.__call__
+
+    def noting(self: Embedder, texts: list[str]) -> torch.Tensor:
+        asked.extend(texts)
+        return embed(self, texts)
+
+    monkeypatch.setattr(Embedder, "__call__", noting)
+    find_neighbours(database, text, tmp_path / "text", batch=16)
+    assert not asked
+    find_neighbours(database, other, tmp_path / "other")
+    decode = tiny.tokenizer().decode
+    whole = [decode(ids) for _, ids, _ in made.chunks_of(documents[3:4], made.CHUNK) if len(ids) == made.CHUNK]
+    assert whole and asked and not set(whole) & set(asked)
+
+
 def test_a_search_goes_on_after_a_kill(room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     _, database, text, _, _ = room
     whole = find_neighbours(database, text, tmp_path / "whole", batch=16)
@@ -128,19 +149,85 @@ def test_neighbours_of_something_else_are_refused(room, tmp_path: Path):
         found.values(torch.arange(found.spec.chunks))
 
 
+def window_at(at: int, size: int, window: int, stride: int, chunk: int = made.CHUNK) -> int:
+    """Where the window begins that the token `at` of a text of `size` is read in."""
+    last = window if at < window else window + -(-(at - window + 1) // stride) * stride
+    begin = max(min(last, size) - window, 0)
+    return -(-begin // chunk) * chunk
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_losses_with_neighbours_are_those_of_each_token_alone(room, tmp_path: Path, count: int):
+    """By hand: the model is given the window and the neighbours of its whole chunks anew for each token."""
+    _, database, text, other, _ = room
+    model = lamina.load(made.reader_at(tmp_path / "retro")).double()
+    for number, prepared in enumerate((text, other)):
+        found = find_neighbours(database, prepared, tmp_path / f"n{number}", count=count)
+        lost = losses(model, prepared, made.CHUNK, 14, 7, found)
+        plain = losses(model, prepared, made.CHUNK, 14, 7)
+        assert not torch.allclose(lost.nats, plain.nats) and torch.equal(lost.tokens, plain.tokens)
+        chunks = Documents(prepared).bodies
+        for document in range(0, len(found.starts) - 1, 3):
+            ids, low = chunks.document(document).tolist(), int(found.starts[document])
+            expected = torch.zeros(-(-len(ids) // made.CHUNK), dtype=torch.float64)
+            for at in range(1, len(ids)):
+                begin = window_at(at, len(ids), 14, 7)
+                whole = (at - begin) // made.CHUNK
+                numbers = low + begin // made.CHUNK + torch.arange(whole)
+                with torch.inference_mode():
+                    given = found.values(numbers)[None] if whole else None
+                    logits = model(torch.tensor([ids[begin:at]]), neighbours=given).logits[0, -1]
+                expected[at // made.CHUNK] -= float(logits.log_softmax(0)[ids[at]])
+            torch.testing.assert_close(lost.nats[low : low + len(expected)], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_windows_hold_whole_chunks(tmp_path: Path):
+    model = lamina.load(made.reader_at(tmp_path / "retro"))  # of 64 tokens
+    assert windows_of(model, 7) == (63, 28) and windows_of(model, 7, 14) == (14, 7)
+    for window, stride in ((15, 7), (14, 5), (14, 14), (7, None)):
+        with pytest.raises(LaminaError, match=rf"window={window} .* must be multiples of 7"):
+            windows_of(model, 7, window, stride)
+    with pytest.raises(LaminaError, match="at most the 64 tokens"):
+        windows_of(model, 7, 70)
+
+
+def test_a_text_is_told_by_its_hash(room, tmp_path: Path):
+    _, database, text, other, _ = room
+    one, two = tmp_path / "one", tmp_path / "two"
+    find_neighbours(database, text, one)
+    with pytest.raises(LaminaError, match=r"its neighbours are not in .*one; find them with: lamina index neighbours"):
+        of_text([one], database, other)
+    find_neighbours(database, other, two)
+    assert of_text([one, two], database, other).directory == two
+    assert of_text([one, two], database, text).directory == one
+    with pytest.raises(LaminaError, match="none: no neighbours.json"):
+        of_text([tmp_path / "none", one], database, text)
+
+
+def test_who_may_read_a_database(room, tmp_path: Path):
+    _, database, _, _, _ = room
+    spec = lamina.spec(made.reader_at(tmp_path / "retro"))
+    database.check_reader(spec, tiny.tokenizer())
+    with pytest.raises(LaminaError, match="has chunks of 7 tokens, and this model reads the neighbours of 5: build"):
+        database.check_reader(lamina.spec(made.reader_at(tmp_path / "five", chunk=5)), tiny.tokenizer())
+    with pytest.raises(UnsupportedError, match="no layer that reads neighbours"):
+        database.check_reader(tiny.spec(tiny.LLAMA), tiny.tokenizer())
+    with pytest.raises(LaminaError, match="ids of another tokenizer"):
+        database.check_reader(spec, tiny.words())
+
+
 def test_overlaps_and_losses_by_chunk(room, tmp_path: Path):
     _, database, text, _, documents = room
     found = find_neighbours(database, text, tmp_path / "n", count=2)
     longest = overlaps(found, text)
     chunks = made.chunks_of(documents, made.CHUNK)
     model = lamina.load(tiny.checkpoint(tmp_path / "llama"))
-    lost = losses(model, text, made.CHUNK, window=16, stride=5)
+    lost = losses(model, text, made.CHUNK, window=21, stride=7)
     for number in (0, 7):
         ids = tiny.tokenizer().encode(documents[number], special=False, control=False)
         nats = []
-        for at in range(1, len(ids)):  # token by token, with what the window of `lamina evaluate` holds
-            last = 16 if at < 16 else 16 + -(-(at - 15) // 5) * 5
-            begin = max(min(last, len(ids)) - 16, 0)
+        for at in range(1, len(ids)):  # token by token, with what the window holds, from the beginning of a chunk on
+            begin = window_at(at, len(ids), 21, 7)
             with torch.inference_mode():
                 logits = model(torch.tensor([ids[begin:at]])).logits[0, -1]
             nats.append(-float(logits.log_softmax(0)[ids[at]]))

@@ -62,6 +62,21 @@ def test_it_is_the_base_bit_for_bit_and_stays_so_without_neighbours(name: str):
     assert not torch.allclose(model(ids, neighbours=neighbours).logits, expected)
 
 
+def test_an_encoder_of_the_decoders_width_begins_with_its_table():
+    base = tiny.model(tiny.LLAMA).eval()
+    spec, state = base.spec, dict(base.named_parameters())
+    encoder = neighbour_encoder(spec.width, spec.embedding.vocabulary, width=spec.width, heads=2, head_dim=8, hidden=24)
+    model, new = build(*retrofit(spec, state, layers=(0, 1), chunk=CHUNK, encoder=encoder))
+    name = "decoder.layers.0.retrieval.op.encoder.embedding.weight"
+    table = dict(model.named_parameters())[name]
+    assert torch.equal(table, base.embedding.weight) and name not in new
+    with torch.no_grad():
+        table.add_(1.0)  # a copy: the base's own stays
+    assert not torch.equal(table, base.embedding.weight)
+    _, narrow = fitted(base)
+    assert any(name.endswith("encoder.embedding.weight") for name in narrow)
+
+
 def test_by_default_it_is_every_third_layer_from_the_sixth_and_the_papers_encoder():
     spec = lamina.spec("gpt2/small")
     new, state = SURGERIES["retrofit"](spec, {})

@@ -21,6 +21,7 @@ from lamina.specs import edit
 from lamina.train.loader import Loader
 from lamina.train.loop import Trainer
 from lamina.train.optimiser import Adafactor, AdamW, Group, Muon
+from lamina.train.roles import freeze
 from lamina.train.schedule import Constant
 from lamina.train.specs import LoopSpec
 from tests.tiny import BERT, spec
@@ -176,6 +177,21 @@ def test_workers_change_nothing(workers: int):
     one, other = trainer(decoder(), workers=0), trainer(decoder(), workers=workers)
     assert [one.step().loss for _ in range(4)] == [other.step().loss for _ in range(4)]
     other.loader.close()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_what_is_frozen_is_written_as_it_was(precision: str):
+    """In 16 bits too, where the model computes with rounded weights; and all that is written has one dtype."""
+    model = decoder().build(seed=0)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    freeze(model, (), ("decoder.layers.1",))
+    one = trainer(decoder(), model=model, precision=precision, rate=1e-2)
+    for _ in range(2):
+        one.step()
+    kept = one.tensors()[one.kept]
+    assert {weight.dtype for weight in kept.values()} == {torch.float32} and set(kept) == set(before)
+    moved = {name for name, weight in kept.items() if not torch.equal(weight, before[name])}
+    assert moved == {name for name in before if name.startswith("decoder.layers.1.")}
 
 
 @pytest.mark.parametrize("average", [None, 0.9])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import email.message
+import gzip
 import io
 import json
 import math
@@ -16,14 +17,20 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import lamina
 from lamina.cli import main
 from lamina.train.past import read_run
+from tests import tiny
+from tests.retrieve.made import embedder_at
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "examples/train"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+PACKAGED = ("minilm-l6", "smollm2-135m")
+ALONE = ("spam", "retro", "retro-plain", "retrofit")
+"""Recipes that need another one's model, or one that is packaged."""
 SHORT = ["loop.steps=2", "loop.batch=4", "evaluation.every=0", "evaluation.rows=4", "evaluation.tokens=3"]
 
 
@@ -58,16 +65,19 @@ def texts(name: str, file: Path) -> None:
     elif name == "help-en-fr":
         rows = [{"en": said, "fr": called} for said, called in functions(200)]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif name == "kernel":
+        pages = [page for path in sorted((ROOT / "docs").glob("*.md"))[:6] for page in path.read_text().split("\n## ")]
+        file.write_text("".join(json.dumps({"text": page}) + "\n" for page in pages), encoding="utf-8")
     else:
         assert name == "spam"
         rows = [{"text": text, "label": label} for pair in functions(60) for text, label in zip(pair, ("ham", "spam"))]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def follow(recipe: str, monkeypatch: pytest.MonkeyPatch, source: str = "") -> None:
-    """Run the commands of a recipe here; `source` stands in for MiniLM."""
+def follow(recipe: str, monkeypatch: pytest.MonkeyPatch, **sources: str) -> None:
+    """Run the commands of a recipe here; `minilm` and `smollm2` stand in for packaged models."""
     for program, *arguments in commands(FOLDER / f"{recipe}.yaml"):
-        given = [source if one == "minilm-l6" else one for one in arguments]
+        given = [sources.get(one.partition("-")[0], one) if one in PACKAGED else one for one in arguments]
         if program == "pip":
             continue
         if program == "python":
@@ -86,7 +96,7 @@ def follow(recipe: str, monkeypatch: pytest.MonkeyPatch, source: str = "") -> No
             assert main(given) == 0, given
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "spam"])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ALONE])
 def test_a_recipe_runs(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     if recipe == "shakespeare":  # the file is the user's
@@ -99,12 +109,41 @@ def test_the_classifier_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """On a BERT in place of MiniLM, trained for two steps."""
     monkeypatch.chdir(tmp_path)
     follow("bert", monkeypatch)
-    follow("spam", monkeypatch, source="runs/bert/model")
+    follow("spam", monkeypatch, minilm="runs/bert/model")
     model = trained(tmp_path / "runs/spam")
     assert model.spec.labels is not None and model.spec.labels.labels == 2 and model.spec.head is None
     before = lamina.load("runs/bert/model")
     assert model.embedding.weight.equal(before.embedding.weight)  # frozen
     assert not model.encoder.layers[0].feedforward.op.up.weight.equal(before.encoder.layers[0].feedforward.op.up.weight)
+
+
+def test_a_retro_and_its_twin_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    embedder_at(tmp_path / "bert")
+    follow("retro", monkeypatch, minilm="bert")
+    assert "a neighbour holds" in capsys.readouterr().out
+    follow("retro-plain", monkeypatch)
+    one, other = trained(tmp_path / "runs/retro"), trained(tmp_path / "runs/retro-plain")
+    assert one.spec == other.spec
+    runs = [read_run(tmp_path / "runs" / name) for name in ("retro", "retro-plain")]
+    assert runs[0].summary()["tokens"] == runs[1].summary()["tokens"]  # the same rows
+
+
+def test_a_pretrained_model_learns_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a deep tiny LLaMA in place of SmolLM2."""
+    monkeypatch.chdir(tmp_path)
+    embedder_at(tmp_path / "bert")
+    deep = tiny.LLAMA | {"num_hidden_layers": 23, "max_position_embeddings": 256}
+    tiny.checkpoint(tmp_path / "base", deep)
+    follow("retrofit", monkeypatch, minilm="bert", smollm2="base")
+    model, base = trained(tmp_path / "runs/retrofit"), lamina.load("base", "float32")
+    changed = {name for name, weight in model.state_dict().items() if not name.startswith("head")
+               and not (name in base.state_dict() and weight.equal(base.state_dict()[name]))}  # fmt: skip
+    assert changed and all(".retrieval." in name for name in changed)
+    table = model.state_dict()["decoder.layers.15.retrieval.op.encoder.embedding.weight"]
+    assert table.equal(base.embedding.weight)  # frozen
+    ids = torch.arange(40)[None]
+    assert torch.equal(model(ids).logits, base(ids).logits)
 
 
 def trained(directory: Path) -> lamina.Model:
@@ -131,6 +170,25 @@ def test_a_switch_and_its_twin_do_the_same_arithmetic(tmp_path: Path, monkeypatc
         parameters.append(plan["parameters"])
     assert 1 <= flops[1] / flops[0] < 1.01
     assert parameters[1] - parameters[0] == 2 * (3 * 2 * 128 * 512 + 4 * 128)
+
+
+def test_pages_of_the_kernel(module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "usr/share/doc/linux-doc-6.1/Documentation"
+    for name, text in (("hwmon/b.rst.gz", "B"), ("hwmon/a.rst", "A"), ("userspace-api/x/c.rst.gz", "Ü"),
+                       ("userspace-api/empty.rst", " "), ("userspace-api/c.rst.exceptions.gz", "no"),
+                       ("hwmon/d.png", "no"), ("scsi/e.rst", "no")):  # fmt: skip
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    names = "linux-doc-5.10\nlinux-doc-6.12\nlinux-doc-6.1\n"
+    monkeypatch.setitem(module.newest.__globals__, "call", lambda command, folder: names)
+    asked = []
+    monkeypatch.setitem(module.kernel.__globals__, "debian", lambda _, package: asked.append(package) or tmp_path)
+    assert [json.loads(line)["text"] for line in module.kernel(tmp_path)] == ["A", "B", "Ü"]
+    assert asked == ["linux-doc-6.12"]
+    monkeypatch.setitem(module.newest.__globals__, "call", lambda command, folder: "")
+    with pytest.raises(SystemExit, match="apt-cache knows no package linux-doc-"):
+        module.newest("linux-doc-")
 
 
 @pytest.fixture

@@ -444,6 +444,19 @@ def test_special_tokens_are_those_of_the_data(tmp_path: Path, size: str, special
     assert own is not None and own.special.decoder_start == 1 and own.special.end == (5, 6)
 
 
+@pytest.mark.parametrize("size", ["gpt2/small", "palm/8b", "glam/64b-64e", "retro/172m"])
+def test_a_size_has_the_vocabulary_of_the_data(data: Path, size: str):
+    from lamina.data import open_prepared
+    from lamina.train.building import spec_of as described
+    from lamina.train.specs import ModelChoice
+
+    prepared = open_prepared(data / "train")
+    found = described(ModelChoice(size=size), prepared)
+    assert found is not None and found.embedding.vocabulary == prepared.vocabulary
+    encoder = found.retrieval.encoder if found.retrieval is not None else None
+    assert encoder is None or encoder.embedding.vocabulary == prepared.vocabulary
+
+
 def test_ids_of_a_published_size_are_not_those_of_the_data(data: Path):
     """SmolLM2's file ends texts with 2."""
     from lamina.data import open_prepared

@@ -14,6 +14,15 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("word starts: special tokens", "begin | (tokenizer.control & names.keys())", "begin"),
         ("what stands around a text", "np.array(whole[:at], np.int64)", "np.array(whole[:0], np.int64)"),
     ],
+    "objectives/causal.py": [
+        (
+            "packed: rows that are not full",
+            "(documents[:, :-1] >= 0).to(torch.int64)",
+            "(documents[:, :-1] >= -1).to(torch.int64)",
+        ),
+        ("packed: nothing asked of padding", "labels.masked_fill(documents[:, 1:] < 0, IGNORE)", "labels"),
+        ("packed: rows of whole documents", "if self.packed:", "if False:"),
+    ],
     "objectives/contrastive.py": [
         ("contrastive: temperature", "cosine / self.temperature, labels", "cosine, labels"),
         (
@@ -99,12 +108,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "serial",
         ),
         ("neighbours: not of the document after it", "np.where(number < starts[document + 1], number, -1)", "number"),
-        (
-            "neighbours: rows that are not full",
-            "(documents[:, :-1] >= 0).to(torch.int64)",
-            "(documents[:, :-1] >= -1).to(torch.int64)",
-        ),
-        ("neighbours: nothing asked of padding", ".masked_fill(documents[:, 1:] < 0, IGNORE)", ""),
         ("neighbours: chunks of one length", "if spec.retrieval.chunk != self.chunk:", "if False:"),
         ("neighbours: of another text", "if len(starts) != len(begins):", "if False:"),
     ],

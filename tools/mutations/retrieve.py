@@ -6,7 +6,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "retrieve/accelerator.py": ("tests/retrieve/test_accelerator.py",),  # needs faiss
     "retrieve/editing.py": ("tests/retrieve/test_editing.py",),
     "retrieve/build.py": ("tests/retrieve/test_editing.py",),
-    "retrieve/database.py": ("tests/retrieve/test_editing.py",),
+    "retrieve/database.py": ("tests/retrieve/test_editing.py", "tests/retrieve/test_neighbours.py"),
     "retrieve/knn.py": ("tests/retrieve/test_knn.py",),
     "retrieve/lance.py": ("tests/retrieve/test_lance.py",),  # needs lancedb
     "retrieve/neighbours.py": ("tests/retrieve/test_neighbours.py",),
@@ -39,6 +39,12 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("the same document by its tokens", "(self.keys[same] != keys)[:, None], 0", "torch.tensor(True), 0"),
         ("the same document by its file", "out[i, place] = self.documents_from(file)", "pass"),
         ("a file read in two ways", ".setdefault(origin.sha256, []).append(file)", "[origin.sha256] = [file]"),
+        ("readers: chunks of one size", "if model.retrieval.chunk != self.spec.chunk:", "if False:"),
+        (
+            "readers: ids of one tokenizer",
+            "        self.check_tokenizer(tokenizer)\n\n    def neighbours",
+            "\n    def neighbours",
+        ),
         ("ids are those of the vocabulary", "if found.numel() and not -1 <=", "if False and not -1 <="),
     ],
     "retrieve/editing.py": [
@@ -89,7 +95,14 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("lance: as many lists as the recall asks for", "asked.nprobes(self.spec.probes)", "asked.nprobes(1)"),
     ],
     "retrieve/neighbours.py": [
-        ("neighbours: not of the document itself", "count, own[of[whole]]).rows", "count).rows"),
+        ("neighbours: not of the document itself", "count, own[of]).rows", "count).rows"),
+        ("neighbours: what is stored is not embedded", "known = same < after", "known = same < same"),
+        (
+            "neighbours: the vectors of the same chunk",
+            "numbers - starts[of])[known]",
+            "numbers - starts[of] + 1)[known]",
+        ),
+        ("neighbours: of this text", "_read(directory).text != prepared.hash", "False"),
         ("neighbours: of whole chunks", "whole = (tokens >= 0).all(1)", "whole = (tokens >= 0).any(1)"),
     ],
     "retrieve/overlap.py": [
@@ -98,6 +111,9 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "torch.where(skewed, -1, places).cummax(2).values",
             "torch.where(skewed, -1, places)",
         ),
+        ("losses: windows begin where chunks do", "cut = -begin % chunk", "cut = 0"),
+        ("losses: the neighbours of the chunks that are read", "first + (begin + cut) // chunk +", "first +"),
+        ("losses: windows of whole chunks", "if window % chunk or stride % chunk or window <= stride:", "if False:"),
         ("overlap: what is no token is in no run", " & (one >= 0)[:, None, :, None]", ""),
     ],
     "retrieve/recall.py": [

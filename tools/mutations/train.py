@@ -23,9 +23,10 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
         (
             "building: special tokens of a size",
-            '**_special(data), **choice.config, "model_type"',
-            '**choice.config, "model_type"',
+            '"vocabulary": data.vocabulary, **_special(data)}',
+            '"vocabulary": data.vocabulary}',
         ),
+        ("building: the vocabulary of a size", '"vocabulary": data.vocabulary, ', ""),
         ("building: what a decoder begins with", "Fields(_begun(config), where=", "Fields(config, where="),
         ("building: a decoder's own beginning", '"decoder_start_token_id" in config', "False"),
         (
@@ -203,6 +204,14 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "step is not None",
         ),
         ("records: means of what is finite", "if math.isfinite(value):", "if True:"),
+    ],
+    "train/precision.py": [
+        ("frozen weights are written as they were", "self.frozen.get(name, weight.float())", "weight.float()"),
+        (
+            "frozen weights are written in float32",
+            "self.frozen.get(name, weight.float())",
+            "self.frozen.get(name, weight)",
+        ),
     ],
     "train/report.py": [
         ("report: samples are text", '{escape(sample["sample"])}', '{sample["sample"]}'),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,7 +25,7 @@ from lamina.cli.prompts import (
 from lamina.errors import LaminaError, UnsupportedError
 
 if TYPE_CHECKING:
-    from lamina.generation import Beaming, Writing
+    from lamina.generation import Beaming, Retrieval, Writing
     from lamina.model import Model
     from lamina.text import Tokenizer
 
@@ -34,6 +35,7 @@ lamina generate smollm2-135m --chat "What is the capital of France?"
 lamina generate ./my-model --temperature 0.8 --top-p 0.95 --seed 1 < prompt.txt > text.txt
 lamina generate smollm2-135m "The capital of France is Paris." --max-new-tokens 0
 lamina generate ./my-t5 "translate English to German: The house is wonderful." --beams 4 --length-penalty 0.6
+lamina generate runs/retro/model "The sensor" --index docs-index --count 2
 """
 
 EARLY = {"no": False, "yes": True, "never": "never"}
@@ -54,6 +56,10 @@ EARLY = {"no": False, "yes": True, "never": "never"}
     "--early-stopping", type=click.Choice(tuple(EARLY)), help="End with as many texts as beams. [default: no]"
 )
 @click.option("--best", type=int, help="How many of the beams to print. [default: 1]")
+@click.option(
+    "--index", type=click.Path(path_type=Path), help="A database that a model that retrieves asks while it writes."
+)
+@click.option("--count", type=click.IntRange(1), help="With --index: neighbours of each chunk. [default: 2]")
 @click.option("--no-stream", is_flag=True, help="Print the text when it is complete.")
 @choosing
 @loading
@@ -72,6 +78,10 @@ def generate(out: Output, source: str, prompt: str | None, **given: Any) -> None
     if beaming.beams > 1 and stop:
         raise LaminaError("--stop ends a text as it is written; beam search writes many at once: drop one of the two")
     chat, raw, most = given["chat"], given["raw"], given["max_new_tokens"]
+    if given["index"] is None and given["count"] is not None:
+        raise LaminaError("--count is for --index")
+    if given["index"] is not None and most == 0:
+        raise LaminaError("--index is for writing; what a text costs with its neighbours: lamina evaluate --index")
     if chat and raw:
         raise LaminaError("--chat and --raw exclude each other: a template writes the control tokens itself")
     if prompt is None or prompt == "-":
@@ -84,6 +94,7 @@ def generate(out: Output, source: str, prompt: str | None, **given: Any) -> None
         ids = tokenizer.encode(prompt, special=not raw, control=raw)
     model = load(source, given)
     fits(model, sampling)
+    retrieval = _retrieval(model, tokenizer, given)
     limits_of(model, most, given["min_new_tokens"])
     ids = _opened(out, model, tokenizer, ids)
     ids, cut = _cut(out, model, ids, most, given)
@@ -92,7 +103,7 @@ def generate(out: Output, source: str, prompt: str | None, **given: Any) -> None
         return
     if beaming.beams > 1:
         document = {"prompt_tokens": len(ids), "truncated": cut, "lost": lost}
-        _search(out, model, tokenizer, ids, beaming, given, {"source": source} | document)
+        _search(out, model, tokenizer, ids, beaming, given, retrieval, {"source": source} | document)
         return
     writing = Writing(
         model,
@@ -104,6 +115,7 @@ def generate(out: Output, source: str, prompt: str | None, **given: Any) -> None
         stop=stop,
         cache=given["cache"],
         skip_special=not raw,
+        retrieval=retrieval,
     )
     try:
         speak(out, writing, not given["no_stream"])
@@ -143,6 +155,18 @@ def _beaming_of(given: dict[str, Any]) -> Beaming:
     return Beaming(beams=given["beams"], **said)
 
 
+def _retrieval(model: Model, tokenizer: Tokenizer, given: dict[str, Any]) -> Retrieval | None:
+    """Who is asked for neighbours: the database of --index, if it is one for this model."""
+    if given["index"] is None:
+        return None
+    from lamina.generation import Retrieval
+    from lamina.retrieve import open_database
+
+    database = open_database(given["index"], device=given["device"])
+    database.check_reader(model.spec, tokenizer)
+    return Retrieval(database, given["count"] or 2)
+
+
 def _search(
     out: Output,
     model: Model,
@@ -150,6 +174,7 @@ def _search(
     ids: list[int],
     beaming: Beaming,
     given: dict[str, Any],
+    retrieval: Retrieval | None,
     document: dict[str, Any],
 ) -> None:
     """Print the likeliest texts, the best first; with several of them, each after its score."""
@@ -165,6 +190,7 @@ def _search(
         min_new_tokens=given["min_new_tokens"],
         cache=given["cache"],
         skip_special=not given["raw"],
+        retrieval=retrieval,
     )
     seconds = time.perf_counter() - clock
     texts = [{"text": one.text, "ids": list(one.ids), "score": one.score} for one in found]

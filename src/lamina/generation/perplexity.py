@@ -93,7 +93,7 @@ def score(
     held: list[int] = []
     while fresh := list(islice(source, stride if held else keep)):
         held = (held + fresh)[-keep:]
-        yield (block or _block)(model, opening + held, len(fresh))
+        yield (block or read_block)(model, opening + held, len(fresh))
 
 
 def check_predicts(spec: ModelSpec, so: str) -> None:
@@ -106,16 +106,19 @@ def check_predicts(spec: ModelSpec, so: str) -> None:
 
 def log_probabilities(model: Model, ids: list[int]) -> list[float]:
     """The log-probability of each token after the first, given those before it."""
-    return _block(model, ids, len(ids)).tolist()
+    return read_block(model, ids, len(ids)).tolist()
 
 
 @torch.inference_mode()
-def _block(model: Model, ids: list[int], fresh: int) -> Tensor:
-    """Log-probabilities of the last `fresh` of `ids`; of one less where nothing stands before them."""
+def read_block(model: Model, ids: list[int], fresh: int, neighbours: Tensor | None = None) -> Tensor:
+    """Log-probabilities of the last `fresh` of `ids`; of one less where nothing stands before them.
+
+    neighbours: (N, k, r), of the chunks that end in `ids`, for a model that retrieves."""
     tensor = torch.tensor([ids], device=model.embedding.weight.device)
     check_ids(model, ids)
     first = max(len(ids) - fresh, 1)
-    hidden = model(tensor, keep_logits=0).hidden[0, first - 1 : -1]  # (n, width)
+    found = None if neighbours is None else neighbours[None].to(tensor.device)
+    hidden = model(tensor, neighbours=found, keep_logits=0).hidden[0, first - 1 : -1]  # (n, width)
     return predicted(model, hidden, tensor[0, first:])[0].cpu()
 
 

@@ -16,6 +16,7 @@ from lamina.generation.beam import Beaming, search
 from lamina.generation.compiled import Reader
 from lamina.generation.limits import limits_of
 from lamina.generation.loop import stream
+from lamina.generation.retrieval import Retrieval
 from lamina.generation.sample import Sampling
 from lamina.model import Model
 from lamina.text import Tokenizer
@@ -81,12 +82,14 @@ class Writing:
         cache: str | Cache | Reader | None = "auto",
         skip_special: bool = True,
         probabilities: bool = False,
+        retrieval: Retrieval | None = None,
     ) -> None:
-        """`probabilities`: also note how likely the model found each token, at temperature 1."""
+        """`probabilities`: also note how likely the model found each token, at temperature 1. `retrieval`: of a model
+        that retrieves, who is asked while it writes."""
         self.model, self.tokenizer, self.prompt_ids = model, tokenizer, list(prompt_ids)
         self.sampling = Sampling() if sampling is None else sampling
         self.limits = limits_of(model, max_new_tokens, min_new_tokens)
-        self.cache, self.asked = cache, probabilities
+        self.cache, self.asked, self.retrieval = cache, probabilities, retrieval
         self.cut = Cut(tokenizer.stream(skip_special), stop_texts(stop))
         self.ids: list[int] = []
         self.probabilities: list[float] = []
@@ -116,7 +119,14 @@ class Writing:
     def __iter__(self) -> Iterator[str]:
         prompt = torch.tensor([self.prompt_ids], dtype=torch.int64, device=self.model.embedding.weight.device)
         clock = time.perf_counter()
-        steps = stream(self.model, prompt, sampling=self.sampling, limits=self.limits, cache=self.cache)
+        steps = stream(
+            self.model,
+            prompt,
+            sampling=self.sampling,
+            limits=self.limits,
+            cache=self.cache,
+            retrieval=self.retrieval,
+        )
         for step in steps:
             token, now = int(step.ids[0]), time.perf_counter()
             if not self.ids:
@@ -201,11 +211,12 @@ def find_texts(
     min_new_tokens: int = 0,
     cache: str | None = "auto",
     skip_special: bool = True,
+    retrieval: Retrieval | None = None,
 ) -> list[Found]:
     """The likeliest texts after the prompt `prompt_ids`, the best first: `beaming.best`, or as many as there are."""
     prompt = torch.tensor([list(prompt_ids)], dtype=torch.int64, device=model.embedding.weight.device)
     limits = limits_of(model, max_new_tokens, min_new_tokens)
-    beams = search(model, prompt, beaming=beaming, limits=limits, cache=cache)
+    beams = search(model, prompt, beaming=beaming, limits=limits, cache=cache, retrieval=retrieval)
     begun = beams.ids.shape[1] - int(beams.lengths.max())
     found = []
     for row, score, length in zip(beams.ids.tolist(), beams.scores.tolist(), beams.lengths.tolist(), strict=True):

@@ -8,10 +8,10 @@ from lamina.objectives.denoising import Denoising
 from lamina.objectives.distillation import Distillation, Taught
 from lamina.objectives.loss import IGNORE, Losses, cross_entropy, label_cross_entropy
 from lamina.objectives.masked import MaskedLM
-from lamina.objectives.objective import Batch, ByIndex, Example, Examples, Objective, Task, Total
+from lamina.objectives.objective import Batch, ByIndex, Example, Examples, Neighbours, Objective, Opening, Task, Total
 from lamina.objectives.pairs import SequenceToSequence
 from lamina.objectives.prefix import PrefixLM
-from lamina.objectives.retrieval import Neighbours, Retrieving
+from lamina.objectives.retrieval import RetrievalLM, Retrieving
 from lamina.objectives.sequence_classes import SequenceClassification
 from lamina.objectives.spans import SpanCorruption
 from lamina.objectives.token_classes import TokenClassification
@@ -27,6 +27,7 @@ Asking = (
     | TokenClassification
     | Contrastive
     | Distillation
+    | RetrievalLM
 )
 """Every objective that a configuration can name."""
 
@@ -45,7 +46,9 @@ __all__ = [
     "MaskedLM",
     "Neighbours",
     "Objective",
+    "Opening",
     "PrefixLM",
+    "RetrievalLM",
     "Retrieving",
     "SequenceClassification",
     "SequenceToSequence",

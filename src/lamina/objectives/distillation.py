@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from lamina.objectives.causal import CausalLM
 from lamina.objectives.denoising import Denoising
 from lamina.objectives.loss import Losses, asking, chosen, scored
 from lamina.objectives.masked import MaskedLM
-from lamina.objectives.objective import Batch, Example, Examples, Objective, Total, auxiliary, forward
+from lamina.objectives.objective import Batch, Example, Examples, Objective, Opening, Total, auxiliary, forward
 from lamina.objectives.pairs import SequenceToSequence
 from lamina.objectives.prefix import PrefixLM
 from lamina.objectives.spans import SpanCorruption
@@ -60,12 +60,10 @@ class Distillation(Objective):
         return replace(batch, labels={**batch.labels, "teacher": next(iter(batch.labels.values()))})
 
     def total(self, model: Model, batch: Batch, record: Record | None = None) -> Total:
-        raise UnsupportedError(
-            "distillation needs its teacher: objective.ready(lamina.load), or Taught(objective, model)"
-        )
+        raise UnsupportedError("distillation needs its teacher: objective.ready, or Taught(objective, model)")
 
-    def ready(self, load: Callable[[str], Model]) -> Taught:
-        return Taught(self, load(self.teacher))
+    def ready(self, opening: Opening) -> Taught:
+        return Taught(self, opening.model(self.teacher))
 
 
 class Taught:

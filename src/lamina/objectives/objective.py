@@ -95,7 +95,7 @@ class ByIndex:
 
 
 class Task(Protocol):
-    """What a model is trained with: an objective, with the other models that it needs."""
+    """What a model is trained with: an objective, with what it needs beside the data."""
 
     def fits(self, spec: ModelSpec) -> None: ...
 
@@ -104,6 +104,29 @@ class Task(Protocol):
     def collate(self, examples: Sequence[Example]) -> Batch: ...
 
     def total(self, model: Model, batch: Batch, record: Record | None = None) -> Total: ...
+
+
+class Neighbours(Protocol):
+    """What was found for the chunks of prepared text: chunk u of document i has the number `starts[i]` + u, as far as
+    that is below `starts[i + 1]`. What continues a chunk must not be among its neighbours."""
+
+    starts: Tensor  # (documents + 1,) int64
+
+    def values(self, chunks: Tensor) -> Tensor:
+        """Numbers (...) int64, -1 for none -> ids (..., k, r) int64, -1 where there is no token."""
+        ...
+
+
+class Opening(Protocol):
+    """Opens what an objective may need beside the data."""
+
+    def model(self, source: str) -> Model:
+        """A model that another one learns from."""
+        ...
+
+    def neighbours(self, index: str, directories: Sequence[str]) -> tuple[Callable[[Prepared], Neighbours], int]:
+        """What finds those of a prepared text, in a database, and the tokens of its chunks."""
+        ...
 
 
 class Objective(Spec):
@@ -133,8 +156,8 @@ class Objective(Spec):
         out = forward(model, batch, record)
         return Total(self.losses(model, batch, out), auxiliary(out))
 
-    def ready(self, load: Callable[[str], Model]) -> Task:
-        """What is trained with: itself, or, where other models are needed, itself with them. `load` opens a SOURCE."""
+    def ready(self, opening: Opening) -> Task:
+        """What is trained with: itself, or itself with what it needs beside the data."""
         return self
 
 

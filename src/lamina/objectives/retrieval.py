@@ -2,47 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import Record
 from lamina.model import Model, ModelSpec
 from lamina.objectives.causal import CausalLM
-from lamina.objectives.loss import IGNORE
-from lamina.objectives.objective import Batch, ByIndex, Example, Examples, Total, auxiliary, forward
+from lamina.objectives.objective import (
+    Batch,
+    ByIndex,
+    Example,
+    Examples,
+    Neighbours,
+    Objective,
+    Opening,
+    Total,
+    auxiliary,
+    forward,
+)
 
 if TYPE_CHECKING:
     from lamina.data import Prepared
 
 
-class Neighbours(Protocol):
-    """What was found for the chunks of prepared text: chunk u of document i has the number `starts[i]` + u, as far as
-    that is below `starts[i + 1]`. What continues a chunk must not be among its neighbours."""
+@dataclass(frozen=True, kw_only=True)
+class RetrievalLM(Objective):
+    """A causal objective whose model reads, beside each row, the neighbours of its chunks.
 
-    starts: Tensor  # (documents + 1,) int64
+    They lie in directories that `lamina index neighbours` wrote, one of each prepared text; whose text is whose is told
+    by hashes.
+    """
 
-    def values(self, chunks: Tensor) -> Tensor:
-        """Numbers (...) int64, -1 for none -> ids (..., k, r) int64, -1 where there is no token."""
-        ...
+    NAME = "retrieval"
+
+    index: str  # the database that they are of
+    neighbours: tuple[str, ...]
+    objective: CausalLM = field(default_factory=lambda: CausalLM(packed=True))
+
+    def check(self) -> None:
+        if not self.objective.packed:
+            raise LaminaError("chunks are counted within documents: objective.packed must be true")
+        if not self.neighbours:
+            raise LaminaError("neighbours is empty; name a directory that lamina index neighbours wrote for each text")
+
+    def fits(self, spec: ModelSpec) -> None:
+        self.objective.fits(spec)
+        if spec.retrieval is None:
+            raise UnsupportedError("neighbours are for models that retrieve; this one has no ChunkedCrossAttentionSpec")
+
+    def examples(self, prepared: Prepared, length: int) -> Examples:
+        """The rows alone."""
+        return self.objective.examples(prepared, length)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        return self.objective.collate(examples)
+
+    def total(self, model: Model, batch: Batch, record: Record | None = None) -> Total:
+        raise UnsupportedError("retrieval needs its neighbours: objective.ready, or Retrieving(objective, find, chunk)")
+
+    def ready(self, opening: Opening) -> Retrieving:
+        return Retrieving(self.objective, *opening.neighbours(self.index, self.neighbours))
 
 
 class Retrieving:
-    """A causal objective whose model reads the neighbours of the chunks of `chunk` tokens.
+    """A packed causal objective with the neighbours that `find` gives of a prepared text, of chunks of `chunk` tokens.
 
     Rows hold whole documents, or pieces of them that begin at a multiple of the length, which is one of the chunk: so
     the chunks of a row are those of the documents.
     """
 
-    def __init__(self, objective: CausalLM, neighbours: Neighbours, chunk: int) -> None:
-        if not objective.documents or not objective.aligned:
-            raise LaminaError("chunks are counted within documents: documents=True and aligned=True")
-        self.objective, self.neighbours, self.chunk = objective, neighbours, chunk
+    def __init__(self, objective: CausalLM, find: Callable[[Prepared], Neighbours], chunk: int) -> None:
+        if not objective.packed:
+            raise LaminaError("chunks are counted within documents: the causal objective must be packed")
+        self.objective, self.find, self.chunk = objective, find, chunk
 
     def fits(self, spec: ModelSpec) -> None:
         self.objective.fits(spec)
@@ -55,14 +92,11 @@ class Retrieving:
             )
 
     def examples(self, prepared: Prepared, length: int) -> Examples:
-        from lamina.data import Packed
-
         if length % self.chunk:
             raise LaminaError(f"length={length} must be a multiple of the chunk of {self.chunk} tokens")
-        column = prepared.column("text")
-        packed = Packed(column, length, longer="overlap")
-        begins = np.concatenate([[0], np.cumsum(column.lengths())])
-        starts = self.neighbours.starts.numpy()
+        rows, neighbours = self.objective.rows(prepared, length), self.find(prepared)
+        begins = np.concatenate([[0], np.cumsum(prepared.column("text").lengths())])
+        starts = neighbours.starts.numpy()
         if len(starts) != len(begins):
             raise LaminaError(
                 f"{prepared.directory}: {len(begins) - 1:,} documents; the neighbours are of {len(starts) - 1:,}"
@@ -70,21 +104,16 @@ class Retrieving:
 
         def make(index: int, random: np.random.Generator) -> Example:
             numbers = np.full(length // self.chunk, -1)
-            ends = _chunks(*packed.pieces(index), begins, starts, length, self.chunk)
+            ends = _chunks(*rows.pieces(index), begins, starts, length, self.chunk)
             numbers[: len(ends)] = ends
-            found = self.neighbours.values(torch.from_numpy(numbers)).numpy()
-            return {**packed[index], "neighbours": found}
+            return {**rows[index], "neighbours": neighbours.values(torch.from_numpy(numbers)).numpy()}
 
-        return ByIndex(len(packed), make)
+        return ByIndex(len(rows), make)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         batch = self.objective.collate(examples)
-        inputs = {**batch.inputs, "neighbours": torch.from_numpy(np.stack([one["neighbours"] for one in examples]))}
-        documents = torch.from_numpy(np.stack([one["documents"] for one in examples]))
-        if bool((documents < 0).any()):  # a row that is not full
-            inputs["attention_mask"] = (documents[:, :-1] >= 0).to(torch.int64)
-        labels = batch.labels["next_token"].masked_fill(documents[:, 1:] < 0, IGNORE)
-        return replace(batch, inputs=inputs, labels={"next_token": labels})
+        found = torch.from_numpy(np.stack([one["neighbours"] for one in examples]))
+        return replace(batch, inputs={**batch.inputs, "neighbours": found})
 
     def total(self, model: Model, batch: Batch, record: Record | None = None) -> Total:
         out = forward(model, batch, record)

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lamina.errors import CheckpointError, LaminaError
+from lamina.errors import CheckpointError, LaminaError, UnsupportedError
+from lamina.model import ModelSpec
 from lamina.retrieve import manifest as layout
 from lamina.retrieve.build import DOCUMENTS, TOKENIZER, said
 from lamina.retrieve.embedding import Embedder, same
@@ -90,6 +91,21 @@ class Database:
                 f"{self.directory}: its chunks are ids of another tokenizer (SHA-256 {self.spec.tokenizer[:12]}...)"
                 f" than {tokenizer.name} ({tokenizer.hash[:12]}...); build it anew with --tokenizer of this model"
             )
+
+    def check_reader(self, model: ModelSpec, tokenizer: Tokenizer) -> None:
+        """Raise LaminaError for a model that does not read these chunks: it does not retrieve, it cuts its text into
+        chunks of another size, or its ids are others."""
+        if model.retrieval is None:
+            raise UnsupportedError(
+                "this model has no layer that reads neighbours (ChunkedCrossAttentionSpec); train one that has"
+                " (lamina show retro/172m), or give it some (lamina.surgery.retrofit)"
+            )
+        if model.retrieval.chunk != self.spec.chunk:
+            raise LaminaError(
+                f"{self.directory}: has chunks of {self.spec.chunk} tokens, and this model reads the neighbours of"
+                f" {model.retrieval.chunk}: build it anew with --chunk {model.retrieval.chunk}"
+            )
+        self.check_tokenizer(tokenizer)
 
     def neighbours(self, chunks: Tensor, *, count: int, exclude: Tensor | None = None) -> Tensor:
         """What lies nearest to chunks (n, m) int64 of the model's ids: (n, count, 2 m) int64, each neighbour followed

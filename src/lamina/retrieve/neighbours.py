@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,7 +116,7 @@ def open_neighbours(directory: str | os.PathLike[str], database: Database, prepa
         raise LaminaError(
             f"{directory}: no {NAME}, so there are no neighbours here; find them with: lamina index neighbours"
         )
-    spec = NeighboursSpec.from_json((directory / NAME).read_text(encoding="utf-8"))
+    spec = _read(directory)
     for name, known, given in (
         ("database", spec.database, database.hash),
         ("text", spec.text, prepared.hash),
@@ -133,6 +133,22 @@ def open_neighbours(directory: str | os.PathLike[str], database: Database, prepa
     return Neighbours(directory, spec, starts, database)
 
 
+def of_text(directories: Sequence[str | os.PathLike[str]], database: Database, prepared: Prepared) -> Neighbours:
+    """The neighbours of this text, in one of several directories. Raises LaminaError where none of them is of it."""
+    for directory in map(Path, directories):
+        if (directory / NAME).is_file() and _read(directory).text != prepared.hash:
+            continue
+        return open_neighbours(directory, database, prepared)
+    raise LaminaError(
+        f"{prepared.directory}: its neighbours are not in {', '.join(map(str, directories))}; find them with:"
+        f" lamina index neighbours {database.directory} {prepared.directory} -o DIRECTORY"
+    )
+
+
+def _read(directory: Path) -> NeighboursSpec:
+    return NeighboursSpec.from_json((directory / NAME).read_text(encoding="utf-8"))
+
+
 def own_of(database: Database, prepared: Prepared, documents: Documents) -> Tensor:
     """(documents, 2, 2): the documents of the database that are the same as each of the text, as `Database.own`."""
     sources = prepared.manifest.sources
@@ -147,7 +163,20 @@ def _found(database: Database, chunks: Chunks, own: Tensor, start: int, stop: in
     whole = (tokens >= 0).all(1)
     rows = torch.full((stop - start, count), -1)
     if bool(whole.any()):
-        of = torch.from_numpy(np.searchsorted(chunks.starts, np.arange(start, stop), side="right") - 1)
-        vectors = database.embedder(said(database.tokenizer, tokens[whole]))
-        rows[whole] = database.search(vectors, count, own[of[whole]]).rows
+        numbers, starts = torch.arange(start, stop)[whole], torch.from_numpy(chunks.starts)
+        of = torch.searchsorted(starts, numbers, right=True) - 1
+        same, after = own[of, 0].unbind(1)
+        known = same < after  # the same document, token by token, is in the database, and the vectors of its chunks
+        vectors = torch.empty(len(numbers), database.store.width)
+        if bool(known.any()):
+            vectors[known] = _stored(database, (database.starts[same] + numbers - starts[of])[known])
+        if not bool(known.all()):
+            vectors[~known] = database.embedder(said(database.tokenizer, tokens[whole][~known])).cpu()
+        rows[whole] = database.search(vectors, count, own[of]).rows
     return rows
+
+
+def _stored(database: Database, rows: Tensor) -> Tensor:
+    """(n, width): the vectors of rows (n,), which lie one behind the other in runs."""
+    runs = torch.tensor_split(rows, (rows.diff() != 1).nonzero()[:, 0] + 1)
+    return torch.cat([database.store.vectors(int(run[0]), int(run[-1]) + 1).cpu() for run in runs])

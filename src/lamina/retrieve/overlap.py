@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lamina.errors import LaminaError
-from lamina.generation.perplexity import score
+from lamina.generation.perplexity import Block, Score, read_block, score, window_of
 from lamina.model import Model
 from lamina.retrieve.chunks import Chunks, Documents
 from lamina.retrieve.neighbours import Neighbours
@@ -73,23 +73,62 @@ class Losses:
 
 
 def losses(
-    model: Model, prepared: Prepared, chunk: int, window: int | None = None, stride: int | None = None
+    model: Model,
+    prepared: Prepared,
+    chunk: int,
+    window: int | None = None,
+    stride: int | None = None,
+    neighbours: Neighbours | None = None,
 ) -> Losses:
     """What each chunk of prepared text costs a causal model, each document by itself and read in windows as
-    `lamina evaluate` reads a file. The first token of a document has nothing before it and is not scored."""
+    `lamina evaluate` reads a file, but that windows begin where chunks do. The first token of a document has nothing
+    before it and is not scored. neighbours: what a model that retrieves reads beside it."""
+    window, stride = windows_of(model, chunk, window, stride)
     documents = Documents(prepared)
     chunks = Chunks(documents, np.arange(len(documents)), chunk)
     nats, counts = torch.zeros(len(chunks), dtype=torch.float64), torch.zeros(len(chunks), dtype=torch.int64)
     for i, begin in enumerate(chunks.starts[:-1].tolist()):
-        ids = documents.bodies.document(i).tolist()
-        found = [-part.double() for part in score(model, ids, window=window, stride=stride)] if len(ids) > 1 else []
-        each = torch.cat([torch.zeros(0, dtype=torch.float64), *found])
+        ids, block = documents.bodies.document(i).tolist(), _reading(neighbours, begin, chunk)
+        scores = score(model, ids, window=window, stride=stride, block=block) if len(ids) > 1 else ()
+        each = torch.cat([torch.zeros(0, dtype=torch.float64), *(-part.double() for part in scores)])
         at = begin + torch.arange(1, len(each) + 1) // chunk
         nats.index_add_(0, at, each)
         counts.index_add_(0, at, torch.ones_like(at))
     sizes = _sizes(prepared.tokenizer())
     every = chunks.tokens(0, len(chunks))
     return Losses(nats, counts, sizes[every.clamp(min=0)].masked_fill(every < 0, 0).sum(1))
+
+
+def windows_of(model: Model, chunk: int, window: int | None = None, stride: int | None = None) -> tuple[int, int]:
+    """The window and the stride, multiples of the chunk, so that whole chunks are read. Raises LaminaError for
+    others."""
+    if window is None:
+        window = window_of(model)[0] // chunk * chunk
+    if stride is None:
+        stride = max(window // 2 // chunk * chunk, chunk)
+    window_of(model, window, stride)
+    if window % chunk or stride % chunk or window <= stride:
+        raise LaminaError(
+            f"window={window} and stride={stride}; with chunks of {chunk} tokens both must be multiples of {chunk}, and"
+            " the window the larger"
+        )
+    return window, stride
+
+
+def _reading(neighbours: Neighbours | None, first: int, chunk: int) -> Block:
+    """Reads the blocks of a document, whose chunks have the numbers `first` and on, in their order."""
+    read = 0
+
+    def block(model: Model, ids: list[int], fresh: int) -> Tensor:
+        nonlocal read
+        read += fresh
+        begin = read - len(ids)
+        cut = -begin % chunk  # of the last block: a model counts chunks from the first token that it is given
+        numbers = first + (begin + cut) // chunk + torch.arange((len(ids) - cut) // chunk)
+        found = None if neighbours is None or len(numbers) == 0 else neighbours.values(numbers)
+        return read_block(model, ids[cut:], fresh, found)
+
+    return block
 
 
 def _sizes(tokenizer: Tokenizer) -> Tensor:
@@ -112,8 +151,12 @@ class Share:
     bytes: int
 
     @property
+    def score(self) -> Score:
+        return Score(self.tokens, self.bytes, self.nats)
+
+    @property
     def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+        return self.score.bits_per_byte if self.bytes else math.nan
 
 
 def by_overlap(longest: Tensor, found: Losses, chunk: int, shares: Sequence[float] = SHARES) -> list[Share]:

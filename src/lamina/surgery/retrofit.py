@@ -39,7 +39,8 @@ def retrofit(
     """A decoder whose `layers`, counted from 0, read neighbours: by default every third from the sixth on.
 
     The heads are those of the attention beside them, the norm before them is of its kind. encoder: None is RETRO's, of
-    width 896. The state stays as it is: what the new spec asks for beside it, `surgery.build` begins anew.
+    width 896; one of the decoder's own width begins with a copy of the decoder's table of tokens. Else the state stays
+    as it is: what the new spec asks for beside it, `surgery.build` begins anew.
     Raises UnsupportedError for what is no decoder of pre-norm attention and feed-forward, and for one that retrieves.
     """
     stack = spec.decoder
@@ -60,4 +61,8 @@ def retrofit(
     )
     op = ChunkedCrossAttentionSpec(attention=attention, chunk=chunk)
     step = StepSpec(name="retrieval", op=op, pre=before.pre, dropout=before.dropout, gate=True)
-    return spec.replace(decoder=stack.replace(layers=retrieving(stack.layers, places, step, made))), state
+    new = spec.replace(decoder=stack.replace(layers=retrieving(stack.layers, places, step, made)))
+    table = state.get("embedding.weight")
+    if table is None or made.width != table.shape[1]:
+        return new, state
+    return new, {**state, f"decoder.layers.{places[0]}.retrieval.op.encoder.embedding.weight": table.clone()}

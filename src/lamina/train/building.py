@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.families import FAMILIES, Fields, family, sizes
 from lamina.locate import locate
 from lamina.model import Model, ModelSpec
+from lamina.objectives import Neighbours
 from lamina.opening import open_source
+from lamina.retrieve import open_database
+from lamina.retrieve.neighbours import of_text
 from lamina.source import load, save, tokenizer
 from lamina.specs import Spec, unknown
 from lamina.specs import diff as differences
@@ -76,7 +81,9 @@ def spec_of(choice: ModelChoice, data: Prepared) -> ModelSpec | None:
         model_type = choice.family
         if model_type not in FAMILIES:
             raise LaminaError(f"model.family: {unknown('model_type', model_type, FAMILIES)}")
-    config = {**published, "vocab_size": data.vocabulary, **_special(data), **choice.config, "model_type": model_type}
+    # The second name is that of families without files of their own: PaLM, GLaM, RETRO.
+    ids = {"vocab_size": data.vocabulary, "vocabulary": data.vocabulary, **_special(data)}
+    config = {**published, **ids, **choice.config, "model_type": model_type}
     return family(model_type).spec(Fields(_begun(config), where="model.config"))
 
 
@@ -94,7 +101,8 @@ def _begun(config: dict[str, Any]) -> dict[str, Any]:
     """With the id that a decoder of two stacks begins with, where the user says none: that of the token which has this
     part in the ids that the family is published with. T5's begins with its padding, BART's with its end."""
     ids = ("pad_token_id", "eos_token_id", "bos_token_id")
-    plain = {name: value for name, value in config.items() if name not in ids} | {"vocab_size": ROOM}
+    plain = {name: value for name, value in config.items() if name not in ids}
+    plain |= {"vocab_size": ROOM, "vocabulary": ROOM}
     published = family(config["model_type"]).spec(Fields(plain, where="model.config")).special
     parts = zip(ids, (published.pad, next(iter(published.end), None), published.start), strict=True)
     part = next((name for name, number in parts if number == published.decoder_start), None)
@@ -124,10 +132,23 @@ def model_of(choice: ModelChoice, data: Prepared, *, seed: int, device: torch.de
     return model.train()
 
 
-def teacher_of(source: str, data: Prepared, dtype: str, device: torch.device | str = "cpu") -> Model:
-    """A model that another one learns from. Raises LaminaError where its tokenizer is not that of the data."""
-    data.check_tokenizer(tokenizer(source))
-    return load(source, dtype=dtype, device=device)
+@dataclass(frozen=True)
+class Beside:
+    """Opens what an objective needs beside the data (`lamina.objectives.Opening`)."""
+
+    data: Prepared
+    dtype: str | None  # of a teacher; None: as it is stored
+    device: torch.device | str = "cpu"
+
+    def model(self, source: str) -> Model:
+        """A teacher. Raises LaminaError where its tokenizer is not that of the data."""
+        self.data.check_tokenizer(tokenizer(source))
+        return load(source, dtype=self.dtype, device=self.device)
+
+    def neighbours(self, index: str, directories: Sequence[str]) -> tuple[Callable[[Prepared], Neighbours], int]:
+        database = open_database(index)
+        database.check_tokenizer(self.data.tokenizer())
+        return partial(of_text, directories, database), database.spec.chunk
 
 
 def trained(spec: TrainSpec, model: Model) -> list[tuple[str, nn.Parameter]]:
@@ -212,7 +233,7 @@ def write(model: Model, tensors: Mapping[str, Tensor], directory: Path, data: Pr
 
 def plan(spec: TrainSpec) -> dict[str, Any]:
     """What a run would read, compute and hold, without building it."""
-    data, _ = data_of(spec.data)
+    data, held = data_of(spec.data)
     architecture = spec_of(spec.model, data)
     opened = None
     if architecture is None:
@@ -223,7 +244,11 @@ def plan(spec: TrainSpec) -> dict[str, Any]:
     made.origin = None if opened is None else opened.origin
     fits(spec, made)
     learning = trained(spec, made)
-    examples = len(spec.objective.examples(data, spec.data.length))
+    task = spec.objective.ready(Beside(data, None))
+    task.fits(architecture)
+    examples = len(task.examples(data, spec.data.length))
+    if held is not None:
+        task.examples(held, spec.data.length)
     if not examples:
         raise LaminaError(f"{spec.data.train}: holds no example of {spec.data.length} tokens")
     tokens = spec.loop.steps * spec.loop.batch * spec.data.length * (2 if architecture.two_stacks else 1)

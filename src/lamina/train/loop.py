@@ -277,7 +277,12 @@ class Trainer:
         """
         weights: dict[str, Tensor] = dict(self.model.named_parameters())
         weights |= {name: buffer for name, buffer in self.model.named_buffers() if name in self.model.state_dict()}
-        weights |= dict(self.parameters)
+        masters = self.masters
+        weights |= (
+            self.parameters
+            if masters is None
+            else {name: masters.kept(name, weight) for name, weight in self.model.named_parameters()}
+        )
         if self.adapts:
             weights = {name: weight for name, weight in weights.items() if name.rpartition(".")[2] in FACTORS}
         found = {

@@ -29,9 +29,14 @@ class Masters:
         self.working = {name: weight for name, weight in parameters if id(weight) not in exact}
         copies = {name: nn.Parameter(weight.detach().float().clone()) for name, weight in self.working.items()}
         self.masters = {name: copies.get(name, weight) for name, weight in parameters}
-        for parameter in model.parameters():
-            if id(parameter) not in exact:
-                parameter.data = parameter.data.to(dtype)
+        self.frozen: dict[str, Tensor] = {}  # weights that are not trained, as they were, where 16 bits round them
+        trained = {id(weight) for _, weight in parameters}
+        for name, parameter in model.named_parameters():
+            if id(parameter) in exact:
+                continue
+            before, parameter.data = parameter.data, parameter.data.to(dtype)
+            if id(parameter) not in trained and not parameter.data.to(before.dtype).equal(before):
+                self.frozen[name] = before
         for name, weight in self.working.items():
             weight.register_post_accumulate_grad_hook(self._collector(self.masters[name]))
 
@@ -45,6 +50,11 @@ class Masters:
             weight.grad = None
 
         return collect
+
+    def kept(self, name: str, weight: Tensor) -> Tensor:
+        """What is written down of a parameter of the model: its master, or, of one that is not trained, what it was."""
+        found = self.masters.get(name)
+        return self.frozen.get(name, weight.float()) if found is None else found
 
     @torch.no_grad()
     def publish(self) -> None:

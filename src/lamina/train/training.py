@@ -13,7 +13,7 @@ from typing import Any
 from lamina.data import Order, Prepared
 from lamina.document import write as text_of
 from lamina.train.around import Around, Show, Tick
-from lamina.train.building import data_of, fingerprint, fits, model_of, spec_of, teacher_of, trained
+from lamina.train.building import Beside, data_of, fingerprint, fits, model_of, spec_of, trained
 from lamina.train.evaluating import Evaluator
 from lamina.train.guards import Signals, Watchdog
 from lamina.train.loader import Loader, rows_at_once
@@ -81,7 +81,7 @@ def train(
         half = None if spec.loop.precision == "float32" else spec.loop.precision
         ranks = Together(mesh, distribute(model, mesh, precision=half))
         device = str(mesh.device)
-    task = spec.objective.ready(lambda source: teacher_of(source, data, spec.loop.precision, device))
+    task = spec.objective.ready(Beside(data, spec.loop.precision, device))
     task.fits(model.spec)
     examples = task.examples(data, spec.data.length)
     loop = spec.loop

@@ -1,0 +1,52 @@
+"""Give a pretrained decoder layers that read neighbours: python examples/train/retrofit.py SOURCE DIRECTORY
+
+    python examples/train/retrofit.py smollm2-135m smollm2-retro --layers 15,21 --chunk 64
+
+DIRECTORY becomes a source with the weights of SOURCE and the new ones at their initial values, for `lamina train` to go
+on with; until then it writes what SOURCE writes. The encoder of neighbours has the width of the decoder and begins with
+its table of tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import lamina
+from lamina.layers import AttentionSpec, neighbour_encoder
+from lamina.surgery import build, retrofit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--layers", default="15,21", help="that read neighbours, counted from 0")
+    parser.add_argument("--chunk", type=int, default=64, help="tokens")
+    parser.add_argument("--encoder-layers", type=int, default=1)
+    options = parser.parse_args()
+    base = lamina.load(options.source, dtype="float32")
+    spec = base.spec
+    places = tuple(int(layer) for layer in options.layers.split(","))
+    attention = spec.decoder.layers[places[0]].steps[0].op if spec.decoder is not None else None
+    if not isinstance(attention, AttentionSpec):
+        raise SystemExit(f"{options.source}: is no decoder with attention in layer {places[0]}")
+    encoder = neighbour_encoder(
+        spec.width,
+        spec.embedding.vocabulary,
+        width=spec.width,
+        heads=attention.heads,
+        head_dim=attention.head_dim,
+        hidden=2 * spec.width,
+        layers=options.encoder_layers,
+    )
+    fitted, state = retrofit(spec, base.state_dict(), layers=places, chunk=options.chunk, encoder=encoder)
+    model, new = build(fitted, state)
+    model.origin = base.origin  # its tokenizer and what else lies beside the weights go along
+    lamina.save(model, options.directory, "native")
+    count = sum(model.state_dict()[name].numel() for name in new)
+    print(f"{options.directory}: {count:,} new weights beside {sum(w.numel() for w in base.parameters()):,}")
+
+
+if __name__ == "__main__":
+    main()
