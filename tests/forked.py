@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,18 +45,22 @@ class Program:
     def __init__(self, target: Callable[..., int], *args: Any) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="forked-")
         self.files = [Path(self.folder.name, stream) for stream in ("out", "err")]
+        for file in self.files:  # so that what is written can be watched from the start
+            file.touch()
         self.process = fork(_streams, self.files, target, args)
+        self.process.daemon = True  # it ends with the tests at the latest, whatever fails before `end`
         self.process.start()
 
     def signal(self, number: int) -> None:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
-    def end(self, patience: float = 100.0) -> subprocess.CompletedProcess[str]:
+    def end(self, patience: float = 50.0) -> subprocess.CompletedProcess[str]:
         """Wait for the end, which is to come within `patience` seconds."""
-        self.process.join(patience)
-        status = self.process.exitcode
-        if status is None:
+        try:
+            self.process.join(patience)
+            status = self.process.exitcode
+        finally:  # also where the test is stopped because it takes too long
             self.process.kill()
             self.process.join()
         found = [file.read_text() for file in self.files]
@@ -74,6 +79,7 @@ def _run(environment: dict[str, str], target: Callable[..., Any], args: Sequence
     assert not lacking, f"the process that forks could not import {lacking}"
     os.environ.clear()
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest-xdist ignore it, and so would a fork
     target(*args)
 
 
