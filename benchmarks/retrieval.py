@@ -101,7 +101,7 @@ def embedding(database: Database, count: int) -> dict[str, float]:
     begun = time.perf_counter()
     vectors = embedder(texts)
     seconds = time.perf_counter() - begun
-    stored = torch.cat([database.store.vectors(int(row), int(row) + 1) for row in rows])
+    stored = database.store.vectors(rows)
     return {
         "chunks_per_second": round(count / seconds, 1),
         "least_cosine": round(float((vectors * stored).sum(1).min()), 5),

@@ -70,7 +70,7 @@ def test_a_prepared_directory_and_the_same_text_again(room: Path, index: Path, t
     done = lam("index", "build", index / "corpus", "-o", tmp_path / "again", "--embedder", room / "bert", *COMMON)
     assert done.status == 0, done.err
     one, other = open_database(index), open_database(tmp_path / "again")
-    assert torch.equal(one.store.vectors(0, len(one)), other.store.vectors(0, len(one)))
+    assert torch.equal(one.store.vectors(torch.arange(len(one))), other.store.vectors(torch.arange(len(one))))
     assert not (tmp_path / "again/corpus").exists()
     before = (index / "corpus/data.json").stat().st_mtime_ns
     done = lam("index", "build", room / "texts", "-o", index, "--embedder", room / "bert", "--tokenizer",
@@ -216,7 +216,7 @@ def test_copy(index: Path, tmp_path: Path, lam):
     assert lam("index", "copy", index, "-o", tmp_path / "copy", "--engine", "exact").status == 0
     one, other = open_database(index), open_database(tmp_path / "copy")
     rows = torch.arange(len(one))
-    assert torch.equal(one.store.vectors(0, len(one)), other.store.vectors(0, len(one)))
+    assert torch.equal(one.store.vectors(torch.arange(len(one))), other.store.vectors(torch.arange(len(one))))
     assert torch.equal(one.values(rows), other.values(rows)) and torch.equal(one.keys, other.keys)
     assert one.name_of(1) == other.name_of(1)
     lam("index", "copy", index, "-o", index, "--engine", "exact").refused("holds a database already")

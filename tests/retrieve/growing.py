@@ -16,7 +16,7 @@ from lamina.retrieve import Embedder, Engine, Progress, build
 from tests import tiny
 from tests.retrieve import made
 
-BATCHES, BATCH = 24, 128
+BATCHES, BATCH = 10, 96
 CHUNK = 900  # bytes: each text is one
 WIDE = tiny.BERT | {
     "hidden_size": 384,

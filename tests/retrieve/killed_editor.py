@@ -29,7 +29,8 @@ def change(root: Path) -> None:
 
 
 def holds(database: Database) -> tuple[torch.Tensor, torch.Tensor]:
-    return database.store.vectors(0, len(database)), database.values(torch.arange(len(database)))
+    rows = torch.arange(len(database))
+    return database.store.vectors(rows), database.values(rows)
 
 
 def main(root: Path, kind: str, seed: int) -> None:

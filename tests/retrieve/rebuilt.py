@@ -26,7 +26,7 @@ def read(root: Path, until: Path) -> int:
         found = open_database(root / "index")
         rows = torch.arange(len(found))
         chosen = rows[torch.randperm(len(rows))[:20]]
-        near = found.search(torch.stack([found.store.vectors(int(i), int(i) + 1)[0] for i in chosen]), 3)
+        near = found.search(found.store.vectors(chosen), 3)
         assert near.distances[:, 0].max() < 1e-4  # each row finds itself, or one that lies where it lies
         tokens = found.values(chosen)
         assert tokens.shape == (20, 2 * found.spec.chunk) and found.spec.chunk in (5, 6, 7)

@@ -68,7 +68,7 @@ def test_neighbours_are_those_of_a_naive_loop(whole):
     expected = made.chunks_of(documents, made.CHUNK)
     assert len(database) == len(expected)
     vectors = made.vectors_of(database, [ids for _, ids, _ in expected])
-    torch.testing.assert_close(database.store.vectors(0, len(database)), vectors, rtol=0, atol=1e-5)
+    torch.testing.assert_close(database.store.vectors(torch.arange(len(database))), vectors, rtol=0, atol=1e-5)
     asked = [5, 0, len(expected) - 1, 17]
     chunks = torch.tensor([made.filled(expected[i][1], made.CHUNK) for i in asked])
     exclude = torch.tensor([[[expected[i][0], expected[i][0] + 1]] for i in asked])
@@ -147,7 +147,9 @@ def test_chunks_too_long_for_the_embedder_are_cut_and_said(tmp_path: Path):
     ids = tiny.words().encode(long, special=False)[:30]
     model = lamina.load(tmp_path / "bert")
     expected = model(torch.tensor([[2, *ids, 3]])).hidden[0].mean(0)
-    torch.testing.assert_close(database.store.vectors(0, 1)[0], expected / expected.norm(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        database.store.vectors(torch.arange(1))[0], expected / expected.norm(), rtol=0, atol=1e-5
+    )
 
 
 def test_a_document_may_be_larger_than_memory(tmp_path: Path):

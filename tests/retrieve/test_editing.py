@@ -47,7 +47,7 @@ def check_equal(found: Database, documents: list[str], room: Path) -> None:
         assert [a + b for a, b in zip(table["tokens"], table["next_tokens"])] == pairs
         assert table["document"] == [number for number, _, _ in expected]
     vectors = made.vectors_of(found, [ids for _, ids, _ in expected])
-    torch.testing.assert_close(found.store.vectors(0, len(found)), vectors, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.store.vectors(rows), vectors, rtol=0, atol=1e-5)
     near = found.search(vectors[::5], 3)
     right = (vectors[::5, None] - vectors).square().sum(2).sort().values[:, :3]
     torch.testing.assert_close(near.distances, right, rtol=0, atol=1e-4)
@@ -160,7 +160,7 @@ def test_states_are_added_too(tmp_path: Path):
     found, right = open_database(tmp_path / "one"), open_database(tmp_path / "right")
     rows = torch.arange(len(right))
     assert len(found) == len(right) and torch.equal(found.values(rows), right.values(rows))
-    torch.testing.assert_close(found.store.vectors(0, len(rows)), right.store.vectors(0, len(rows)))
+    torch.testing.assert_close(found.store.vectors(rows), right.store.vectors(rows))
     other = tiny.checkpoint(tmp_path / "other", seed=1)
     with pytest.raises(LaminaError, match="was made by"):
         add(open_database(tmp_path / "one", embedder=str(other)), both)

@@ -50,6 +50,6 @@ def test_readers_of_a_database_that_is_rebuilt(tmp_path: Path, engine: str):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the system does not say what a process holds")
 def test_memory_does_not_grow_with_rows(tmp_path: Path):
-    """What the C library keeps of tensors that are gone is given back: else 190 MB more, and ever more."""
+    """What the C library keeps of tensors that are gone is given back: else 110 MB more here, and ever more."""
     early, most = map(int, run("growing.py", tmp_path, "exact").split())
     assert most < early + 64

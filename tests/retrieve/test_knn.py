@@ -14,7 +14,7 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.generation import measure, score
 from lamina.generation.perplexity import log_probabilities
 from lamina.retrieve import KnnLM, build_states, open_database
-from lamina.retrieve.states import keyed, watched
+from lamina.retrieve.states import StateContent, keyed, watched
 from tests import tiny
 from tests.retrieve import made
 
@@ -56,7 +56,7 @@ def test_keys_and_values_are_those_of_transformers(room):
         keys.append(theirs(root, ids[:-1]))
         tokens += ids[1:]
     assert len(database) == len(tokens) == int(database.starts[-1])
-    torch.testing.assert_close(database.store.vectors(0, len(tokens)), torch.cat(keys), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(database.store.vectors(torch.arange(len(tokens))), torch.cat(keys), rtol=1e-4, atol=1e-4)
     assert database.store.tokens(torch.arange(len(tokens)))[:, 0].tolist() == tokens
     assert keyed(model) is model.decoder.layers[-1]["feedforward"].op
 
@@ -70,7 +70,7 @@ def test_probabilities_are_those_of_a_naive_loop(room, weight: float, temperatur
     ids = tiny.tokenizer().encode("the dog sat on a red hill", special=False)
     with watched(model) as seen, torch.inference_mode():
         logits = model(torch.tensor([ids])).logits[0].double()
-    keys = database.store.vectors(0, len(database)).double()
+    keys = database.store.vectors(torch.arange(len(database))).double()
     values = database.store.tokens(torch.arange(len(database)))[:, 0].tolist()
     expected, whole = [], []
     for at in range(len(ids) - 1):
@@ -115,14 +115,34 @@ def test_windows_of_states(tmp_path: Path):
     for batch in (7, 1000):
         build_states(text, tmp_path / f"{batch}", model, source=str(source), batch=batch, window=20, stride=6)
     one, other = (open_database(tmp_path / f"{batch}").store for batch in (7, 1000))
-    torch.testing.assert_close(one.vectors(0, one.rows), other.vectors(0, one.rows), rtol=0, atol=0)
+    every = torch.arange(one.rows)
+    torch.testing.assert_close(one.vectors(every), other.vectors(every), rtol=0, atol=0)
     ids = text.columns["text"][0].tolist()
     for at in (0, 19, 20, 25, 26, len(ids) - 2):
         last = 20 if at < 20 else min(20 + ((at - 20) // 6 + 1) * 6, len(ids) - 1)
         begin = max(last - 20, 0)
         with watched(model) as seen:
             model(torch.tensor([ids[begin : at + 1]]))
-        torch.testing.assert_close(one.vectors(at, at + 1)[0], seen[0][0, -1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one.vectors(torch.tensor([at]))[0], seen[0][0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_reads_only_its_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A document may be larger than memory, and its end is as quickly reached as its beginning."""
+    source = tiny.checkpoint(tmp_path / "model", tiny.LLAMA)
+    text = made.prepared(
+        tmp_path / "text", made.rows(tmp_path / "t.jsonl", ["a cat", "the cat sat on the hill. " * 40])
+    )
+    content = StateContent(text, lamina.load(source), str(source), 20, 6)
+    read, plain = [], content.column.slice
+    monkeypatch.setattr(content.column, "slice", lambda start, stop: read.append(stop - start) or plain(start, stop))
+    monkeypatch.setattr(type(content.column), "__getitem__", None)
+    last, size = int(content.starts[-1]), int(content.starts[2] - content.starts[1])
+    assert content.vectors(last - 3, last).shape == (3, content.embedder.width)
+    assert max(read) <= 20 and len(read) <= 2 and size > 100
+    read.clear()
+    end = content.column.tokens
+    assert content.tokens(last - 3, last)[:, 0].tolist() == plain(end - 3, end).tolist()
+    assert read == [3]
 
 
 def test_what_does_not_fit_is_refused(room, tmp_path: Path):

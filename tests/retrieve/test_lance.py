@@ -35,7 +35,7 @@ def test_rows_are_the_same(both):
     rows = torch.tensor([3, 0, len(exact) - 1, 3, 11])
     assert torch.equal(exact.store.tokens(rows), lance.store.tokens(rows))
     assert torch.equal(exact.values(rows), lance.values(rows))
-    assert torch.equal(exact.store.vectors(2, 9), lance.store.vectors(2, 9))
+    assert torch.equal(exact.store.vectors(rows), lance.store.vectors(rows))
     table = lance.store.table.to_arrow()  # a row can be read by itself
     for row in (0, 5, len(exact) - 1):
         values = [table[name][row].as_py() for name in ("tokens", "next_tokens")]
@@ -52,7 +52,7 @@ def test_what_is_found(both):
     if kind == "lists":
         assert lance.spec.table.lists == 16
         lance.store.spec = lance.spec.table.replace(probes=16)
-    queries = torch.nn.functional.normalize(exact.store.vectors(0, 40) + 0.1 * torch.randn(40, 32), dim=1)
+    queries = torch.nn.functional.normalize(exact.store.vectors(torch.arange(40)) + 0.1 * torch.randn(40, 32), dim=1)
     documents = torch.randint(0, 150, (40, 2)).sort(dim=1).values  # some exclude nearly everything
     for exclude in (None, torch.stack([documents, documents[:, [0, 0]] + 1], dim=1)):
         right, found = exact.search(queries, 6, exclude), lance.search(queries, 6, exclude)
@@ -101,6 +101,30 @@ def test_recall():
     tried.clear()
     steep = lambda probes: (tried.append(probes), exact if probes >= 37 else nothing)[1]  # noqa: E731
     assert fewest(steep, exact, 100) == (40, 1.0) and tried == [1, 2, 4, 8, 16, 32, 64, 48, 40, 36]
+
+
+class Counted:
+    """A store that counts how often vectors are asked for."""
+
+    def __init__(self, store) -> None:
+        self.store, self.rows, self.asked = store, store.rows, 0
+
+    def vectors(self, rows: torch.Tensor) -> torch.Tensor:
+        self.asked += 1
+        return self.store.vectors(rows)
+
+
+@without_lance
+def test_some_rows_are_one_request(both):
+    """Each is a way to object storage and back."""
+    exact, lance, _ = both
+    counted = Counted(lance.store)
+    vectors, spans = sampled(counted, 60)  # pyright: ignore[reportArgumentType]
+    assert counted.asked == 1 and len(spans[:, 0, 0].unique()) == 60
+    assert torch.equal(vectors, exact.store.vectors(spans[:, 0, 0]))
+    some = torch.tensor([5, 3, 3])
+    assert torch.equal(lance.store.vectors(some), exact.store.vectors(torch.arange(6))[some])
+    assert lance.store.vectors(some[:0]).shape == (0, 32)
 
 
 @without_lance

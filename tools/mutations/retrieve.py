@@ -52,7 +52,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("what is there already is not added", "prepared, kept.keys)", "prepared, kept.keys[:0])"),
         ("files of the same name are replaced", "if origin.name in names]", "if False]"),
         ("rows of documents that stay", "self.begins[documents] + numbers - self.starts[documents]", "numbers"),
-        ("rows between two that stay are not taken", "[run - run[0]] for run", "[: len(run)] for run"),
         ("files of what is added come after the others", "second.files + len(first.origins)", "second.files"),
         ("a document is named by its file too", "and database.name_of(int(number)) == name", ""),
     ],
@@ -120,8 +119,9 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("recall: equal distances are right", "last * 1.0001 + 1e-6", "last * 0.9999 - 1e-6"),
     ],
     "retrieve/states.py": [
-        ("a value is the token after its state", "[1 + low : 1 + high]", "[low:high]"),
+        ("a value is the token after its state", "self._read(i, 1 + low, 1 + high)", "self._read(i, low, high)"),
         ("states are read in windows", "begin = max(last - window, 0)", "begin = 0"),
+        ("a batch begins at the window that it is in", "(low - window) // stride * stride", "low - window"),
     ],
     "retrieve/store.py": [
         ("what is left out of a search", "distance.masked_fill_((numbers", "distance.masked_fill((numbers"),

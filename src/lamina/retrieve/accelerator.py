@@ -71,8 +71,8 @@ class Accelerated:
     def tokens(self, rows: Tensor) -> Tensor:
         return self.store.tokens(rows)
 
-    def vectors(self, start: int, stop: int) -> Tensor:
-        return self.store.vectors(start, stop)
+    def vectors(self, rows: Tensor) -> Tensor:
+        return self.store.vectors(rows)
 
     def verify(self) -> None:
         self.store.verify()
@@ -127,9 +127,10 @@ def _made(store: Store) -> Any:
     lists = max(1 << round(math.log2(max(store.rows / LIST, 1))), 1)
     index = faiss.index_factory(store.width, f"IVF{lists},Flat", faiss.METRIC_L2)
     vectors, _ = sampled(store, min(TRAINED * lists, store.rows))
-    index.train(np.ascontiguousarray(vectors.numpy()))
+    index.train(np.ascontiguousarray(vectors.cpu().numpy()))
     for start in range(0, store.rows, BLOCK):
-        index.add(np.ascontiguousarray(store.vectors(start, min(start + BLOCK, store.rows)).cpu().numpy()))
+        block = torch.arange(start, min(start + BLOCK, store.rows))
+        index.add(np.ascontiguousarray(store.vectors(block).cpu().numpy()))
     return index
 
 

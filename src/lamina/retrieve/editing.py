@@ -27,7 +27,6 @@ from lamina.specs import unknown
 if TYPE_CHECKING:
     from lamina.data import Prepared
 
-NEAR = 8  # rows that are read along where they lie between two that are wanted
 ADDED, REMOVED = "documents added since the build", "documents removed since the build"
 
 
@@ -54,9 +53,7 @@ class Selected:
         return self.store.tokens(self._rows(start, stop))
 
     def vectors(self, start: int, stop: int) -> Tensor:
-        rows = self._rows(start, stop)
-        runs = rows.tensor_split(((rows.diff() > NEAR).nonzero()[:, 0] + 1).tolist())
-        return torch.cat([self.store.vectors(int(run[0]), int(run[-1]) + 1).cpu()[run - run[0]] for run in runs])
+        return self.store.vectors(self._rows(start, stop)).cpu()
 
     def _rows(self, start: int, stop: int) -> Tensor:
         """Their numbers in the database."""

@@ -74,8 +74,8 @@ class Exact:
     def tokens(self, rows: Tensor) -> Tensor:
         return self._tokens[rows].to(torch.int64)
 
-    def vectors(self, start: int, stop: int) -> Tensor:
-        return self.stored[start:stop]
+    def vectors(self, rows: Tensor) -> Tensor:
+        return self.stored[rows.to(self.stored.device)]
 
     def verify(self) -> None:
         for start, vectors, squares in self._blocks():

@@ -216,8 +216,8 @@ class Lance:
     def tokens(self, rows: Tensor) -> Tensor:
         return self._column("tokens", rows).long()
 
-    def vectors(self, start: int, stop: int) -> Tensor:
-        return self._column("vector", torch.arange(start, stop))
+    def vectors(self, rows: Tensor) -> Tensor:
+        return self._column("vector", rows)
 
     def _column(self, name: str, rows: Tensor) -> Tensor:
         """Of rows by number, in any order, some more than once."""
@@ -236,7 +236,7 @@ class Lance:
 
     def verify(self) -> None:
         for start in range(0, self.rows, BLOCK):
-            vectors = self.vectors(start, min(start + BLOCK, self.rows))
+            vectors = self.vectors(torch.arange(start, min(start + BLOCK, self.rows)))
             if not bool(vectors.isfinite().all()):
                 row = start + int((~vectors.isfinite()).any(1).nonzero()[0])
                 raise CheckpointError(f"{self.where}: the vector of row {row:,} is not finite; build it anew")

@@ -37,15 +37,14 @@ def exactly(store: Store, queries: Tensor, count: int, exclude: Tensor | None = 
 
 def _blocks(store: Store):
     for start in range(0, store.rows, BLOCK):
-        yield start, store.vectors(start, min(start + BLOCK, store.rows))
+        yield start, store.vectors(torch.arange(start, min(start + BLOCK, store.rows)))
 
 
 def sampled(store: Store, count: int = SAMPLE, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Vectors (n, width) of some rows, and the spans (n, 1, 2) that keep each from finding itself."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(store.rows, generator=generator)[:count].sort().values
-    vectors = torch.cat([store.vectors(int(row), int(row) + 1) for row in rows])
-    return vectors, torch.stack([rows, rows + 1], dim=1)[:, None]
+    return store.vectors(rows), torch.stack([rows, rows + 1], dim=1)[:, None]
 
 
 def fewest(try_with: Callable[[int], Found], exact: Found, most: int, goal: float = GOAL) -> tuple[int, float]:

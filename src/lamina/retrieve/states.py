@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lamina.errors import LaminaError, UnsupportedError
+from lamina.errors import UnsupportedError
 from lamina.generation.perplexity import check_ids, check_predicts, window_of
 from lamina.layers.experts import Experts
 from lamina.layers.feedforward import FeedForward
@@ -93,22 +94,28 @@ class StateContent:
         self.hash, self.tokenizer, self.origins = prepared.hash, prepared.tokenizer(), documents.origins
         self.keys, self.files = documents.keys[self.chosen], documents.files[self.chosen]
         self.column = prepared.column("text")  # with the tokens that end documents, which are predicted too
-        sizes = self.column.lengths()[self.chosen] - 1
-        self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        lengths = self.column.lengths()
+        self.begins = (np.cumsum(lengths) - lengths)[self.chosen]
+        self.starts = np.concatenate([[0], np.cumsum(lengths[self.chosen] - 1)]).astype(np.int64)
         self.embedder = key_spec(model, source, prepared.tokenizer_hash, self.window, self.stride)
         self.left, self.cut = len(documents) - len(self.chosen), 0
 
     def tokens(self, start: int, stop: int) -> Tensor:
-        parts = [self.column[int(self.chosen[i])][1 + low : 1 + high] for i, low, high in self._parts(start, stop)]
+        parts = [self._read(i, 1 + low, 1 + high) for i, low, high in self._parts(start, stop)]
         return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]))[:, None]
 
     def vectors(self, start: int, stop: int) -> Tensor:
         parts = [torch.empty(0, self.embedder.width)]
         for i, low, high in self._parts(start, stop):
-            ids = self.column[int(self.chosen[i])][:-1].tolist()
-            check_ids(self.model, ids)
-            parts.append(states_of(self.model, ids, low, high, self.window, self.stride))
+            size = int(self.starts[i + 1] - self.starts[i])
+            read = partial(self._read, i)
+            parts.append(states_of(self.model, read, size, low, high, self.window, self.stride))
         return torch.cat(parts)
+
+    def _read(self, document: int, low: int, high: int) -> np.ndarray:
+        """Some tokens of a document, which may be larger than memory."""
+        begin = int(self.begins[document])
+        return self.column.slice(begin + low, begin + high)
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(document, from, to before): places in documents that rows are of."""
@@ -121,18 +128,22 @@ class StateContent:
 
 
 @torch.inference_mode()
-def states_of(model: Model, ids: list[int], low: int, high: int, window: int, stride: int) -> Tensor:
-    """(high - low, width) float32: the keys at places `low` to `high` of a text, wherever the two are."""
-    parts, first = [], 0
+def states_of(
+    model: Model, read: Callable[[int, int], np.ndarray], size: int, low: int, high: int, window: int, stride: int
+) -> Tensor:
+    """(high - low, width) float32: the keys at places `low` to `high` of a text of `size` tokens, wherever the two are.
+    read: (from, to before) -> its tokens; only windows that the places are in are read."""
+    assert 0 <= low < high <= size
+    parts = []
+    first = 0 if low < window else window + (low - window) // stride * stride
     while first < high:
-        last = min(first + (stride if first else window), len(ids))
-        if last > low:
-            begin = max(last - window, 0)
-            with watched(model) as seen:
-                model(torch.tensor([ids[begin:last]], device=model.embedding.weight.device), keep_logits=0)
-            state = seen[-1][0, first - begin :].float().cpu()
-            parts.append(state[max(low - first, 0) : max(high - first, 0)])
+        last = min(first + (stride if first else window), size)
+        begin = max(last - window, 0)
+        ids = read(begin, last).tolist()
+        check_ids(model, ids)
+        with watched(model) as seen:
+            model(torch.tensor([ids], device=model.embedding.weight.device), keep_logits=0)
+        state = seen[-1][0, first - begin :].float().cpu()
+        parts.append(state[max(low - first, 0) : max(high - first, 0)])
         first = last
-    if not parts:
-        raise LaminaError(f"places {low} to {high} of a text of {len(ids)} tokens")
     return torch.cat(parts)

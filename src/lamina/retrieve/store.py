@@ -52,8 +52,8 @@ class Store(Protocol):
         """(n,) int64 -> (n, m) int64, -1 where a chunk is shorter."""
         ...
 
-    def vectors(self, start: int, stop: int) -> Tensor:
-        """(stop - start, width) float32."""
+    def vectors(self, rows: Tensor) -> Tensor:
+        """(n,) int64 -> (n, width) float32: all of them in one request, wherever they lie."""
         ...
 
     def verify(self) -> None:
