@@ -203,10 +203,10 @@ def halved(rank: int, folder: Path) -> None:
         mine = whole.rows(mesh.reader, mesh.readers)
         loss = same.loss(made, mine, asked, mesh.labels(mine.labels), None)
         loss.backward()
-        assert made(**mine.given).logits.dtype == torch.bfloat16
         assert {one.grad.dtype for one in made.parameters() if one.grad is not None} == {torch.float32}
         assert abs(float(mesh.total(loss)) - float(expected)) < 0.02 * float(expected), (name, axis)
         assert 1e-4 < off(made, exact) < 1.3 * off(rough, exact) + 1e-3, (name, axis)
+        assert made(**mine.given).logits.dtype == torch.bfloat16  # last: what FSDP has gathered for it has no gradients
         full_state(made)
 
 

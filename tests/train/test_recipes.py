@@ -31,7 +31,14 @@ RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 PACKAGED = ("minilm-l6", "smollm2-135m")
 ALONE = ("spam", "retro", "retro-plain", "retrofit")
 """Recipes that need another one's model, or one that is packaged."""
-SHORT = ["loop.steps=2", "loop.batch=4", "evaluation.every=0", "evaluation.rows=4", "evaluation.tokens=3"]
+SHORT = [
+    "loop.steps=2",
+    "loop.batch=4",
+    "loop.micro=2",
+    "evaluation.every=0",
+    "evaluation.rows=4",
+    "evaluation.tokens=3",
+]
 
 
 def commands(path: Path) -> list[list[str]]:

@@ -224,8 +224,8 @@ def _places(tokens: int) -> int:
 def _code() -> str:
     """A hash of the source that the exported graph comes from."""
     root = Path(__file__).parent.parent
-    found = [path for room in ("layers", "attend", "cache", "patterns") for path in (root / room).glob("*.py")]
-    found += [root / f"{name}.py" for name in ("model", "reading", "tokens", "marks")]
+    found = [path for room in ("model", "layers", "attend", "cache", "patterns") for path in (root / room).glob("*.py")]
+    found += [root / f"{name}.py" for name in ("reading", "tokens", "marks")]
     found += [root / "generation" / f"{name}.py" for name in ("package", "compiled", "int8")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(found))).hexdigest()
 

@@ -88,6 +88,5 @@ def _item(path: str, number: int, part: Any) -> str:
 
 
 def _names(entry: str, place: Place[Any]) -> bool:
-    return any(
-        name == entry or name.startswith(f"{entry}.") or fnmatchcase(name, entry) for name in (place.path, place.shown)
-    )
+    parts = place.path.split(".")
+    return any(fnmatchcase(".".join(parts[:count]), entry) for count in range(1, len(parts) + 1))
