@@ -169,14 +169,8 @@ def _found(database: Database, chunks: Chunks, own: Tensor, start: int, stop: in
         known = same < after  # the same document, token by token, is in the database, and the vectors of its chunks
         vectors = torch.empty(len(numbers), database.store.width)
         if bool(known.any()):
-            vectors[known] = _stored(database, (database.starts[same] + numbers - starts[of])[known])
+            vectors[known] = database.store.vectors((database.starts[same] + numbers - starts[of])[known]).cpu()
         if not bool(known.all()):
             vectors[~known] = database.embedder(said(database.tokenizer, tokens[whole][~known])).cpu()
         rows[whole] = database.search(vectors, count, own[of]).rows
     return rows
-
-
-def _stored(database: Database, rows: Tensor) -> Tensor:
-    """(n, width): the vectors of rows (n,), which lie one behind the other in runs."""
-    runs = torch.tensor_split(rows, (rows.diff() != 1).nonzero()[:, 0] + 1)
-    return torch.cat([database.store.vectors(int(run[0]), int(run[-1]) + 1).cpu() for run in runs])
