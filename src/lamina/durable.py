@@ -119,7 +119,10 @@ def install(partial: Path, target: Path, force: bool) -> None:
     aside = partial.with_name(partial.name.removesuffix(SUFFIX) + f".old{SUFFIX}")
     replaced = force and target.exists()
     if replaced:
-        os.rename(target, aside)
+        try:
+            os.rename(target, aside)
+        except FileNotFoundError:  # another writer has moved it aside meanwhile, and comes first
+            replaced = False
     try:
         os.rename(partial, target)  # onto nothing, or onto an empty directory; the system refuses all else
     except OSError as error:
