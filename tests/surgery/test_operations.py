@@ -13,6 +13,7 @@ import lamina
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.model import Model
 from lamina.surgery import OPERATIONS, apply, build, read_plan, said
+from lamina.surgery.heads import alike
 from tests import small, tiny
 
 SHAPES = {"gpt2": tiny.GPT2, "llama": tiny.LLAMA, "bert": tiny.BERT, "t5": tiny.T5}
@@ -173,6 +174,25 @@ def test_fewer_key_heads_in_naive_loops(by: str):
     assert (run(worse, ids) - run(base, ids)).abs().max() > 20 * (run(model, ids) - run(base, ids)).abs().max()
 
 
+def test_the_pair_that_is_most_alike_comes_first():
+    """From head 0 on, 0 and 1 would go together, and 1 and 2, which are most alike, apart."""
+    similarity = torch.eye(4)
+    for one, other, value in ((0, 1, 0.5), (1, 2, 0.9), (2, 3, 0.2), (0, 3, 0.1)):
+        similarity[one, other] = similarity[other, one] = value
+    assert alike(similarity, 2).tolist() == [1, 2, 0, 3]
+
+
+def test_operations_are_undone_the_last_first():
+    """Two orders of heads, of which the second is of what the first left."""
+    base = tiny.model(tiny.GPT2)
+    state = {key: tensor.detach() for key, tensor in base.named_parameters()}
+    plan = [{"op": "heads", "keep": (1, 2, 3, 0)}, {"op": "heads", "keep": (1, 0, 2, 3)}]
+    done = apply(read_plan(plan), base.spec, state)
+    assert done.undo is not None
+    back = apply(done.undo, done.spec, done.weights)
+    assert back.spec == base.spec and all(torch.equal(back.weights[key], tensor) for key, tensor in state.items())
+
+
 def test_pruned_heads_leave_the_others():
     """What is left is the model in which the columns of o for the other heads are zero."""
     base = tiny.model(tiny.GPT2)
@@ -196,6 +216,10 @@ def test_noise_sets_experts_apart():
     for one in weight:
         assert float((one - old).std()) == pytest.approx(0.1 * float(old.std()), rel=0.1)
     assert not torch.equal(weight[0], weight[1])
+    later = model.decoder.layers[1].feedforward.op.experts.up.weight.detach()
+    other = base.decoder.layers[1].feedforward.op.up.weight.detach()
+    drawn = [(made[0] - was) / was.std() for made, was in ((weight, old), (later, other))]
+    assert float((drawn[0] - drawn[1]).abs().max()) > 0.1  # each weight has its own
 
 
 def test_the_mean_of_experts():
