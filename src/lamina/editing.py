@@ -107,7 +107,8 @@ def write(
     def read(name: str) -> Tensor:
         return fresh[name] if name in fresh else weights[name]
 
-    line = entry(done, str(opened.origin.located.name or opened.origin.located.path), digest(Stored(opened)))
+    source = str(opened.origin.located.name or opened.origin.located.path)
+    line = entry(done, source, digest(Stored(opened)), opened.origin.history)
     history = [*opened.origin.history, line]
     more = {HISTORY: (json.dumps(history, indent=2) + "\n").encode()}
     save_weights(
@@ -124,14 +125,17 @@ def write(
     return line
 
 
-def entry(done: Applied, source: str, source_digest: str) -> dict[str, Any]:
-    """A line of the history of a checkpoint."""
+def entry(done: Applied, source: str, source_digest: str, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A line more of the history of a checkpoint. What earlier lines changed is changed still, by its new name."""
+    earlier = set(history[-1]["changed"]) if history else set()
+    names = {weight.name for weight in done.table if earlier & set(weight.sources)} | set(done.changed)
     return {
         "source": source,
         "source_sha256": source_digest,
         "plan": [said(operation) for operation in done.operations],
         "promises": [{"kept": promise.kept, "why": promise.why} for promise in done.promises],
         "undo": None if done.undo is None else [said(operation) for operation in done.undo],
+        "changed": [weight.name for weight in done.table if weight.name in names],
     }
 
 
@@ -175,7 +179,9 @@ def _origin(model: Model, done: Applied, state: Mapping[str, Tensor], verdict: V
     if model.origin is None:
         return None
     located = model.origin.located
-    line = entry(done, str(located.name or located.path), digest(state)) | {"verdict": verdict.to_dict()}
+    line = entry(done, str(located.name or located.path), digest(state), model.origin.history) | {
+        "verdict": verdict.to_dict()
+    }
     return dataclasses.replace(model.origin, history=[*model.origin.history, line])
 
 

@@ -27,6 +27,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "surgery/plan.py": [
+        (
+            "plan: a part whose spec changed",
+            "        or any(owner(new, weight.name) != owner(old, source) for source in weight.sources)\n",
+            "",
+        ),
         ("plan: the way back is the other way round", "(*now.undo, *undo)", "(*undo, *now.undo)"),
         (
             "plan: one step that cannot be undone",

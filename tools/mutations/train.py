@@ -6,6 +6,9 @@ ALSO: dict[str, tuple[str, ...]] = {
     "train/past.py": ("tests/cli/test_runs.py",),
     "train/loader.py": ("tests/train/test_ranks.py",),
     "train/saving.py": ("tests/train/test_ranks.py",),
+    "train/building.py": ("tests/train/test_healing.py",),
+    "train/around.py": ("tests/train/test_healing.py",),
+    "train/evaluating.py": ("tests/train/test_healing.py",),
 }
 """Tests of a file beside those that its name tells."""
 
@@ -27,6 +30,12 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             '"vocabulary": data.vocabulary}',
         ),
         ("building: the vocabulary of a size", '"vocabulary": data.vocabulary, ', ""),
+        (
+            "healing: what has been trained cannot be undone",
+            '"why": "trained"}], "undo": None}',
+            '"why": "trained"}]} | history[-1]',
+        ),
+        ("healing: changed weights alone", "if spec.model.unfreeze is None else _changed(model)", ""),
         ("building: what a decoder begins with", "Fields(_begun(config), where=", "Fields(config, where="),
         ("building: a decoder's own beginning", '"decoder_start_token_id" in config', "False"),
         (
@@ -77,7 +86,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "left = LEFT",
         ),
     ],
+    "train/around.py": [
+        ("healing: another goal goes on", "bool(until) and progress.reached == until", "bool(progress.reached)"),
+    ],
     "train/evaluating.py": [
+        ("healing: no higher than the goal", "[name] <= goal for", "[name] >= goal for"),
         ("training: a pair answers its prompt", 'yield f"{prompt} -> {text}" if pair else text', "yield text"),
     ],
     "train/finite.py": [

@@ -49,6 +49,11 @@ def places(spec: ModelSpec, kind: type[S] | tuple[type[S], ...], at: Sequence[st
     return [place for place in found if any(_names(entry, place) for entry in at)]
 
 
+def parts(spec: ModelSpec) -> dict[str, Spec]:
+    """Every part of a model's spec by its path, as weights are called."""
+    return {path: part for path, part in _walk(spec, "") if path}
+
+
 def edited(spec: ModelSpec, change: Callable[[str, Spec], Spec]) -> ModelSpec:
     """A copy in which each part is what `change(path, part)` makes of it, the inner ones first."""
     return _edited(spec, "", change)

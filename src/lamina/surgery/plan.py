@@ -13,10 +13,11 @@ from torch import Tensor
 from lamina.document import Node, decode, encode, open_document
 from lamina.errors import LaminaError
 from lamina.model import ModelSpec
-from lamina.specs import unknown
+from lamina.specs import Spec, unknown
 from lamina.surgery.heads import KeyHeads, OrderHeads
 from lamina.surgery.operation import Changed, Kept, Operation, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
+from lamina.surgery.places import parts
 from lamina.surgery.upcycle import PickExpert, Upcycle
 from lamina.surgery.weights import origin
 
@@ -48,6 +49,8 @@ class Applied:
     spec: ModelSpec
     weights: Mapping[str, Tensor]
     table: tuple[Weight, ...]
+    changed: tuple[str, ...]
+    """Weights that are not the old ones, or that belong to a part whose spec is another: what healing trains."""
     undo: tuple[Operation, ...] | None
 
     @property
@@ -60,11 +63,6 @@ class Applied:
     def new(self) -> tuple[str, ...]:
         """Weights that begin as `spec.initial` says."""
         return tuple(weight.name for weight in self.table if not weight.sources)
-
-    @property
-    def changed(self) -> tuple[str, ...]:
-        """Weights that are not the old ones: what healing trains."""
-        return tuple(weight.name for weight in self.table if weight.how or not weight.sources)
 
 
 def read_plan(plan: Plan) -> tuple[Operation, ...]:
@@ -109,7 +107,8 @@ def apply(operations: Sequence[Operation], spec: ModelSpec, weights: Mapping[str
         promises.append(now.promise)
         undo = None if undo is None or now.undo is None else (*now.undo, *undo)
     table = _table(now.spec, now.weights)
-    return Applied(tuple(operations), tuple(promises), spec, now.spec, now.weights, table, undo)
+    changed = _changed(spec, now.spec, table)
+    return Applied(tuple(operations), tuple(promises), spec, now.spec, now.weights, table, changed, undo)
 
 
 def _table(spec: ModelSpec, weights: Mapping[str, Tensor]) -> tuple[Weight, ...]:
@@ -122,6 +121,25 @@ def _table(spec: ModelSpec, weights: Mapping[str, Tensor]) -> tuple[Weight, ...]
         sources, how = origin(weights, name) if name in weights else ((), ())
         rows.append(Weight(name, shape, sources, how))
     return tuple(rows)
+
+
+def _changed(before: ModelSpec, after: ModelSpec, table: Sequence[Weight]) -> tuple[str, ...]:
+    """By the weights themselves, and by the innermost part that each belongs to: a window changes no weight."""
+    old, new = parts(before), parts(after)
+
+    def owner(parts: Mapping[str, Spec], name: str) -> Spec | None:
+        path = name
+        while path and path not in parts:
+            path = path.rpartition(".")[0]
+        return parts.get(path) if path else None
+
+    return tuple(
+        weight.name
+        for weight in table
+        if weight.how
+        or not weight.sources
+        or any(owner(new, weight.name) != owner(old, source) for source in weight.sources)
+    )
 
 
 def _operation(node: Node) -> Operation:

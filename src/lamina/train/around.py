@@ -65,7 +65,7 @@ class Around:
         step: Step | None = None
         clock, tokens, timed = time.perf_counter(), 0, 0.0
         stop = False
-        while trainer.progress.step < spec.loop.steps and not stop:
+        while not self.ended and not stop:
             step = trainer.step()
             watchdog.beat()
             tokens, timed = tokens + step.tokens, timed + step.seconds
@@ -79,6 +79,9 @@ class Around:
                 tokens, timed = 0, 0.0
             if last or (spec.evaluation.every and step.step % spec.evaluation.every == 0):
                 self.evaluator.evaluate(step.step)
+                if self.evaluator.reached:
+                    trainer.progress.reached, last = dict(spec.evaluation.until), True
+                    self.show(f"step {step.step}: {spec.evaluation.until} is reached")
             due = spec.checkpoints.every and step.step % spec.checkpoints.every == 0
             # All ranks do what any of them was asked.
             stop, save = (asked > 0 for asked in self.ranks.sum([signals.asked == "stop", signals.asked == "save"]))
@@ -87,6 +90,12 @@ class Around:
                 signals.done()
             watchdog.beat()
         return step
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to do: all steps are made, or what they were for is reached."""
+        until, progress = self.spec.evaluation.until, self.trainer.progress
+        return progress.step >= self.spec.loop.steps or (bool(until) and progress.reached == until)
 
     def _log(self, step: Step, tokens: int, seconds: float, since: float) -> None:
         self.rate = tokens / seconds if seconds else 0.0

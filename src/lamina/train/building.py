@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ LATER = (
     "adapter.merge",
 )
 """What may differ when a run goes on: how it is watched, and in what pieces it is read."""
+
+NOTHING = "the source has no history.json: nothing was done to it with lamina edit; name paths with model.train"
 
 ROOM = 1 << 20
 """A vocabulary that has all ids of any published one."""
@@ -159,7 +161,15 @@ def trained(spec: TrainSpec, model: Model) -> list[tuple[str, nn.Parameter]]:
     """
     if spec.adapter is not None:
         attach(model, spec.adapter, spec.seed, table_of(model))
-    return freeze(model, spec.model.freeze, spec.model.train)
+    return freeze(model, spec.model.freeze, spec.model.train if spec.model.unfreeze is None else _changed(model))
+
+
+def _changed(model: Model) -> tuple[str, ...]:
+    """The weights that operations changed, as the history of its checkpoint says."""
+    history = [] if model.origin is None else model.origin.history
+    if not history:
+        raise LaminaError(f"model.unfreeze: {NOTHING}")
+    return tuple(history[-1]["changed"])
 
 
 def fingerprint(model: Model) -> str:
@@ -210,8 +220,16 @@ def filled(model: Model, tensors: Mapping[str, Tensor]) -> Model:
     """The same model with these weights, on the CPU and in evaluation mode."""
     made = model.spec.build(device="meta").eval()
     made.load_state_dict({name: tensors[name].detach().cpu() for name in tensors}, assign=True)
-    made.origin = model.origin
+    made.origin = None if model.origin is None else replace(model.origin, history=_trained(model.origin.history))
     return made
+
+
+def _trained(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The history of a model that has been trained since: what operations changed cannot be undone any more."""
+    if not history:
+        return []
+    line = {"plan": [], "promises": [{"kept": "lossy", "why": "trained"}], "undo": None}
+    return [*history, line | {"changed": history[-1]["changed"]}]
 
 
 def write(model: Model, tensors: Mapping[str, Tensor], directory: Path, data: Prepared) -> str:

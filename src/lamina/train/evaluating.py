@@ -13,12 +13,29 @@ from lamina.data import Prepared
 from lamina.errors import LaminaError
 from lamina.generation import generate
 from lamina.model import Model
+from lamina.objectives import Task
+from lamina.specs import unknown
 from lamina.train.building import filled
 from lamina.train.loader import held_out
 from lamina.train.loop import Evaluated, Trainer
 from lamina.train.run import Run
 from lamina.train.saving import plain
 from lamina.train.specs import TrainSpec
+
+
+def check_goal(spec: TrainSpec, task: Task, held: Prepared | None) -> None:
+    """Raise LaminaError where `evaluation.until` asks for a loss that nothing measures."""
+    until = spec.evaluation.until
+    if not until:
+        return
+    if held is None:
+        raise LaminaError("evaluation.until needs data.validation: it is about the loss of held-out text")
+    batch = next(held_out(task, task.examples(held, spec.data.length), rows=1, micro=1, seed=spec.seed), None)
+    if batch is None:
+        return  # the first evaluation says so
+    for name in until:
+        if name not in (known := ("loss", *batch.labels)):
+            raise LaminaError(f"evaluation.until: {unknown('loss', name, known)}")
 
 
 class Evaluator:
@@ -60,6 +77,14 @@ class Evaluator:
                 self.ranks.write(
                     model.state_dict(), lambda whole: self._sample(step, filled(model, plain(model, whole)))
                 )
+
+    @property
+    def reached(self) -> bool:
+        """Whether held-out losses have come down to what the run is to go on for."""
+        until, last = self.spec.evaluation.until, self.last
+        if not until or last is None:
+            return False
+        return all({"loss": last.loss, **last.parts}[name] <= goal for name, goal in until.items())
 
     def more(self, found: Evaluated) -> dict[str, float]:
         """Figures of an evaluation beside the loss."""

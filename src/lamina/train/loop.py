@@ -51,6 +51,7 @@ class Progress:
     skipped: int = 0  # steps without an effect
     scale: float = 65536.0  # of a float16 loss
     good: int = 0  # steps since it changed
+    reached: dict[str, float] = field(default_factory=dict)  # what the held-out loss was to come down to, once it has
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))

@@ -25,6 +25,7 @@ class ModelChoice(Spec):
     config: dict = field(default_factory=dict)  # fields of the family's config.json, over those of `size`
     freeze: tuple[str, ...] = ()  # paths of what is not trained
     train: tuple[str, ...] | None = None  # paths of what alone is trained
+    unfreeze: Literal["changed"] | None = None  # what operations changed of `source` alone is trained
 
     def check(self) -> None:
         said = [name for name in ("source", "size", "spec", "family") if getattr(self, name) is not None]
@@ -33,6 +34,8 @@ class ModelChoice(Spec):
             raise LaminaError(f"one of source, size, spec, family says which model it is; here it is {found}")
         if self.config and said[0] in ("source", "spec"):
             raise LaminaError(f"config is for size and family; {said[0]} has its own")
+        if self.unfreeze is not None and (self.source is None or self.train is not None):
+            raise LaminaError("unfreeze is for a source that was operated on, and takes the place of train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,12 @@ class EvaluationSpec(Spec):
     rows: int | None = 256  # of the validation data, from all over it and always the same; null: all
     prompts: tuple[str, ...] = ()  # which the model continues each time, or, of two stacks, answers
     tokens: int = 100  # new ones for each prompt
+    until: dict = field(default_factory=dict)  # {teacher: 0.05}: the run ends when held-out losses are no higher
+
+    def check(self) -> None:
+        wrong = next((name for name, goal in self.until.items() if not isinstance(goal, int | float)), None)
+        if wrong is not None:
+            raise LaminaError(f"until.{wrong} is {self.until[wrong]!r}; it must be a number, the loss to reach")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from lamina.data import Order, Prepared
 from lamina.document import write as text_of
 from lamina.train.around import Around, Show, Tick
 from lamina.train.building import Beside, data_of, fingerprint, fits, model_of, spec_of, trained
-from lamina.train.evaluating import Evaluator
+from lamina.train.evaluating import Evaluator, check_goal
 from lamina.train.guards import Signals, Watchdog
 from lamina.train.loader import Loader, rows_at_once
 from lamina.train.loop import Evaluated, Trainer
@@ -84,6 +84,7 @@ def train(
     task = spec.objective.ready(Beside(data, spec.loop.precision, device))
     task.fits(model.spec)
     examples = task.examples(data, spec.data.length)
+    check_goal(spec, task, held)
     loop = spec.loop
     loader = Loader(
         task,
@@ -125,8 +126,7 @@ def train(
         around = Around(spec, trainer, run, evaluator, saver, record, said)
         watchdog = stack.enter_context(Watchdog(QUIET, directory / "events.log"))
         last = around.go(signals, watchdog)
-        ended = trainer.progress.step >= loop.steps
-        kept = saver.finish(directory) if ended else None
+        kept = saver.finish(directory) if around.ended else None
         validation = evaluator.last
         seconds = time.perf_counter() - begun
         figures = {} if validation is None else {"validation loss": validation.loss, **evaluator.more(validation)}
