@@ -150,9 +150,9 @@ def digest(weights: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def sample(model: Model, text: str | None = None) -> list[list[int]]:
-    """The packaged sample, or `text`, as ids that the model reads at one time."""
-    limit = min(model.spec.context or LONGEST, model.spec.source_context or LONGEST, LONGEST)
+def sample(model: Model, text: str | None = None, longest: int = LONGEST) -> list[list[int]]:
+    """The packaged sample, or `text`, as ids that the model reads at one time, at most `longest`."""
+    limit = min(model.spec.context or longest, model.spec.source_context or longest, longest)
     origin = model.origin
     words = None
     if origin is not None:
@@ -211,12 +211,17 @@ def judge(
     *,
     text: Path | None = None,
     tokens: int | None = None,
+    length: int = LONGEST,
     progress: Callable[[int], None] | None = None,
 ) -> Verdict:
-    """Compare a checkpoint with what was made of it, and note the verdict in the history of that."""
+    """Compare a checkpoint with what was made of it, and note the verdict in the history of that.
+
+    text: a file; None: the packaged sample. tokens: at most so many of it. length: tokens that are read at one time, at
+    most what the old model reads.
+    """
     old, new = load(before), load(after)
     written = None if text is None else text.read_text(encoding="utf-8")
-    texts = sample(old, written)
+    texts = sample(old, written, length)
     limit, chosen = TOKENS if tokens is None else tokens, []
     for one in texts:
         chosen.append(one[: max(limit - sum(map(len, chosen)), 0)])

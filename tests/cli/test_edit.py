@@ -74,6 +74,8 @@ def test_the_text_of_the_user(lam, source, tmp_path):
     expected = len(lamina.tokenizer(source).encode("the cat sat on the mat. " * 30))
     assert found["verdict"]["tokens"] == expected and found["verdict"]["found"] == "changed"
     assert (tmp_path / "out" / "spec.json").is_file()
+    short = lam(*given, "-o", tmp_path / "short", "--length", "4").document["verdict"]
+    assert short["found"] == "exact to the bit" and short["tokens"] == expected  # no piece is longer than the window
     assert lam(*given, "-o", tmp_path / "fast", "--no-verdict").document.get("verdict") is None
 
 

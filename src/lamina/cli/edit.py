@@ -31,6 +31,7 @@ lamina edit ./smollm2-experts --undo -o ./smollm2-dense
 @click.option("--undo", is_flag=True, help="In place of PLAN: what leads back from the last operations on SOURCE.")
 @click.option("--text", type=click.Path(path_type=Path), help="A text for the verdict. [default: a packaged sample]")
 @click.option("--tokens", type=click.IntRange(2), help="At most so many tokens of it. [default: 2048]")
+@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens read at one time.")
 @click.option("--no-verdict", is_flag=True, help="Write the model, and do not run it.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights that are new.")
 @click.option(
@@ -47,6 +48,7 @@ def edit(
     undo: bool,
     text: Path | None,
     tokens: int | None,
+    length: int,
     no_verdict: bool,
     seed: int,
     layout: str | None,
@@ -80,7 +82,7 @@ def edit(
     document |= {"directory": str(output), "format": layout}
     if not no_verdict:
         out.note("reading a text with both models")
-        verdict = editing.judge(source, output, text=text, tokens=tokens, progress=_progress(out))
+        verdict = editing.judge(source, output, text=text, tokens=tokens, length=length, progress=_progress(out))
         document["verdict"] = verdict.to_dict()
         lines += ["", *verdict_lines(verdict)]
     out.result(document, [*lines, "", f"{output}: {layout} layout"])
