@@ -4,11 +4,13 @@ and the verdict on what was kept."""
 from __future__ import annotations
 
 from lamina.surgery.build import begun, build
+from lamina.surgery.depth import NewLayers, OrderLayers
 from lamina.surgery.heads import KeyHeads, OrderHeads
 from lamina.surgery.operation import Changed, Operation, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
 from lamina.surgery.plan import OPERATIONS, Applied, Plan, apply, read_plan, said
 from lamina.surgery.retrofit import retrofit
+from lamina.surgery.rope import RopeOperation, RotaryPositions
 from lamina.surgery.upcycle import PickExpert, Upcycle
 from lamina.surgery.verdict import Drift, Side, Verdict, compare, pieces
 from lamina.surgery.weights import Made, Weights
@@ -24,12 +26,16 @@ __all__ = [
     "Drift",
     "KeyHeads",
     "Made",
+    "NewLayers",
     "Operation",
     "OrderHeads",
+    "OrderLayers",
     "PickExpert",
     "Plan",
     "Promise",
     "Restore",
+    "RopeOperation",
+    "RotaryPositions",
     "Side",
     "Upcycle",
     "Verdict",

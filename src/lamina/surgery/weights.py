@@ -21,6 +21,15 @@ class Made:
     dtype: torch.dtype | None = None  # None: that of the first source
 
 
+def moved(name: str) -> Made:
+    """The weight of this name, as it is, under another one."""
+    return Made((name,), "", _as_it_is)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
 class Weights(Mapping[str, Tensor]):
     """The weights of a model after an operation: `before`, with some made anew and some gone.
 
