@@ -90,7 +90,8 @@ def test_a_text_of_one_token_is_read_as_it_was(kind: str, tmp_path: Path):
     model, _ = operated(base, {"op": "rope", "scaling": scaling})
     ids = ids_of(base, length=1)
     torch.testing.assert_close(run(model, ids), run(base, ids), rtol=1e-6, atol=1e-6)
-    works(model, ids_of(base), tmp_path)
+    if kind in ("dynamic", "yarn"):
+        works(model, ids_of(base), tmp_path)
 
 
 def test_it_is_undone_with_all_that_a_plan_says():

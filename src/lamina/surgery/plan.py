@@ -18,8 +18,10 @@ from lamina.surgery.depth import NewLayers, OrderLayers
 from lamina.surgery.heads import KeyHeads, OrderHeads
 from lamina.surgery.operation import Changed, Kept, Operation, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
+from lamina.surgery.positions import PositionsOperation
 from lamina.surgery.rope import RopeOperation, RotaryPositions
 from lamina.surgery.upcycle import PickExpert, Upcycle
+from lamina.surgery.vocabulary import TieHead, VocabularyOperation
 from lamina.surgery.weights import origin
 
 OPERATIONS: dict[str, type[Operation]] = {
@@ -34,6 +36,9 @@ OPERATIONS: dict[str, type[Operation]] = {
         NewLayers,
         RopeOperation,
         RotaryPositions,
+        PositionsOperation,
+        VocabularyOperation,
+        TieHead,
         Restore,
     )
 }
