@@ -41,7 +41,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "surgery/upcycle.py": [
         ("upcycle: noise by the deviation of each weight", "noise * x.float().std() * drawn", "noise * drawn"),
-        ("upcycle: noise of each weight", "manual_seed(digest ^ seed)", "manual_seed(seed)"),
     ],
     "surgery/verdict.py": [
         ("verdict: real next tokens only", "real = wanted >= 0", "real = wanted > -2"),
@@ -57,6 +56,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "surgery/weights.py": [
+        ("weights: each has numbers of its own", "manual_seed(digest ^ seed)", "manual_seed(seed)"),
         (
             "weights: asking for a name makes nothing",
             "        return name in self.names\n",

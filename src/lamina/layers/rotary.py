@@ -24,12 +24,16 @@ from lamina.tokens import Tokens
 class LinearScaling(Spec):
     """Position interpolation: every frequency divided by `factor` (arXiv:2306.15595, equation 4)."""
 
+    NAME = "linear"
+
     factor: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class NTKScaling(Spec):
     """NTK-aware: the base becomes base * factor^(r / (r - 2)) (arXiv:2309.00071, section 3.1)."""
+
+    NAME = "ntk"
 
     factor: float
 
@@ -40,6 +44,8 @@ class DynamicNTKScaling(Spec):
     base * (factor n / original - factor + 1)^(r / (r - 2)) (arXiv:2309.00071, appendix B.2). Beyond `original` a
     cached key would have turned by another base, so there the model refuses a cache."""
 
+    NAME = "dynamic"
+
     factor: float
     original: int
 
@@ -48,6 +54,8 @@ class DynamicNTKScaling(Spec):
 class YarnScaling(Spec):
     """YaRN: fast pairs keep their frequency, slow ones are interpolated, a ramp lies between; phases are scaled by
     `attention` (arXiv:2309.00071, sections 3.2 to 3.4)."""
+
+    NAME = "yarn"
 
     factor: float
     original: int
@@ -68,6 +76,8 @@ class LongRopeScaling(Spec):
     """LongRoPE: a searched divisor for each pair, one list up to `original` tokens and one beyond (arXiv:2402.13753).
     The lists switch with the length, so beyond `original` the model refuses a cache."""
 
+    NAME = "longrope"
+
     short: tuple[float, ...]
     long: tuple[float, ...]
     original: int
@@ -79,6 +89,8 @@ class LongRopeScaling(Spec):
 class Llama3Scaling(Spec):
     """Llama 3.1: wavelengths above original / low are divided by `factor`, those below original / high are kept, and
     those between are blended (arXiv:2407.21783, section 3.4; Meta's reference code)."""
+
+    NAME = "llama3"
 
     factor: float  # 8 in Llama 3.1, 32 in 3.2
     low: float = 1.0

@@ -4,13 +4,17 @@ and the verdict on what was kept."""
 from __future__ import annotations
 
 from lamina.surgery.build import begun, build
+from lamina.surgery.depth import NewLayers, OrderLayers
 from lamina.surgery.heads import KeyHeads, OrderHeads
 from lamina.surgery.operation import Changed, Operation, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
 from lamina.surgery.plan import OPERATIONS, Applied, Plan, apply, read_plan, said
+from lamina.surgery.positions import PositionsOperation
 from lamina.surgery.retrofit import retrofit
+from lamina.surgery.rope import RopeOperation, RotaryPositions
 from lamina.surgery.upcycle import PickExpert, Upcycle
 from lamina.surgery.verdict import Drift, Side, Verdict, compare, pieces
+from lamina.surgery.vocabulary import TieHead, VocabularyOperation
 from lamina.surgery.weights import Made, Weights
 
 SURGERIES = {"retrofit": retrofit}
@@ -24,15 +28,22 @@ __all__ = [
     "Drift",
     "KeyHeads",
     "Made",
+    "NewLayers",
     "Operation",
     "OrderHeads",
+    "OrderLayers",
     "PickExpert",
     "Plan",
+    "PositionsOperation",
     "Promise",
     "Restore",
+    "RopeOperation",
+    "RotaryPositions",
     "Side",
+    "TieHead",
     "Upcycle",
     "Verdict",
+    "VocabularyOperation",
     "Weights",
     "WindowOperation",
     "apply",

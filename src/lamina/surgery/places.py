@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from lamina.errors import LaminaError
-from lamina.layers import BranchSpec, StepSpec
+from lamina.layers import BranchSpec, StackSpec, StepSpec
 from lamina.model import ModelSpec
 from lamina.specs import Spec, unknown
 
 S = TypeVar("S", bound=Spec)
 
 EVERYWHERE = ("*",)
+
+StackName = Literal["encoder", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,18 @@ def places(spec: ModelSpec, kind: type[S] | tuple[type[S], ...], at: Sequence[st
 def parts(spec: ModelSpec) -> dict[str, Spec]:
     """Every part of a model's spec by its path, as weights are called."""
     return {path: part for path, part in _walk(spec, "") if path}
+
+
+def stack_of(spec: ModelSpec, name: StackName | None) -> tuple[StackName, StackSpec]:
+    """A stack by its name, or the only one. Raises LaminaError where there is none such, or no only one."""
+    found: dict[StackName, StackSpec | None] = {"encoder": spec.encoder, "decoder": spec.decoder}
+    there: dict[StackName, StackSpec] = {side: stack for side, stack in found.items() if stack is not None}
+    if name is None and len(there) > 1:
+        raise LaminaError("this model has an encoder and a decoder; say which: stack: encoder, or stack: decoder")
+    chosen = next(iter(there)) if name is None else name
+    if chosen not in there:
+        raise LaminaError(f"stack is {chosen}, and this model has none; it has: {next(iter(there))}")
+    return chosen, there[chosen]
 
 
 def edited(spec: ModelSpec, change: Callable[[str, Spec], Spec]) -> ModelSpec:

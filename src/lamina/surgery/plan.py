@@ -14,15 +14,34 @@ from lamina.document import Node, decode, encode, open_document
 from lamina.errors import LaminaError
 from lamina.model import ModelSpec
 from lamina.specs import Spec, unknown
+from lamina.surgery.depth import NewLayers, OrderLayers
 from lamina.surgery.heads import KeyHeads, OrderHeads
 from lamina.surgery.operation import Changed, Kept, Operation, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
 from lamina.surgery.places import parts
+from lamina.surgery.positions import PositionsOperation
+from lamina.surgery.rope import RopeOperation, RotaryPositions
 from lamina.surgery.upcycle import PickExpert, Upcycle
+from lamina.surgery.vocabulary import TieHead, VocabularyOperation
 from lamina.surgery.weights import origin
 
 OPERATIONS: dict[str, type[Operation]] = {
-    kind.NAME: kind for kind in (KeyHeads, OrderHeads, WindowOperation, Upcycle, PickExpert, Restore)
+    kind.NAME: kind
+    for kind in (
+        KeyHeads,
+        OrderHeads,
+        WindowOperation,
+        Upcycle,
+        PickExpert,
+        OrderLayers,
+        NewLayers,
+        RopeOperation,
+        RotaryPositions,
+        PositionsOperation,
+        VocabularyOperation,
+        TieHead,
+        Restore,
+    )
 }
 """By the name that a plan has for them."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,15 @@ class Made:
     how: str  # in words, for people: "mean of 3 heads"
     make: Callable[..., Tensor]  # of the sources
     dtype: torch.dtype | None = None  # None: that of the first source
+
+
+def moved(name: str) -> Made:
+    """The weight of this name, as it is, under another one."""
+    return Made((name,), "", _as_it_is)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 class Weights(Mapping[str, Tensor]):
@@ -85,3 +95,9 @@ def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return function(first.to(wide), *(other.to(wide) for other in others)).to(first.dtype)
 
     return made
+
+
+def own_generator(name: str, seed: int) -> torch.Generator:
+    """What a weight of this name is drawn with: each has its own, in whatever order they are made."""
+    digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
+    return torch.Generator().manual_seed(digest ^ seed)
