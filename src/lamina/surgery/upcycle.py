@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from lamina.model import ModelSpec
 from lamina.specs import Spec
 from lamina.surgery.operation import Changed, Operation, Promise
 from lamina.surgery.places import EVERYWHERE, Place, edited, places
-from lamina.surgery.weights import Made, Weights
+from lamina.surgery.weights import Made, Weights, random
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +123,7 @@ def _copies(x: Tensor, count: int, noise: float, seed: int, name: str) -> Tensor
     copies = x.expand(count, *x.shape)
     if not noise:
         return copies.contiguous()
-    digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
-    random = torch.Generator().manual_seed(digest ^ seed)
-    drawn = torch.randn(copies.shape, generator=random)
+    drawn = torch.randn(copies.shape, generator=random(seed, name))
     return (copies.float() + noise * x.float().std() * drawn).to(x.dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,34 @@ class Weights(Mapping[str, Tensor]):
         return dtype_of(self.before, name if one is None else one.sources[0])
 
 
+class Beside(Mapping[str, Tensor]):
+    """The weights of a model, and those of others: their names begin with their SOURCE and a colon."""
+
+    def __init__(self, own: Mapping[str, Tensor], others: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.own = own
+        self.homes = {f"{source}:{name}": (other, name) for source, other in others.items() for name in other}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.homes:
+            return self.own[name]
+        other, inner = self.homes[name]
+        return other[inner]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.homes or name in self.own
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.own
+        yield from self.homes
+
+    def __len__(self) -> int:
+        return len(self.own) + len(self.homes)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """That of a weight, without making it."""
+        return dtype_of(*self.homes.get(name, (self.own, name)))
+
+
 def dtype_of(weights: Mapping[str, Tensor], name: str) -> torch.dtype:
     """The type of a weight, without making it where it is yet to be made."""
     known = getattr(weights, "dtype", None)  # of what reads from a file
@@ -66,6 +95,8 @@ def dtype_of(weights: Mapping[str, Tensor], name: str) -> torch.dtype:
 
 def origin(weights: Mapping[str, Tensor], name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(the names in the first weights that it comes from, how it was made, the first step first)."""
+    if isinstance(weights, Beside) and name not in weights.homes:
+        return origin(weights.own, name)
     if not isinstance(weights, Weights):
         return (name,), ()
     one = weights.made.get(name)
@@ -75,6 +106,17 @@ def origin(weights: Mapping[str, Tensor], name: str) -> tuple[tuple[str, ...], t
     names = dict.fromkeys(first for firsts, _ in found for first in firsts)
     steps = dict.fromkeys(step for _, more in found for step in more)
     return tuple(names), (*steps, *([one.how] if one.how else []))
+
+
+def random(seed: int, name: str) -> torch.Generator:
+    """Random numbers of one weight: whatever the order in which weights are made, they are the same."""
+    digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
+    return torch.Generator().manual_seed(digest ^ seed)
+
+
+def same(x: Tensor) -> Tensor:
+    """What is only called otherwise."""
+    return x
 
 
 def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
