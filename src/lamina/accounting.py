@@ -26,6 +26,7 @@ from lamina.errors import LaminaError
 from lamina.layers import (
     BranchSpec,
     ChunkedCrossAttentionSpec,
+    ConvolutionStem,
     ExpertsSpec,
     LayerSpec,
     NeighbourEncoderSpec,
@@ -335,7 +336,7 @@ def _run(
     if memory is not None:
         return model(decoder_input_ids=ids, encoder_output=memory, cache=cache)
     two, reads = model.spec.two_stacks, ids if source is None else source
-    told = {model.reads: _features(model, ids)} if model.stem is not None else {"input_ids": reads if two else ids}
+    told = {model.reads: _features(model, ids)} if not model.spec.reads_ids else {"input_ids": reads if two else ids}
     if model.spec.retrieval is not None:
         told["neighbours"] = _neighbours(ids, model.spec.retrieval.chunk)
     return model(**told, **({"decoder_input_ids": ids} if two else {}), cache=cache)
@@ -344,7 +345,7 @@ def _run(
 def _features(model: Model, ids: Tensor) -> Tensor:
     """(B, bins, frames): as many as the encoder has positions for, whatever the decoder writes: 30 seconds in Whisper.
     Without learned positions as many as make the tokens of `ids`."""
-    assert model.stem is not None and model.encoder is not None
+    assert isinstance(model.stem, ConvolutionStem) and model.encoder is not None
     size = getattr(model.encoder.spec.position, "size", ids.shape[1])
     shape = (ids.shape[0], model.stem.spec.bins, size * math.prod(model.stem.spec.strides))
     return torch.empty(shape, device="meta", dtype=model.embedding.weight.dtype)

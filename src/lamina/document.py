@@ -218,7 +218,8 @@ def _value(hint: Any, node: Node, path: str) -> Any:
         raise LaminaError(f"{node.where}: {path} is empty; {_expected(options)} was expected")
     specs = [option for option in options if isinstance(option, type) and issubclass(option, Spec)]
     if specs and isinstance(node.value, dict):
-        return _spec(_chosen(specs, node, path), node, path)
+        fields = {name: value for name, value in node.value.items() if name != "kind" or len(specs) == 1}
+        return _spec(_chosen(specs, node, path), Node(fields, node.where, node.keys), path)
     for option in options:
         found = _plain(option, node, path)
         if found is not MISSING:
@@ -286,16 +287,23 @@ def _short(node: Node) -> str:
 
 
 def encode(spec: Spec) -> dict[str, Any]:
-    """The inverse of `decode`, as plain data: every field, and the kind where there is one."""
+    """The inverse of `decode`, as plain data: every field, and the kind where there is one to choose."""
     out: dict[str, Any] = {"kind": spec.NAME} if hasattr(spec, "NAME") else {}  # pyright: ignore
-    for name in spec.__dataclass_fields__:
-        out[name] = _encode(getattr(spec, name))
+    for name, hint in typing.get_type_hints(type(spec)).items():
+        if name in spec.__dataclass_fields__:
+            out[name] = _encode(getattr(spec, name), _chosen_from(hint) > 1)
     return out
 
 
-def _encode(value: Any) -> Any:
+def _chosen_from(hint: Any) -> int:
+    """How many kinds of specs a field may hold."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return sum(isinstance(option, type) and issubclass(option, Spec) for option in options)
+
+
+def _encode(value: Any, several: bool = False) -> Any:
     if isinstance(value, Spec):
-        return encode(value)
+        return ({"kind": type(value).__name__} if several else {}) | encode(value)
     if isinstance(value, tuple):
         return [_encode(one) for one in value]
     return dict(value) if isinstance(value, Mapping) else value

@@ -19,18 +19,20 @@ from lamina.durable import write_file
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.exporting import exportable, save_weights
 from lamina.filling import Stored
-from lamina.locate import locate
+from lamina.locate import Located, locate
 from lamina.model import Model, ModelSpec
 from lamina.opening import HISTORY, Opened, open_source, read_history
 from lamina.source import load, tokenizer
 from lamina.specs import unknown
-from lamina.surgery import Applied, Plan, Verdict, apply, begun, build, compare, pieces, read_plan, said
+from lamina.surgery import Applied, Other, Others, Plan, Verdict, apply, begun, build, compare, pieces, read_plan, said
 from lamina.surgery.weights import dtype_of
 
 LONGEST = 512
 """Tokens of a text of the verdict, where the model reads more."""
 TOKENS = 2048
 """Tokens that a verdict reads where no text is given."""
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model")
+"""Files one of which a checkpoint with a tokenizer has."""
 
 
 def edit(
@@ -54,7 +56,7 @@ def edit(
     if model.mesh is not None or model.adapter is not None:
         raise LaminaError("edit is for a whole model: merge or detach its adapter, and gather it from its ranks first")
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    done = apply(read_plan(plan), model.spec, state)
+    done = apply(read_plan(plan), model.spec, state, others(None if model.origin is None else model.origin.located))
     new, _ = build(done.spec, done.weights, seed=seed)
     training = model.training
     try:
@@ -86,7 +88,29 @@ def planned(source: str | os.PathLike[str], plan: Plan) -> tuple[Opened, Applied
     if located.kind == "published":
         raise LaminaError(f"{located.name!r} is a published architecture and has no weights here; name a checkpoint")
     opened = open_source(located)
-    return opened, apply(operations, opened.spec, Stored(opened))
+    return opened, apply(operations, opened.spec, Stored(opened), others(located))
+
+
+def others(own: Located | None) -> Others:
+    """What opens the other models of a plan for a model that lies there, or nowhere."""
+
+    def open_other(source: str) -> Other:
+        located = locate(source)
+        if located.kind == "published":
+            raise LaminaError(f"{source!r} is a published architecture and has no weights here; name a checkpoint")
+        opened = open_source(located)
+        ids = [None if one is None else _ids(one) for one in (own, located)]
+        return Other(opened.spec, Stored(opened), None if None in ids else ids[0] == ids[1])
+
+    return open_other
+
+
+def _ids(located: Located) -> dict[str, int] | None:
+    """Which id each token of a checkpoint has; None where it has no tokenizer."""
+    directory = located.path if located.path.is_dir() else located.path.parent
+    if located.kind != "gguf" and not any((directory / name).is_file() for name in TOKENIZERS):
+        return None
+    return tokenizer(located.path).tokens
 
 
 def write(
@@ -132,6 +156,7 @@ def entry(done: Applied, source: str, source_digest: str, history: Sequence[Mapp
     return {
         "source": source,
         "source_sha256": source_digest,
+        "others_sha256": {source: digest(other.weights) for source, other in done.others.items()},
         "plan": [said(operation) for operation in done.operations],
         "promises": [{"kept": promise.kept, "why": promise.why} for promise in done.promises],
         "undo": None if done.undo is None else [said(operation) for operation in done.undo],

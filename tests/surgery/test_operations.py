@@ -269,7 +269,8 @@ def test_a_plan_is_a_file(tmp_path: Path):
     path.write_text("- {op: window, back: 9}\n- {op: wndow, back: 9}\n")
     with pytest.raises(LaminaError, match=r"plan.yaml:2: unknown operation 'wndow'"):
         read_plan(path)
-    assert set(OPERATIONS) >= {"key_heads", "heads", "window", "experts", "dense", "restore"}
+    assert {"key_heads", "heads", "window", "experts", "dense", "restore"} <= set(OPERATIONS)
+    assert {"step", "memory", "retrieval", "cross_attention", "reading", "merge"} <= set(OPERATIONS)
 
 
 def test_nothing_is_made_before_it_is_asked_for():

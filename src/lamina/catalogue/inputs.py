@@ -52,7 +52,7 @@ EMBEDDING = Kind(
         Variant("scaled", "times sqrt(d) at the input", lambda spec: spec.embedding.scale != "none"),
         Variant("scaled logits", "times a constant at the output", lambda s: s.head is not None and s.head.scale != 1),
         Variant("segments", "plus a vector for the segment", has(SegmentSpec)),
-        Variant("convolution stem", "frames of a spectrogram in place of ids", lambda spec: spec.stem is not None),
+        Variant("convolution stem", "frames of a spectrogram in place of ids", lambda spec: not spec.reads_ids),
         Variant(
             "factorised",
             "a narrow table, and a matrix that takes its rows to d",

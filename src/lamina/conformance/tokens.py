@@ -78,7 +78,7 @@ def padding(model: Model) -> Iterator[Row]:
             for ours, alone in zip(together, read(model, ids[row : row + 1, span]), strict=True):
                 worst.add(ours[row : row + 1, span], alone)
         yield worst.row(f"padded on the {side} = alone", f"rows of {lengths} tokens in one batch")
-        if model.spec.two_stacks and (model.stem is None or side == "right"):
+        if model.spec.two_stacks and (model.spec.reads_ids or side == "right"):
             yield _padded_sources(model, lengths, side)
 
 
@@ -93,18 +93,18 @@ def _padded_sources(model: Model, lengths: list[int], side: str) -> Row:
         one = {model.reads: sources[row : row + 1, ..., span]}
         for ours, alone in zip(together, read(model, texts[row : row + 1], source=one), strict=True):
             worst.add(ours[row : row + 1], alone)
-    what = "tokens" if model.stem is None else "frames"
+    what = "tokens" if model.spec.reads_ids else "frames"
     return worst.row(f"sources padded on the {side} = alone", f"sources of {lengths} {what} in one batch")
 
 
 def packing(model: Model) -> Iterator[Row]:
-    if model.stem is not None:
+    if not model.spec.reads_ids:
         yield left_out("packed = alone", "a spectrogram is one text a row")
         return
     length = text_length(model)
     lengths = [length // 2, 3, length - length // 2 - 3]
     ids, worst, pairs = random_ids(model, 1, length), Difference(), model.spec.two_stacks
-    source, sizes = random_ids(model, 1, length, seed=98), [3, length // 2, length - length // 2 - 3]
+    source, sizes = random_sources(model, [length]), [3, length // 2, length - length // 2 - 3]
     told = {"input_ids": source, "document_ids": _documents(sizes, ids)} if pairs else None
     more = {f"{'decoder_' if pairs else ''}document_ids": _documents(lengths, ids)}
     packed = [each.split(lengths, dim=1) for each in read(model, ids, source=told, **more)]

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamina.layers import AttentionSpec, BigBirdSpec, DifferentialSpec, LatentAttentionSpec, LongformerSpec
+from lamina.layers import (
+    AttentionSpec,
+    BigBirdSpec,
+    ConvolutionStem,
+    DifferentialSpec,
+    LatentAttentionSpec,
+    LongformerSpec,
+)
 from lamina.model import Model
 
 SelfAttentionSpec = AttentionSpec | DifferentialSpec | LatentAttentionSpec | LongformerSpec | BigBirdSpec
@@ -25,9 +32,10 @@ def random_ids(model: Model, batch: int, length: int, seed: int = 0) -> Tensor:
 def random_sources(model: Model, lengths: list[int], seed: int = 98) -> Tensor:
     """What the encoder of an encoder-decoder reads, a row for each of `lengths` and as long as the longest: random ids
     (B, S), or a random spectrogram (B, bins, frames)."""
-    if model.stem is None:
-        return random_ids(model, len(lengths), max(lengths), seed)
     generator = torch.Generator().manual_seed(seed)
+    if not isinstance(model.stem, ConvolutionStem):
+        ids = torch.randint(model.spec.source_vocabulary, (len(lengths), max(lengths)), generator=generator)
+        return ids.to(model.embedding.weight.device)
     features = torch.randn(len(lengths), model.stem.spec.bins, max(lengths), generator=generator)
     return features.to(model.embedding.weight)
 

@@ -14,7 +14,7 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.generation.compiled import Reader
 from lamina.generation.limits import Limits, begun_with
 from lamina.generation.retrieval import Retrieval
-from lamina.layers import LearnedPositionSpec
+from lamina.layers import ConvolutionStem, LearnedPositionSpec
 from lamina.model import Model, Output
 
 
@@ -28,12 +28,12 @@ class Source:
     @classmethod
     def of(cls, model: Model, input_ids: Tensor, mask: Tensor | None, marked: Tensor | None) -> Source:
         """Read `input_ids` (texts, S), padded on either side, or features."""
-        if model.stem is not None:
+        if isinstance(model.stem, ConvolutionStem):
             if not input_ids.is_floating_point():
                 model.check_reads(input_ids, None)
             memory = model.encode(input_features=input_ids, attention_mask=mask, marked=marked)
             return cls(memory, None if mask is None else model.stem.seen(mask))
-        checked(model, input_ids, mask)
+        checked(model, input_ids, mask, model.spec.source_vocabulary)
         return cls(model.encode(input_ids, mask, marked=marked), mask)
 
     def arguments(self) -> dict[str, Any]:
@@ -144,8 +144,11 @@ class Feeder:
         )
 
 
-def checked(model: Model, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Ids and mask with all padding on the left, so that every row ends in its last token."""
+def checked(
+    model: Model, ids: Tensor, mask: Tensor | None, vocabulary: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Ids and mask with all padding on the left, so that every row ends in its last token. vocabulary: how many ids
+    there are, where they are not those that the model writes."""
     if model.decoder is None or model.head is None:
         raise UnsupportedError(
             "this model has no decoder with a language head, so it cannot generate; try lamina fill or embed"
@@ -154,7 +157,7 @@ def checked(model: Model, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Ten
         raise LaminaError(
             f"the prompt has shape {tuple(ids.shape)}; it must be (batch, length) with at least one token"
         )
-    vocabulary = model.spec.embedding.vocabulary
+    vocabulary = model.spec.embedding.vocabulary if vocabulary is None else vocabulary
     if bool(((ids < 0) | (ids >= vocabulary)).any()):
         raise LaminaError(f"the prompt holds id {int(ids.max())}; ids of this model are 0 to {vocabulary - 1}")
     if mask is None or bool(mask.all()):

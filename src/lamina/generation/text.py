@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from lamina.cache import Cache
-from lamina.errors import LaminaError
+from lamina.errors import LaminaError, UnsupportedError
 from lamina.generation.beam import Beaming, search
 from lamina.generation.compiled import Reader
 from lamina.generation.limits import limits_of
@@ -86,6 +86,10 @@ class Writing:
     ) -> None:
         """`probabilities`: also note how likely the model found each token, at temperature 1. `retrieval`: of a model
         that retrieves, who is asked while it writes."""
+        if model.spec.source_vocabulary != model.spec.embedding.vocabulary:
+            raise UnsupportedError(
+                "the encoder of this model has tokens of its own, not those of this tokenizer: give generate its ids"
+            )
         self.model, self.tokenizer, self.prompt_ids = model, tokenizer, list(prompt_ids)
         self.sampling = Sampling() if sampling is None else sampling
         self.limits = limits_of(model, max_new_tokens, min_new_tokens)

@@ -35,6 +35,10 @@ class StepSpec(Spec):
     def check(self) -> None:
         if not self.name.isidentifier():
             raise LaminaError(f"a step is called {self.name!r}; its name becomes part of parameter names: use letters")
+        if hasattr(nn.ModuleDict, self.name):
+            raise LaminaError(
+                f"a step is called {self.name!r}, which torch's modules have already; choose another name"
+            )
         if not (0 <= self.dropout <= 1 and 0 <= self.drop_branch <= 1):
             raise LaminaError(f"dropout={self.dropout} and drop_branch={self.drop_branch} must lie within 0 and 1")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lamina.cache import KINDS, Cache, RecurrentLedger
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.layers import Call, Draw, Record, RotarySpec
+from lamina.layers import Call, ConvolutionStem, Draw, Embedding, Record, RotarySpec
 from lamina.marks import FirstToken, after_question
 from lamina.model.given import ONE_STACK, Given, checked_neighbours
 from lamina.model.spec import ModelSpec, reads_memory
@@ -60,7 +60,7 @@ class Model(nn.Module):
         inner = spec.width if first.input_width is None else first.input_width
         self.stem = None if spec.stem is None else spec.stem.build(inner)
         self.embedding = spec.embedding.build(inner if spec.stem is None else spec.width)
-        self.reads = "input_ids" if spec.stem is None else "input_features"
+        self.reads = "input_ids" if spec.reads_ids else "input_features"
         """The argument that the first stack reads."""
         self.encoder = None if spec.encoder is None else spec.encoder.build(spec.width)
         self.decoder = None if spec.decoder is None else spec.decoder.build(spec.width)
@@ -272,27 +272,28 @@ class Model(nn.Module):
 
     def check_reads(self, input_ids: Tensor | None, input_features: Tensor | None) -> None:
         """Refuse, by name, the one of the two that this model does not read."""
-        if self.stem is None and input_features is not None:
+        if self.spec.reads_ids and input_features is not None:
             raise UnsupportedError("input_features is for models with a stem; this one reads input_ids")
-        if self.stem is not None and input_ids is not None:
+        if not self.spec.reads_ids and input_ids is not None:
             raise UnsupportedError("input_ids is for models without a stem; this one reads input_features")
 
     def _embedded(self, given: Given, cache: Cache | None = None) -> tuple[Tensor, Tokens]:
         """The vectors (B, T, width) that a stack begins with, and the tokens that they are."""
         if given.features is None:
             ids, tokens = given.checked_ids(), given.read(cache)
-            return self.embedding(ids), tokens if given.side else self._marked(given, tokens)
+            table = self.stem if isinstance(self.stem, Embedding) and not given.side else self.embedding
+            return table(ids), tokens if given.side else self._marked(given, tokens)
         told = {"position_ids": given.positions, "document_ids": given.documents, "marked": given.marked}
         for name, value in told.items():
             if value is not None:
                 raise UnsupportedError(f"{name} is not for input_features: each row is one text")
-        assert self.stem is not None
+        assert isinstance(self.stem, ConvolutionStem)
         x, mask = self.stem(given.features, given.mask)
         return x, read(x[:, :, 0], mask)
 
     def _size(self, content: Tensor) -> tuple[int, ...]:
         """(B, S) of what the encoder reads, or its shape where that is none that it could read."""
-        if self.stem is None or content.dim() != 3:
+        if not isinstance(self.stem, ConvolutionStem) or content.dim() != 3:
             return tuple(content.shape)
         return content.shape[0], self.stem.length(content.shape[2])
 

@@ -51,7 +51,10 @@ class ModelSpec(Spec):
     head: LanguageHeadSpec | None = None
     pooler: PoolerSpec | None = None
     labels: LabelHeadSpec | None = None
-    stem: ConvolutionStemSpec | None = None  # what the encoder reads with, in place of ids: Whisper
+    stem: ConvolutionStemSpec | EmbeddingSpec | None = (
+        None  # what the encoder reads with, where that is not `embedding`:
+    )
+    # a spectrogram in Whisper, a table of its own where two models were joined
     context: int | None = None  # tokens that the model was trained to read
     special: SpecialTokens = field(default_factory=SpecialTokens)
     marks: FirstToken | BeforeToken | AfterToken | EndBlocks | None = None  # where the caller gives none: Longformer
@@ -68,12 +71,24 @@ class ModelSpec(Spec):
         position = self.encoder.position if self.encoder is not None and self.two_stacks else None
         return position.size if isinstance(position, LearnedPositionSpec) else self.context
 
+    @property
+    def reads_ids(self) -> bool:
+        """Whether the first stack reads ids, and no spectrogram."""
+        return not isinstance(self.stem, ConvolutionStemSpec)
+
+    @property
+    def source_vocabulary(self) -> int:
+        """How many ids the first stack knows."""
+        return (self.stem if isinstance(self.stem, EmbeddingSpec) else self.embedding).vocabulary
+
     def check(self) -> None:
         if self.width < 1 or (self.encoder is None and self.decoder is None):
             raise LaminaError(f"a model needs width >= 1 (it is {self.width}) and an encoder or a decoder")
         reads = self.decoder is not None and reads_memory(self.decoder)
         if self.stem is not None and self.encoder is None:
             raise LaminaError("stem is for an encoder, and this model has none")
+        if isinstance(self.stem, EmbeddingSpec) and self.decoder is None:
+            raise LaminaError("a stem that is a table is for an encoder beside a decoder; by itself it has `embedding`")
         if self.two_stacks and not reads:
             raise LaminaError("the decoder has no CrossAttentionSpec, so it would never read what the encoder gives")
         if any(isinstance(part, ChunkedCrossAttentionSpec) for _, part in self.walk()):

@@ -55,7 +55,7 @@ class Contrastive(Objective):
             raise LaminaError(f"temperature is {self.temperature}; it must be above 0")
 
     def fits(self, spec: ModelSpec) -> None:
-        if spec.encoder is None or spec.stem is not None:
+        if spec.encoder is None or not spec.reads_ids:
             raise UnsupportedError("a contrastive objective needs an encoder that reads ids")
 
     def examples(self, prepared: Prepared, length: int) -> Examples:

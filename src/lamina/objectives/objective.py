@@ -209,8 +209,13 @@ def correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 def needs_pair(spec: ModelSpec, what: str) -> None:
     """Raise UnsupportedError where a model is not an encoder-decoder that writes."""
-    if not spec.two_stacks or spec.head is None or spec.stem is not None:
+    if not spec.two_stacks or spec.head is None or not spec.reads_ids:
         raise UnsupportedError(f"{what} needs an encoder that reads ids and a decoder with a language head")
+    if spec.source_vocabulary != spec.embedding.vocabulary:
+        raise UnsupportedError(
+            f"{what} needs one vocabulary for both stacks; the encoder has {spec.source_vocabulary:,} tokens and the"
+            f" decoder {spec.embedding.vocabulary:,}"
+        )
     if spec.special.decoder_start is None:
         raise UnsupportedError(f"{what} needs special.decoder_start: the id that the decoder begins with")
 

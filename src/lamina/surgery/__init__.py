@@ -5,17 +5,21 @@ from __future__ import annotations
 
 from lamina.surgery.build import begun, build
 from lamina.surgery.depth import NewLayers, OrderLayers
+from lamina.surgery.encoders import CrossGraft, FreshEncoder
+from lamina.surgery.grafts import NeighbourEncoderSize, NewMemory, NewStep, Retrieval
 from lamina.surgery.heads import KeyHeads, OrderHeads
-from lamina.surgery.operation import Changed, Operation, Promise
+from lamina.surgery.merging import Merge, Merged
+from lamina.surgery.operation import Changed, Joining, Operation, Other, Others, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
 from lamina.surgery.plan import OPERATIONS, Applied, Plan, apply, read_plan, said
 from lamina.surgery.positions import PositionsOperation
+from lamina.surgery.reading import Reading
 from lamina.surgery.retrofit import retrofit
 from lamina.surgery.rope import RopeOperation, RotaryPositions
 from lamina.surgery.upcycle import PickExpert, Upcycle
 from lamina.surgery.verdict import Drift, Side, Verdict, compare, pieces
 from lamina.surgery.vocabulary import TieHead, VocabularyOperation
-from lamina.surgery.weights import Made, Weights
+from lamina.surgery.weights import Beside, Made, Weights
 
 SURGERIES = {"retrofit": retrofit}
 """By name. The first two arguments are a spec and what maps the names of its parameters to tensors."""
@@ -24,19 +28,32 @@ __all__ = [
     "OPERATIONS",
     "SURGERIES",
     "Applied",
+    "Beside",
     "Changed",
+    "CrossGraft",
     "Drift",
+    "FreshEncoder",
+    "Joining",
     "KeyHeads",
     "Made",
+    "Merge",
+    "Merged",
+    "NeighbourEncoderSize",
     "NewLayers",
+    "NewMemory",
+    "NewStep",
     "Operation",
     "OrderHeads",
     "OrderLayers",
+    "Other",
+    "Others",
     "PickExpert",
     "Plan",
     "PositionsOperation",
     "Promise",
+    "Reading",
     "Restore",
+    "Retrieval",
     "RopeOperation",
     "RotaryPositions",
     "Side",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from lamina.errors import LaminaError
 from lamina.model import ModelSpec
 from lamina.specs import Spec
 
@@ -47,3 +48,38 @@ class Operation(Spec):
         Raises LaminaError or UnsupportedError, naming the field, where it cannot be done to this model.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another model, of which an operation takes weights. None of them is read before it is asked for."""
+
+    spec: ModelSpec
+    weights: Mapping[str, Tensor]
+    same_tokens: bool | None = None  # as those of the model that is operated on; None: one of them has no tokenizer
+
+
+Others = Callable[[str], Other]
+"""Opens a SOURCE."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joining(Operation):
+    """Base of operations that take weights of other models too."""
+
+    def sources(self) -> tuple[str, ...]:
+        """The SOURCEs of those models."""
+        raise NotImplementedError
+
+    def join(self, spec: ModelSpec, weights: Mapping[str, Tensor], others: Others) -> Changed:
+        """`change`, with the other models."""
+        raise NotImplementedError
+
+    def change(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Changed:
+        if self.sources():
+            raise LaminaError(f"{self.sources()[0]} is to be opened, and this plan is applied where nothing opens it")
+        return self.join(spec, weights, _closed)
+
+
+def _closed(source: str) -> Other:
+    raise AssertionError(f"{source} is none of the operation's sources")

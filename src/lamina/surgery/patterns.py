@@ -14,6 +14,7 @@ from lamina.patterns import Causal, Everything, Global, Pattern, Sinks, Window
 from lamina.specs import Spec
 from lamina.surgery.operation import Changed, Operation, Promise
 from lamina.surgery.places import EVERYWHERE, edited, places
+from lamina.surgery.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class WindowOperation(Operation):
 
 @dataclass(frozen=True, kw_only=True)
 class Restore(Operation):
-    """The spec as it was, where an operation left the weights alone."""
+    """The spec as it was, where an operation left its weights alone. What it has no place for goes."""
 
     NAME = "restore"
 
@@ -72,4 +73,13 @@ class Restore(Operation):
 
     def change(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Changed:
         old = ModelSpec.from_json(self.spec)
+        wanted, asked = ([name for name, _ in one.build(device="meta").named_parameters()] for one in (old, spec))
+        absent = [name for name in wanted if name not in weights and name not in asked]  # others are new, now and then
+        if absent:
+            raise LaminaError(f"the spec to restore asks for {absent[0]}, which this model does not have")
+        gone = set(weights) - set(wanted)
+        if gone:
+            return Changed(
+                old, Weights(weights, {}, sorted(gone)), Promise("lossy", "what was new goes with what it learned")
+            )
         return Changed(old, weights, Promise("exact", "the model before", bits=True), (Restore(spec=spec.to_json()),))

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Generic, Literal, TypeVar
 
 from lamina.errors import LaminaError
-from lamina.layers import BranchSpec, StackSpec, StepSpec
+from lamina.layers import BranchSpec, MemoryAttentionSpec, StackSpec, StepSpec
 from lamina.model import ModelSpec
 from lamina.specs import Spec, unknown
 
@@ -68,7 +68,7 @@ def stack_of(spec: ModelSpec, name: StackName | None) -> tuple[StackName, StackS
     return chosen, there[chosen]
 
 
-def edited(spec: ModelSpec, change: Callable[[str, Spec], Spec]) -> ModelSpec:
+def edited(spec: S, change: Callable[[str, Spec], Spec]) -> S:
     """A copy in which each part is what `change(path, part)` makes of it, the inner ones first."""
     return _edited(spec, "", change)
 
@@ -77,7 +77,7 @@ def _walk(part: Any, path: str) -> Iterator[tuple[str, Spec]]:
     if isinstance(part, Spec):
         yield path, part
         for name in part.__dataclass_fields__:
-            yield from _walk(getattr(part, name), _joined(path, name))
+            yield from _walk(getattr(part, name), _joined(path, part, name))
     elif isinstance(part, tuple):
         for number, one in enumerate(part):
             yield from _walk(one, _item(path, number, one))
@@ -88,16 +88,20 @@ def _edited(part: Any, path: str, change: Callable[[str, Spec], Spec]) -> Any:
         return tuple(_edited(one, _item(path, number, one), change) for number, one in enumerate(part))
     if not isinstance(part, Spec):
         return part
-    inner = {name: _edited(getattr(part, name), _joined(path, name), change) for name in part.__dataclass_fields__}
+    inner = {
+        name: _edited(getattr(part, name), _joined(path, part, name), change) for name in part.__dataclass_fields__
+    }
     changes = {
         name: new for name, new in inner.items() if new is not getattr(part, name) and new != getattr(part, name)
     }
-    return change(path, part.replace(**changes) if changes else part)
+    part = part.replace(**changes) if changes else part
+    return part if isinstance(part, MemoryAttentionSpec) else change(path, part)  # its attention has been asked for
 
 
-def _joined(path: str, name: str) -> str:
-    """Steps of a layer are called by their own names alone, as their weights are."""
-    if name == "steps":
+def _joined(path: str, part: Spec, name: str) -> str:
+    """Steps of a layer are called by their own names alone, as their weights are; an attention with a memory around it
+    has the names of its weights without one."""
+    if name == "steps" or (isinstance(part, MemoryAttentionSpec) and name == "attention"):
         return path
     return f"{path}.{name}" if path else name
 

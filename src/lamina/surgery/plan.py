@@ -15,11 +15,15 @@ from lamina.errors import LaminaError
 from lamina.model import ModelSpec
 from lamina.specs import Spec, unknown
 from lamina.surgery.depth import NewLayers, OrderLayers
+from lamina.surgery.encoders import CrossGraft
+from lamina.surgery.grafts import NewMemory, NewStep, Retrieval
 from lamina.surgery.heads import KeyHeads, OrderHeads
-from lamina.surgery.operation import Changed, Kept, Operation, Promise
+from lamina.surgery.merging import Merge
+from lamina.surgery.operation import Changed, Joining, Kept, Operation, Other, Others, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
 from lamina.surgery.places import parts
 from lamina.surgery.positions import PositionsOperation
+from lamina.surgery.reading import Reading
 from lamina.surgery.rope import RopeOperation, RotaryPositions
 from lamina.surgery.upcycle import PickExpert, Upcycle
 from lamina.surgery.vocabulary import TieHead, VocabularyOperation
@@ -41,6 +45,12 @@ OPERATIONS: dict[str, type[Operation]] = {
         VocabularyOperation,
         TieHead,
         Restore,
+        NewStep,
+        NewMemory,
+        Retrieval,
+        CrossGraft,
+        Reading,
+        Merge,
     )
 }
 """By the name that a plan has for them."""
@@ -71,6 +81,7 @@ class Applied:
     changed: tuple[str, ...]
     """Weights that are not the old ones, or that belong to a part whose spec is another: what healing trains."""
     undo: tuple[Operation, ...] | None
+    others: Mapping[str, Other]  # other models that weights come from, by SOURCE
 
     @property
     def kept(self) -> Kept:
@@ -110,24 +121,38 @@ def said(operation: Operation) -> dict[str, Any]:
     return {"op": fields.pop("kind"), **fields}
 
 
-def apply(operations: Sequence[Operation], spec: ModelSpec, weights: Mapping[str, Tensor]) -> Applied:
+def apply(
+    operations: Sequence[Operation], spec: ModelSpec, weights: Mapping[str, Tensor], others: Others | None = None
+) -> Applied:
     """Every operation after the one before. None of the weights is made; that they fit the new spec is checked.
 
+    others: what opens the models that operations take weights of.
     Raises LaminaError naming the operation that cannot be done.
     """
     now = Changed(spec, weights, Promise("exact", "nothing was changed", bits=True), ())
     promises: list[Promise] = []
     undo: tuple[Operation, ...] | None = ()
+    opened: dict[str, Other] = {}
+
+    def once(source: str) -> Other:
+        assert others is not None
+        if source not in opened:
+            opened[source] = others(source)
+        return opened[source]
+
     for number, operation in enumerate(operations):
         try:
-            now = operation.change(now.spec, now.weights)
+            if others is not None and isinstance(operation, Joining):
+                now = operation.join(now.spec, now.weights, once)
+            else:
+                now = operation.change(now.spec, now.weights)
         except LaminaError as error:
             raise type(error)(f"operation {number + 1} ({operation.NAME}): {error}") from None
         promises.append(now.promise)
         undo = None if undo is None or now.undo is None else (*now.undo, *undo)
     table = _table(now.spec, now.weights)
     changed = _changed(spec, now.spec, table)
-    return Applied(tuple(operations), tuple(promises), spec, now.spec, now.weights, table, changed, undo)
+    return Applied(tuple(operations), tuple(promises), spec, now.spec, now.weights, table, changed, undo, opened)
 
 
 def _table(spec: ModelSpec, weights: Mapping[str, Tensor]) -> tuple[Weight, ...]:

@@ -23,6 +23,7 @@ from lamina.layers import (
     retrieving,
 )
 from lamina.model import ModelSpec
+from lamina.surgery.weights import Made, Weights
 
 NEW = "*.retrieval.*"
 """The new weights, as `model.train` of a run's configuration takes them: all others are frozen."""
@@ -62,7 +63,7 @@ def retrofit(
     op = ChunkedCrossAttentionSpec(attention=attention, chunk=chunk)
     step = StepSpec(name="retrieval", op=op, pre=before.pre, dropout=before.dropout, gate=True)
     new = spec.replace(decoder=stack.replace(layers=retrieving(stack.layers, places, step, made)))
-    table = state.get("embedding.weight")
-    if table is None or made.width != table.shape[1]:
+    if "embedding.weight" not in state or made.width != (spec.embedding.inner or spec.width):
         return new, state
-    return new, {**state, f"decoder.layers.{places[0]}.retrieval.op.encoder.embedding.weight": table.clone()}
+    table = f"decoder.layers.{places[0]}.retrieval.op.encoder.embedding.weight"
+    return new, Weights(state, {table: Made(("embedding.weight",), "a copy of the table of tokens", Tensor.clone)})

@@ -66,8 +66,9 @@ def compare(
 ) -> Verdict:
     """Both models, in evaluation mode, read each of `texts`: ids, none longer than what both can read.
 
-    An encoder-decoder reads the first half of a text, and writes the second. Raises LaminaError for texts without two
-    tokens, and for ids that the new model does not read. Scores are compared over the tokens that both have.
+    An encoder-decoder reads the first half of a text, and writes the second; one that was a decoder writes all of it,
+    and its encoder is given nothing. Raises LaminaError for texts without two tokens, and for ids that the new model
+    does not read. Scores are compared over the tokens that both have.
     """
     long = [text for text in texts if len(text) > 1]
     if not long:
@@ -75,18 +76,23 @@ def compare(
     rows = after.spec.embedding.vocabulary
     if before.spec.embedding.vocabulary > rows and any(number >= rows for text in long for number in text):
         raise LaminaError(f"the new model has fewer tokens than the old one, {rows}, and the text has one that is gone")
-    total, sides = _Total(), (_Clock(before), _Clock(after))
+    joined = after.spec.two_stacks and not before.spec.two_stacks
+    total, sides = _Total(), (_Clock(before), _Clock(after, joined))
     for text in long:
         ids = torch.tensor([list(text)], device=before.embedding.weight.device)
         records = Record("*.output"), Record("*.output")
         with torch.inference_mode():
             one, other = (side.read(ids, record) for side, record in zip(sides, records, strict=True))
-            total.add(before, after, one, other, _targets(before, ids))
+            targets = [_targets(model, ids, joined) for model in (before, after)]
+            total.add(before, after, one, other, targets)
             total.layers(*(record.values for record in records))
         if progress is not None:
             progress(total.tokens)
     longest = max(long, key=len)
-    figures = [side.figures(list(longest), nats, total.predicted) for side, nats in zip(sides, total.nats, strict=True)]
+    figures = [
+        side.figures(list(longest), nats, predicted)
+        for side, nats, predicted in zip(sides, total.nats, total.predicted, strict=True)
+    ]
     worst = total.worst / total.largest if total.largest else total.worst
     allowed = max(ROUNDING[next(model.parameters()).dtype] for model in (before, after))
     found: Found = "exact to the bit" if total.worst == 0 else "exact" if worst <= allowed else "changed"
@@ -111,12 +117,12 @@ def pieces(ids: Sequence[int], length: int) -> Iterator[list[int]]:
 class _Clock:
     """One of the models, and how long it reads."""
 
-    def __init__(self, model: Model) -> None:
-        self.model, self.seconds, self.tokens = model, 0.0, 0
+    def __init__(self, model: Model, joined: bool = False) -> None:
+        self.model, self.joined, self.seconds, self.tokens = model, joined, 0.0, 0
 
     def read(self, ids: Tensor, record: Record) -> Output:
         begun = time.perf_counter()
-        out = self.model(**_inputs(self.model, ids), record=record, keep_logits=0)
+        out = self.model(**_inputs(self.model, ids, self.joined), record=record, keep_logits=0)
         self.seconds += time.perf_counter() - begun
         self.tokens += ids.shape[1]
         return out
@@ -144,13 +150,14 @@ class _Total:
     """Sums over all texts."""
 
     def __init__(self) -> None:
-        self.tokens = self.predicted = 0
+        self.tokens = 0
+        self.predicted = [0, 0]
         self.worst = self.largest = self.divergence = self.agreed = 0.0
         self.scored = False
         self.nats: list[float | None] = [None, None]
         self.drift: dict[str, tuple[float, float]] = {}
 
-    def add(self, before: Model, after: Model, one: Output, other: Output, targets: Tensor | None) -> None:
+    def add(self, before: Model, after: Model, one: Output, other: Output, targets: list[Tensor | None]) -> None:
         self.tokens += one.hidden.shape[0] * one.hidden.shape[1]
         for left, right in _outputs(one, other):
             self._differ(left, right)
@@ -171,11 +178,11 @@ class _Total:
             said = left.log_softmax(dim=-1), right.log_softmax(dim=-1)
             # Of the lesser probabilities rounding can make the sum a little negative.
             self.divergence += max(float((said[0].exp() * (said[0] - said[1])).double().sum()), 0.0)
-            if targets is not None:
-                wanted = targets[rows]
-                real = wanted >= 0
-                self.predicted += int(real.sum())
-                for side in (0, 1):
+            for side, wanted in enumerate(targets):
+                if wanted is not None:
+                    wanted = wanted[rows]
+                    real = wanted >= 0
+                    self.predicted[side] += int(real.sum())
                     got = said[side].gather(1, wanted.clamp(min=0)[:, None])[:, 0]
                     self.nats[side] = (self.nats[side] or 0.0) - float(got[real].double().sum())
 
@@ -195,20 +202,23 @@ class _Total:
         self.largest = max(self.largest, float(left.float().abs().max()))
 
 
-def _inputs(model: Model, ids: Tensor) -> dict[str, Tensor]:
+def _inputs(model: Model, ids: Tensor, joined: bool) -> dict[str, Tensor]:
     if not model.spec.two_stacks:
         return {"input_ids": ids}
+    if joined:
+        nothing = torch.zeros(1, 1, model.spec.width, dtype=model.embedding.weight.dtype, device=ids.device)
+        return {"encoder_output": nothing, "decoder_input_ids": ids}
     half = max(ids.shape[1] // 2, 1)
     start = model.spec.special.decoder_start or 0
     begun = torch.cat([ids.new_full((1, 1), start), ids[:, half:-1]], dim=1)
     return {"input_ids": ids[:, :half], "decoder_input_ids": begun}
 
 
-def _targets(model: Model, ids: Tensor) -> Tensor | None:
+def _targets(model: Model, ids: Tensor, joined: bool) -> Tensor | None:
     """What each state is to predict, (n,), -1 for nothing; None where a model fills in or reads only."""
     if model.decoder is None or model.head is None:
         return None
-    if model.spec.two_stacks:
+    if model.spec.two_stacks and not joined:
         return ids[0, max(ids.shape[1] // 2, 1) :]
     return torch.cat([ids[0, 1:], ids.new_full((1,), -1)])
 

@@ -68,6 +68,34 @@ class Weights(Mapping[str, Tensor]):
         return dtype_of(self.before, name if one is None else one.sources[0])
 
 
+class Beside(Mapping[str, Tensor]):
+    """The weights of a model, and those of others: their names begin with their SOURCE and a colon."""
+
+    def __init__(self, own: Mapping[str, Tensor], others: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.own = own
+        self.homes = {f"{source}:{name}": (other, name) for source, other in others.items() for name in other}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.homes:
+            return self.own[name]
+        other, inner = self.homes[name]
+        return other[inner]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.homes or name in self.own
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.own
+        yield from self.homes
+
+    def __len__(self) -> int:
+        return len(self.own) + len(self.homes)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """That of a weight, without making it."""
+        return dtype_of(*self.homes.get(name, (self.own, name)))
+
+
 def dtype_of(weights: Mapping[str, Tensor], name: str) -> torch.dtype:
     """The type of a weight, without making it where it is yet to be made."""
     known = getattr(weights, "dtype", None)  # of what reads from a file
@@ -76,6 +104,8 @@ def dtype_of(weights: Mapping[str, Tensor], name: str) -> torch.dtype:
 
 def origin(weights: Mapping[str, Tensor], name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(the names in the first weights that it comes from, how it was made, the first step first)."""
+    if isinstance(weights, Beside) and name not in weights.homes:
+        return origin(weights.own, name)
     if not isinstance(weights, Weights):
         return (name,), ()
     one = weights.made.get(name)

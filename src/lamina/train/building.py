@@ -194,7 +194,7 @@ def flops(spec: TrainSpec, architecture: ModelSpec) -> int:
 def fits(spec: TrainSpec, model: Model) -> None:
     """Raise LaminaError where the objective, the length or the prompts are not for this model."""
     spec.objective.fits(model.spec)
-    if spec.evaluation.prompts and (model.decoder is None or model.head is None or model.spec.stem is not None):
+    if spec.evaluation.prompts and (model.decoder is None or model.head is None or not model.spec.reads_ids):
         raise UnsupportedError("evaluation.prompts are for models that read ids and write a text")
     context, learned = model.spec.context, spec.data.length
     if context is not None and learned > context:
