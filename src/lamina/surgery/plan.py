@@ -14,8 +14,9 @@ from lamina.document import Node, decode, encode, open_document
 from lamina.errors import LaminaError
 from lamina.model import ModelSpec
 from lamina.specs import unknown
+from lamina.surgery.calibration import Texts, random_texts
 from lamina.surgery.heads import KeyHeads, OrderHeads
-from lamina.surgery.operation import Changed, Kept, Operation, Promise
+from lamina.surgery.operation import Changed, FittedOperation, Kept, Operation, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
 from lamina.surgery.upcycle import PickExpert, Upcycle
 from lamina.surgery.weights import origin
@@ -93,17 +94,24 @@ def said(operation: Operation) -> dict[str, Any]:
     return {"op": fields.pop("kind"), **fields}
 
 
-def apply(operations: Sequence[Operation], spec: ModelSpec, weights: Mapping[str, Tensor]) -> Applied:
+def apply(
+    operations: Sequence[Operation], spec: ModelSpec, weights: Mapping[str, Tensor], texts: Texts | None = None
+) -> Applied:
     """Every operation after the one before. None of the weights is made; that they fit the new spec is checked.
 
+    texts: what operations fit to that read a text; None: random ids.
     Raises LaminaError naming the operation that cannot be done.
     """
     now = Changed(spec, weights, Promise("exact", "nothing was changed", bits=True), ())
+    texts = random_texts(spec) if texts is None else texts
     promises: list[Promise] = []
     undo: tuple[Operation, ...] | None = ()
     for number, operation in enumerate(operations):
         try:
-            now = operation.change(now.spec, now.weights)
+            if isinstance(operation, FittedOperation):
+                now = operation.fit(now.spec, now.weights, texts)
+            else:
+                now = operation.change(now.spec, now.weights)
         except LaminaError as error:
             raise type(error)(f"operation {number + 1} ({operation.NAME}): {error}") from None
         promises.append(now.promise)
