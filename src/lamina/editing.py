@@ -21,16 +21,13 @@ from lamina.exporting import exportable, save_weights
 from lamina.filling import Stored
 from lamina.locate import Located, locate
 from lamina.model import Model, ModelSpec
-from lamina.opening import HISTORY, Opened, open_source, read_history
+from lamina.opening import HISTORY, Opened, Origin, open_source, read_history
 from lamina.source import load, tokenizer
 from lamina.specs import unknown
 from lamina.surgery import Applied, Other, Others, Plan, Verdict, apply, begun, build, compare, pieces, read_plan, said
+from lamina.surgery.calibration import LONGEST, TOKENS, Texts, random_texts
 from lamina.surgery.weights import dtype_of
 
-LONGEST = 512
-"""Tokens of a text of the verdict, where the model reads more."""
-TOKENS = 2048
-"""Tokens that a verdict reads where no text is given."""
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model")
 """Files one of which a checkpoint with a tokenizer has."""
 
@@ -56,11 +53,14 @@ def edit(
     if model.mesh is not None or model.adapter is not None:
         raise LaminaError("edit is for a whole model: merge or detach its adapter, and gather it from its ranks first")
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    done = apply(read_plan(plan), model.spec, state, others(None if model.origin is None else model.origin.located))
+    located = None if model.origin is None else model.origin.located
+    done = apply(read_plan(plan), model.spec, state, others(located), texts_of(model.spec, model.origin))
     new, _ = build(done.spec, done.weights, seed=seed)
     training = model.training
     try:
-        verdict = compare(model.eval(), new, sample(model) if texts is None else texts, progress=progress)
+        verdict = compare(
+            model.eval(), new, texts_of(model.spec, model.origin)(None) if texts is None else texts, progress=progress
+        )
     finally:
         model.train(training)
     new.origin = _origin(model, done, state, verdict)
@@ -88,7 +88,8 @@ def planned(source: str | os.PathLike[str], plan: Plan) -> tuple[Opened, Applied
     if located.kind == "published":
         raise LaminaError(f"{located.name!r} is a published architecture and has no weights here; name a checkpoint")
     opened = open_source(located)
-    return opened, apply(operations, opened.spec, Stored(opened), others(located))
+    texts = texts_of(opened.spec, opened.origin)
+    return opened, apply(operations, opened.spec, Stored(opened), others(located), texts)
 
 
 def others(own: Located | None) -> Others:
@@ -175,24 +176,25 @@ def digest(weights: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def sample(model: Model, text: str | None = None, longest: int = LONGEST) -> list[list[int]]:
-    """The packaged sample, or `text`, as ids that the model reads at one time, at most `longest`."""
-    limit = min(model.spec.context or longest, model.spec.source_context or longest, longest)
-    origin = model.origin
-    words = None
-    if origin is not None:
-        try:
-            words = tokenizer(origin.located.path)
-        except LaminaError:
-            if text is not None:
-                raise
-    if words is None:
-        if text is not None:
-            raise LaminaError("a model without a tokenizer reads ids, not a text")
-        drawn = torch.randint(model.spec.embedding.vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0))
-        return list(pieces(drawn.tolist(), limit))
-    ids = words.encode(SAMPLE.read_text(encoding="utf-8") if text is None else text)
-    return list(pieces(ids if text is not None else ids[:TOKENS], limit))
+def texts_of(spec: ModelSpec, origin: Origin | None, longest: int = LONGEST) -> Texts:
+    """What a model reads, as ids, of a file of text, or of the packaged sample; random ids where it has no tokenizer.
+    No more than `longest` at one time."""
+    limit = min(spec.context or longest, spec.source_context or longest, longest)
+
+    def texts(path: str | None) -> list[list[int]]:
+        words = None
+        if origin is not None:
+            try:
+                words = tokenizer(origin.located.path)
+            except LaminaError:
+                if path is not None:
+                    raise
+        if words is None:
+            return list(map(list, random_texts(spec)(path)))
+        ids = words.encode((SAMPLE if path is None else Path(path)).read_text(encoding="utf-8"))
+        return list(pieces(ids if path is not None else ids[:TOKENS], limit))
+
+    return texts
 
 
 SAMPLE = Path(__file__).parent / "surgery" / "sample.txt"
@@ -245,8 +247,7 @@ def judge(
     most what the old model reads.
     """
     old, new = load(before), load(after)
-    written = None if text is None else text.read_text(encoding="utf-8")
-    texts = sample(old, written, length)
+    texts = texts_of(old.spec, old.origin, length)(None if text is None else str(text))
     limit, chosen = TOKENS if tokens is None else tokens, []
     for one in texts:
         chosen.append(one[: max(limit - sum(map(len, chosen)), 0)])

@@ -263,7 +263,7 @@ def test_a_plan_is_a_file(tmp_path: Path):
     path.write_text("- {op: key_heads, heads: 1}\n- op: window\n  back: 9\n  at: [decoder.layers.0]\n")
     found = read_plan(path)
     assert [said(one) for one in found] == [
-        {"op": "key_heads", "heads": 1, "by": "mean", "at": ["*"]},
+        {"op": "key_heads", "heads": 1, "by": "mean", "text": None, "at": ["*"]},
         {"op": "window", "back": 9, "sinks": 0, "global_positions": [], "at": ["decoder.layers.0"]},
     ]
     path.write_text("- {op: window, back: 9}\n- {op: wndow, back: 9}\n")

@@ -15,38 +15,47 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import AttentionSpec, CrossAttentionSpec, StackSpec
 from lamina.model import ModelSpec
 from lamina.specs import Spec
-from lamina.surgery.operation import Changed, Operation, Promise
+from lamina.surgery.calibration import Calibration, Texts, checked
+from lamina.surgery.fitting import one_key
+from lamina.surgery.moments import Attending, check_fit, moments
+from lamina.surgery.operation import Changed, FittedOperation, Operation, Promise
 from lamina.surgery.places import EVERYWHERE, Place, edited, places
 from lamina.surgery.weights import Made, Weights, in_float32
 
-Attending = AttentionSpec | CrossAttentionSpec
-
 
 @dataclass(frozen=True, kw_only=True)
-class KeyHeads(Operation):
+class KeyHeads(FittedOperation):
     """Attention with `heads` key heads.
 
     Fewer: each new head stands for several old ones. "mean": of those beside each other, as published. "first": the
     first of them. "similar": the mean of those that are most alike, for which query heads change places first, which
-    changes nothing. More: each old head is copied, which changes nothing.
+    changes nothing. "least_squares": the linear maps of those beside each other that lose least of scores and values on
+    a text, with the inverse maps in q and o (`fitting`). More: each old head is copied, which changes nothing.
     """
 
     NAME = "key_heads"
 
     heads: int
-    by: Literal["mean", "first", "similar"] = "mean"
+    by: Literal["mean", "first", "similar", "least_squares"] = "mean"
+    text: str | None = None  # the file that "least_squares" fits to; None: the packaged sample
     at: tuple[str, ...] = EVERYWHERE
 
     def check(self) -> None:
         if self.heads < 1:
             raise LaminaError(f"heads is {self.heads}; it must be at least 1")
+        if self.text is not None and self.by != "least_squares":
+            raise LaminaError(f"text is for by: least_squares, and not for by: {self.by}")
 
-    def change(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Changed:
+    def fit(self, spec: ModelSpec, weights: Mapping[str, Tensor], texts: Texts) -> Changed:
         found = places(spec, (AttentionSpec, CrossAttentionSpec), self.at)
         made: dict[str, Made] = {}
+        path = checked(self.text)
+        calibration = Calibration(spec, weights, lambda: texts(path), [place.path for place in found])
         for place in found:
             _check(place, self.heads)
-            if self.by == "similar" and place.part.key_heads > self.heads:
+            if self.by == "least_squares" and place.part.key_heads > self.heads:
+                made |= _fitted(place, weights, calibration, self.heads)
+            elif self.by == "similar" and place.part.key_heads > self.heads:
                 made |= self._regrouped(spec, place, weights)
             else:
                 made |= self._beside(place, weights)
@@ -158,6 +167,45 @@ class OrderHeads(Operation):
                 " head, beside each other"
             )
         return groups
+
+
+def _fitted(
+    place: Place[Attending], weights: Mapping[str, Tensor], calibration: Calibration, heads: int
+) -> dict[str, Made]:
+    """The projections of an attention with `heads` key heads, each the best one on a text for those beside it."""
+    part = place.part
+    check_fit(place)
+    rotary = part.rotary if isinstance(part, AttentionSpec) else None
+
+    @lru_cache(maxsize=1)
+    def maps() -> dict[str, Tensor]:
+        """Of k and v (heads, D, s, D), of q and o (G, D, D): what becomes of the features of each old head."""
+        seen = moments(place, weights, calibration)
+        size = part.key_heads // heads
+        spans = [slice(start, start + size) for start in range(0, part.key_heads, size)]
+        key = [one_key(seen.key[span][:, :, span], seen.query[span], rotary) for span in spans]
+        value = [one_key(seen.value[span][:, :, span], seen.output[span], None) for span in spans]
+        down = [torch.stack([one for one, _ in found]) for found in (key, value)]
+        up = [torch.cat([one for _, one in found]) for found in (key, value)]
+        return dict(zip("kvqo", (*down, *up), strict=True))
+
+    def joined(x: Tensor, one: str) -> Tensor:
+        old = x.double().unflatten(0, (heads, -1, part.head_dim))
+        return torch.einsum("gnsd,gsd...->gn...", maps()[one], old).flatten(0, 1).to(x.dtype)
+
+    def queries(x: Tensor) -> Tensor:
+        old = x.double().unflatten(0, (part.key_heads, -1, part.head_dim))
+        return torch.einsum("gdn,ghd...->ghn...", maps()["q"], old).flatten(0, 2).to(x.dtype)
+
+    def outputs(x: Tensor) -> Tensor:
+        old = x.double().unflatten(1, (part.key_heads, -1, part.head_dim))
+        return torch.einsum("gdn,wghd->wghn", maps()["o"], old).flatten(1).to(x.dtype)
+
+    how, turned = f"least squares of {part.key_heads // heads} heads", "turned to the new key heads"
+    made = {name: Made((name,), how, partial(joined, one=one)) for one in "kv" for name in _named(place, weights, one)}
+    made |= {name: Made((name,), turned, queries) for name in _named(place, weights, "q")}
+    made[place.weight("o.weight")] = Made((place.weight("o.weight"),), turned, outputs)
+    return made
 
 
 def alike(similarity: Tensor, size: int) -> Tensor:

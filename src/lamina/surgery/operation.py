@@ -11,6 +11,7 @@ from torch import Tensor
 from lamina.errors import LaminaError
 from lamina.model import ModelSpec
 from lamina.specs import Spec
+from lamina.surgery.calibration import Texts, random_texts
 
 Kept = Literal["exact", "bounded", "lossy"]
 """exact: the same function, but for rounding. bounded: the same where a stated condition holds, or within a stated
@@ -83,3 +84,15 @@ class Joining(Operation):
 
 def _closed(source: str) -> Other:
     raise AssertionError(f"{source} is none of the operation's sources")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedOperation(Operation):
+    """Base of operations that can fit weights to a text, which the old model reads when the first one is made."""
+
+    def change(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Changed:
+        return self.fit(spec, weights, random_texts(spec))
+
+    def fit(self, spec: ModelSpec, weights: Mapping[str, Tensor], texts: Texts) -> Changed:
+        """As `change`; `texts` is not called here."""
+        raise NotImplementedError

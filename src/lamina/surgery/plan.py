@@ -14,12 +14,13 @@ from lamina.document import Node, decode, encode, open_document
 from lamina.errors import LaminaError
 from lamina.model import ModelSpec
 from lamina.specs import Spec, unknown
+from lamina.surgery.calibration import Texts, random_texts
 from lamina.surgery.depth import NewLayers, OrderLayers
 from lamina.surgery.encoders import CrossGraft
 from lamina.surgery.grafts import NewMemory, NewStep, Retrieval
 from lamina.surgery.heads import KeyHeads, OrderHeads
 from lamina.surgery.merging import Merge
-from lamina.surgery.operation import Changed, Joining, Kept, Operation, Other, Others, Promise
+from lamina.surgery.operation import Changed, FittedOperation, Joining, Kept, Operation, Other, Others, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
 from lamina.surgery.places import parts
 from lamina.surgery.positions import PositionsOperation
@@ -122,14 +123,20 @@ def said(operation: Operation) -> dict[str, Any]:
 
 
 def apply(
-    operations: Sequence[Operation], spec: ModelSpec, weights: Mapping[str, Tensor], others: Others | None = None
+    operations: Sequence[Operation],
+    spec: ModelSpec,
+    weights: Mapping[str, Tensor],
+    others: Others | None = None,
+    texts: Texts | None = None,
 ) -> Applied:
     """Every operation after the one before. None of the weights is made; that they fit the new spec is checked.
 
-    others: what opens the models that operations take weights of.
+    others: what opens the models that operations take weights of. texts: what operations fit to that read a text; None:
+    random ids.
     Raises LaminaError naming the operation that cannot be done.
     """
     now = Changed(spec, weights, Promise("exact", "nothing was changed", bits=True), ())
+    texts = random_texts(spec) if texts is None else texts
     promises: list[Promise] = []
     undo: tuple[Operation, ...] | None = ()
     opened: dict[str, Other] = {}
@@ -144,6 +151,8 @@ def apply(
         try:
             if others is not None and isinstance(operation, Joining):
                 now = operation.join(now.spec, now.weights, once)
+            elif isinstance(operation, FittedOperation):
+                now = operation.fit(now.spec, now.weights, texts)
             else:
                 now = operation.change(now.spec, now.weights)
         except LaminaError as error:

@@ -1,0 +1,85 @@
+"""Few features in place of many, so that what reads them notices least: the closed form that fitted operations share.
+
+Features f (S,) are read by matrices, of which R = the sum of r r^T is all that counts: what is lost by f ~ U D f with
+k features D f is E (f - U D f)^T R (f - U D f). With W W^T = R, g = W^T f and its gram A = W^T E[f f^T] W, the best is
+the projection of g on the first k eigenvectors E of A (Eckart and Young): D = E^T W^T, U = E[f f^T] W E / eigenvalues.
+
+Keys that turn (arXiv:2104.09864) are complex numbers, one a pair, and only products with complex numbers turn along:
+the same form for each pair by itself, over the heads. That queries, keys and their distance are independent is assumed
+there, and of values that heads read what the layer reads, not means of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lamina.layers import RotarySpec
+
+
+def principal(gram: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """gram (..., S, S), root W (..., S, N), real or complex -> down (..., k, S), up (..., S, k)."""
+    values, vectors = torch.linalg.eigh(root.mH @ gram @ root)
+    values, vectors = values[..., -rank:].clamp(min=0), vectors[..., -rank:]
+    real = values > 1e-12 * values[..., -1:]
+    inverse = torch.where(real, values, 1.0).reciprocal() * real
+    down, up = (root @ vectors).mH, gram @ root @ vectors * inverse[..., None, :]
+    # The new features become as large as the old ones, which leaves the product as it is.
+    old, new = gram.diagonal(dim1=-2, dim2=-1).real.mean(-1), values.mean(-1)
+    scale = torch.where((old > 0) & (new > 0), old / new.clamp(min=1e-300), 1.0).sqrt()[..., None, None]
+    return down * scale, up / scale
+
+
+def root_of(matrix: Tensor) -> Tensor:
+    """(..., D, D) positive -> W with W W^T = R."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0).sqrt()[..., None, :]
+
+
+def pairs(rotary: RotarySpec | None, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The features of a head that turn, as real and imaginary parts (P,), and those that do not."""
+    width = 0 if rotary is None else rotary.width or head_dim
+    rest = torch.arange(width, head_dim)
+    if rotary is not None and rotary.interleaved:
+        return torch.arange(0, width, 2), torch.arange(1, width, 2), rest
+    return torch.arange(width // 2), torch.arange(width // 2, width), rest
+
+
+def one_key(gram: Tensor, read: Tensor, rotary: RotarySpec | None) -> tuple[Tensor, Tensor]:
+    """One key in place of those of s heads: gram (s, D, s, D) of the keys, read (s, D, D) the queries' of each.
+
+    -> down (D, s, D) to the new key, up (s, D, D) from it. What turns goes pair by pair, the rest together; so do
+    values, of which nothing does.
+    """
+    heads, size = gram.shape[:2]
+    down, up = gram.new_zeros(size, heads, size), gram.new_zeros(heads, size, size)
+    a, b, rest = pairs(rotary, size)
+    if len(a):
+        thin, wide = principal(*_complex(gram, read, a, b), rank=1)  # (P, 1, s), (P, s, 1)
+        for new, old, down_part, up_part in (
+            (a, a, thin.real, wide.real),
+            (a, b, -thin.imag, -wide.imag),
+            (b, a, thin.imag, wide.imag),
+            (b, b, thin.real, wide.real),
+        ):
+            down[new, :, old], up[:, new, old] = down_part[:, 0], up_part[..., 0].T
+    if len(rest):
+        inner = gram[:, rest][..., rest].flatten(0, 1).flatten(1)
+        root = torch.block_diag(*root_of(read[:, rest][..., rest]))
+        thin, wide = principal(inner, root, rank=len(rest))
+        down[rest[:, None], :, rest] = thin.unflatten(1, (heads, -1)).transpose(1, 2)
+        up[:, rest[:, None], rest] = wide.unflatten(0, (heads, -1))
+    return down, up
+
+
+def _complex(gram: Tensor, read: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The moments of keys as complex numbers (P, s, s), and the roots of the energy of what reads them."""
+    part = {
+        (one, other): gram[:, left][:, :, :, right].diagonal(dim1=1, dim2=3).permute(2, 0, 1)
+        for one, left in (("a", a), ("b", b))
+        for other, right in (("a", a), ("b", b))
+    }
+    moments = torch.complex(part["a", "a"] + part["b", "b"], part["b", "a"] - part["a", "b"])
+    own = read.diagonal(dim1=1, dim2=2)  # (s, D)
+    root = torch.diag_embed((own[:, a] + own[:, b]).clamp(min=0).sqrt().T)
+    return moments, root.to(moments.dtype)
