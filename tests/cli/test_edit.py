@@ -95,3 +95,30 @@ def test_mistakes_are_one_line_and_leave_nothing(lam, source, tmp_path):
     lossy = plan(tmp_path, "- {op: key_heads, heads: 1}\n")
     assert lam("edit", source, lossy, "-o", out, "--no-verdict").status == 0
     lam("edit", out, "--undo", "-o", tmp_path / "back").refused("cannot be undone")
+
+
+def test_checkpoints_are_merged_and_remembered(lam, tmp_path):
+    a, b = tiny.checkpoint(tmp_path / "a"), tiny.checkpoint(tmp_path / "b", seed=1)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(f"- op: merge\n  models: [{{weight: 0.25}}, {{source: {b}, weight: 0.75}}]\n")
+    shown = lam("edit", a, plan, "--dry-run")
+    assert "1. merge: lossy: 2 models became one" in shown.out and "linear of 2 models" in shown.out
+    found = lam("edit", a, plan, "-o", tmp_path / "out", "--tokens", "50", "--json").document
+    assert found["format"] == "hf" and found["verdict"]["found"] == "changed"
+    one, other, new = (lamina.load(path) for path in (a, b, tmp_path / "out"))
+    for name, weight in new.named_parameters():
+        expected = 0.25 * one.get_parameter(name) + 0.75 * other.get_parameter(name)
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6)
+    (line,) = json.loads((tmp_path / "out" / "history.json").read_text())
+    assert list(line["others_sha256"]) == [str(b)]
+    live, _ = lamina.edit(one, plan, texts=[[1, 2, 3]])
+    assert all(torch.equal(weight, new.get_parameter(name)) for name, weight in live.named_parameters())
+    lam("edit", tmp_path / "out", "--undo", "-o", tmp_path / "back").refused("cannot be undone")
+    tiny.words().save(tmp_path / "b")
+    lam("edit", a, plan, "--dry-run").refused("has other tokens", "swap the tokenizer")
+    (tmp_path / "b" / "tokenizer.json").write_text("{")
+    lam("edit", a, plan, "--dry-run").refused("tokenizer.json")
+    plan.write_text("- {op: merge, models: [{}, {source: llama/7b}]}\n")
+    lam("edit", a, plan, "--dry-run").refused("published architecture")
+    plan.write_text("- {op: merge, models: [{}, {source: nowhere}]}\n")
+    lam("edit", a, plan, "--dry-run").refused("nowhere")
