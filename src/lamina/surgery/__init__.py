@@ -6,6 +6,7 @@ from __future__ import annotations
 from lamina.surgery.build import begun, build
 from lamina.surgery.depth import NewLayers, OrderLayers
 from lamina.surgery.heads import KeyHeads, OrderHeads
+from lamina.surgery.norms import CentreOperation, FoldNorms
 from lamina.surgery.operation import Changed, Operation, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
 from lamina.surgery.plan import OPERATIONS, Applied, Plan, apply, read_plan, said
@@ -24,8 +25,10 @@ __all__ = [
     "OPERATIONS",
     "SURGERIES",
     "Applied",
+    "CentreOperation",
     "Changed",
     "Drift",
+    "FoldNorms",
     "KeyHeads",
     "Made",
     "NewLayers",

@@ -16,6 +16,7 @@ from lamina.model import ModelSpec
 from lamina.specs import unknown
 from lamina.surgery.depth import NewLayers, OrderLayers
 from lamina.surgery.heads import KeyHeads, OrderHeads
+from lamina.surgery.norms import CentreOperation, FoldNorms
 from lamina.surgery.operation import Changed, Kept, Operation, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
 from lamina.surgery.positions import PositionsOperation
@@ -39,6 +40,8 @@ OPERATIONS: dict[str, type[Operation]] = {
         PositionsOperation,
         VocabularyOperation,
         TieHead,
+        CentreOperation,
+        FoldNorms,
         Restore,
     )
 }

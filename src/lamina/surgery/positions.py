@@ -57,16 +57,16 @@ class PositionsOperation(Operation):
         sizes = {position.size for position in found.values()}
         if spec.context is not None and ("decoder" in found or not spec.two_stacks):
             new = new.replace(context=self.size)
-        whole = len(sizes) == 1 and (self.by == "tile" and min(sizes) <= self.size or sizes == {self.size})
+        whole = len(sizes) == 1 and ((self.by == "tile" and min(sizes) <= self.size) or sizes == {self.size})
         fits = new.context in (None, spec.context) or sizes == {spec.context}  # the way back gives the context too
         undo = (PositionsOperation(size=min(sizes), stack=self.stack),) if whole and fits else None
         return Changed(new, Weights(weights, made), self._promise(sizes), undo)
 
     def _tables(self, spec: ModelSpec) -> dict[StackName, LearnedPositionSpec]:
         sides: list[StackName] = ["encoder", "decoder"] if self.stack is None else [stack_of(spec, self.stack)[0]]
-        stacks = {side: spec.encoder if side == "encoder" else spec.decoder for side in sides}
         found: dict[StackName, LearnedPositionSpec] = {}
-        for side, stack in stacks.items():
+        for side in sides:
+            stack = spec.encoder if side == "encoder" else spec.decoder
             if stack is not None and isinstance(stack.position, LearnedPositionSpec):
                 found[side] = stack.position
         if not found:
