@@ -13,6 +13,7 @@ from lamina.surgery.plan import OPERATIONS, Applied, Plan, apply, read_plan, sai
 from lamina.surgery.positions import PositionsOperation
 from lamina.surgery.retrofit import retrofit
 from lamina.surgery.rope import RopeOperation, RotaryPositions
+from lamina.surgery.tokens import SwapTokenizer
 from lamina.surgery.upcycle import PickExpert, Upcycle
 from lamina.surgery.verdict import Drift, Side, Verdict, compare, pieces
 from lamina.surgery.vocabulary import TieHead, VocabularyOperation
@@ -43,6 +44,7 @@ __all__ = [
     "RopeOperation",
     "RotaryPositions",
     "Side",
+    "SwapTokenizer",
     "TieHead",
     "Upcycle",
     "Verdict",

@@ -1,5 +1,5 @@
-"""Norms that are folded into the matrices around them: LayerNorm becomes RMSNorm (SliceGPT, arXiv:2401.15024, section 3)
-and a norm's weight and bias become part of what reads it."""
+"""Norms that are folded into the matrices around them: LayerNorm becomes RMSNorm (SliceGPT, arXiv:2401.15024,
+section 3), and a norm's weight and bias become part of what reads it."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from lamina.surgery.operation import Changed, Kept, Operation, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
 from lamina.surgery.positions import PositionsOperation
 from lamina.surgery.rope import RopeOperation, RotaryPositions
+from lamina.surgery.tokens import SwapTokenizer
 from lamina.surgery.upcycle import PickExpert, Upcycle
 from lamina.surgery.vocabulary import TieHead, VocabularyOperation
 from lamina.surgery.weights import origin
@@ -39,6 +40,7 @@ OPERATIONS: dict[str, type[Operation]] = {
         RotaryPositions,
         PositionsOperation,
         VocabularyOperation,
+        SwapTokenizer,
         TieHead,
         CentreOperation,
         FoldNorms,
