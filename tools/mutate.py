@@ -113,7 +113,9 @@ def tests_of(file: str) -> tuple[str, ...]:
     if folder == "adapters":
         return ("tests/adapters/test_lora.py", "tests/adapters/test_peft.py")
     if folder == "surgery":
-        own = {"retrofit": "retrofit", "build": "retrofit", "verdict": "verdict"}
+        own = {"retrofit": "retrofit", "build": "retrofit", "verdict": "verdict", "stream": "depth"}
+        own |= {"positions": "tables", "vocabulary": "tables"}
+        own |= {one: one for one in ("depth", "rope", "norms", "tokens")}
         return (f"tests/surgery/test_{own.get(name, 'operations')}.py",)
     if folder == "catalogue":
         return ("tests/test_catalogue.py",)

@@ -24,10 +24,26 @@ from lamina.model import Model, ModelSpec
 from lamina.opening import HISTORY, Opened, Origin, open_source, read_history
 from lamina.source import load, tokenizer
 from lamina.specs import unknown
-from lamina.surgery import Applied, Other, Others, Plan, Verdict, apply, begun, build, compare, pieces, read_plan, said
+from lamina.surgery import (
+    Applied,
+    Operation,
+    Other,
+    Others,
+    Plan,
+    SwapTokenizer,
+    Verdict,
+    apply,
+    begun,
+    build,
+    compare,
+    pieces,
+    read_plan,
+    said,
+)
 from lamina.surgery.calibration import LONGEST, TOKENS, Texts, random_texts
 from lamina.surgery.weights import dtype_of
 
+GENERATION = "generation_config.json"
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model")
 """Files one of which a checkpoint with a tokenizer has."""
 
@@ -53,8 +69,13 @@ def edit(
     if model.mesh is not None or model.adapter is not None:
         raise LaminaError("edit is for a whole model: merge or detach its adapter, and gather it from its ranks first")
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    operations = read_plan(plan)
+    if any(isinstance(operation, SwapTokenizer) for operation in operations):
+        raise UnsupportedError(
+            "a tokenizer lies beside the weights: lamina edit SOURCE PLAN.yaml -o DIRECTORY swaps it"
+        )
     located = None if model.origin is None else model.origin.located
-    done = apply(read_plan(plan), model.spec, state, others(located), texts_of(model.spec, model.origin))
+    done = apply(operations, model.spec, state, others(located), texts_of(model.spec, model.origin))
     new, _ = build(done.spec, done.weights, seed=seed)
     training = model.training
     try:
@@ -89,7 +110,7 @@ def planned(source: str | os.PathLike[str], plan: Plan) -> tuple[Opened, Applied
         raise LaminaError(f"{located.name!r} is a published architecture and has no weights here; name a checkpoint")
     opened = open_source(located)
     texts = texts_of(opened.spec, opened.origin)
-    return opened, apply(operations, opened.spec, Stored(opened), others(located), texts)
+    return opened, apply(_with_places(operations, located), opened.spec, Stored(opened), others(located), texts)
 
 
 def others(own: Located | None) -> Others:
@@ -114,6 +135,30 @@ def _ids(located: Located) -> dict[str, int] | None:
     return tokenizer(located.path).tokens
 
 
+def _with_places(operations: Sequence[Operation], located: Located) -> list[Operation]:
+    """The operations, those on tokenizers with the place of each."""
+    place, found = located, []
+    for operation in operations:
+        if isinstance(operation, SwapTokenizer):
+            old = operation.old or str(_tokenizer_place(place))
+            place = locate(operation.folder)
+            operation = operation.replace(folder=str(_tokenizer_place(place)), old=old)
+        found.append(operation)
+    return found
+
+
+def _tokenizer_place(located: Located) -> Path:
+    if located.kind == "published":
+        raise LaminaError(f"{located.name!r} is a published architecture and has no tokenizer here")
+    whole = located.kind == "gguf" or located.path.is_dir()
+    return located.path if whole else located.path.parent
+
+
+def reads_other_tokens(done: Applied) -> bool:
+    """Whether a text is other ids after a plan, so that no verdict can compare what is said after each."""
+    return any(isinstance(operation, SwapTokenizer) for operation in done.operations)
+
+
 def write(
     opened: Opened,
     done: Applied,
@@ -135,14 +180,20 @@ def write(
     source = str(opened.origin.located.name or opened.origin.located.path)
     line = entry(done, source, digest(Stored(opened)), opened.origin.history)
     history = [*opened.origin.history, line]
-    more = {HISTORY: (json.dumps(history, indent=2) + "\n").encode()}
+    more: dict[str, bytes | None] = {HISTORY: (json.dumps(history, indent=2) + "\n").encode()}
+    origin = opened.origin
+    for swap in [operation for operation in done.operations if isinstance(operation, SwapTokenizer)]:
+        of = swap.counterparts()
+        said = of.config(origin.generation)
+        origin = dataclasses.replace(origin, config=of.config(origin.config), config_text=None, generation=said)
+        more |= of.files() | ({GENERATION: (json.dumps(said, indent=2) + "\n").encode()} if said else {})
     save_weights(
         done.spec,
         dtypes,
         read,
         directory,
         format,
-        origin=opened.origin,
+        origin=origin,
         more=more,
         force=force,
         shard_size=shard_size,

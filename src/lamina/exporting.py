@@ -72,13 +72,14 @@ def save_weights(
     format: str = "hf",
     *,
     origin: Origin | None = None,
-    more: Mapping[str, bytes] = MappingProxyType({}),
+    more: Mapping[str, bytes | None] = MappingProxyType({}),
     force: bool = False,
     shard_size: int = 5_000_000_000,
 ) -> None:
     """Write a model of which there is only the spec, and what reads one weight at a time.
 
-    `dtypes` has every parameter of the spec. `more`: files that go beside those of `save`. Raises as that does.
+    `dtypes` has every parameter of the spec. `more`: files that go beside those of `save`; None: this one does not.
+    Raises as that does.
     """
     _, known, write = _planned(
         spec, dtypes, read, origin, directory, format, force=force, shard_size=shard_size, more=more
@@ -99,7 +100,7 @@ def _planned(
     *,
     force: bool,
     shard_size: int,
-    more: Mapping[str, bytes] = MappingProxyType({}),
+    more: Mapping[str, bytes | None] = MappingProxyType({}),
 ) -> tuple[dict[str, Entry], Read, Callable[[Read], None]]:
     """The tensors of the files, what reads one of them, and what writes the directory with such a reader."""
     shapes = {name: tuple(p.shape) for name, p in spec.build(device="meta").named_parameters()}
@@ -130,7 +131,7 @@ def _planned(
         said["index"] = origin.index
 
     def write(read: Read) -> None:
-        beside = {**files, **more}
+        beside = {name: data for name, data in {**files, **more}.items() if data is not None}
         save_checkpoint(
             directory, plan, read, shard_size=shard_size, shards=shards, extra_files=beside, force=force, **said
         )

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import lamina
+from lamina.text.tokenizer import byte_letters
 from tests import tiny
+from tests.surgery.test_tokens import ENDS, byte_tokenizer
 
 
 @pytest.fixture
@@ -122,3 +125,38 @@ def test_checkpoints_are_merged_and_remembered(lam, tmp_path):
     lam("edit", a, plan, "--dry-run").refused("published architecture")
     plan.write_text("- {op: merge, models: [{}, {source: nowhere}]}\n")
     lam("edit", a, plan, "--dry-run").refused("nowhere")
+
+
+def test_another_tokenizer_goes_with_the_model(lam, source, tmp_path):
+    """Its files alone, and every id that a configuration names; transformers opens both."""
+    (source / "merges.txt").write_text("left by another tokenizer")
+    said = {"bos_token_id": 256, "eos_token_id": [257, 259], "max_new_tokens": 7}
+    (source / "generation_config.json").write_text(json.dumps(said))
+    letters = list(byte_letters().values())
+    order = [*ENDS, *letters, "he", "qu", "<pad>"]
+    new = byte_tokenizer(order, [("h", "e"), ("q", "u")], {"bos": "<s>", "eos": "</s>", "pad": "<pad>"})
+    new.save(tmp_path / "new")
+    path = plan(tmp_path, f"- {{op: tokenizer, folder: {tmp_path / 'new'}}}\n- {{op: vocabulary, multiple: 64}}\n")
+    done = lam("edit", source, path, "-o", tmp_path / "out", "--json")
+    assert "verdict" not in done.document and done.document["kept"] == "lossy"
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {path.name for path in (tmp_path / "new").iterdir()} <= names and "merges.txt" not in names
+    assert lamina.tokenizer(tmp_path / "out").tokens == new.tokens
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 0, "eos_token_id": [1], "max_new_tokens": 7}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["vocab_size"]) == (0, 1, 320)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = words("the quiet", return_tensors="pt").input_ids
+    ours = lamina.load(tmp_path / "out")
+    assert ids[0].tolist() == lamina.tokenizer(tmp_path / "out").encode("the quiet")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-4)
+    history = json.loads((tmp_path / "out" / "history.json").read_text())
+    assert history[-1]["plan"][0]["old"] == str(source)
+
+
+def test_a_tokenizer_that_is_nowhere(lam, source, tmp_path):
+    path = plan(tmp_path, "- {op: tokenizer, folder: nowhere}\n")
+    lam("edit", source, path, "-o", tmp_path / "out").refused("no source 'nowhere'")

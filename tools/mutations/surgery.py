@@ -7,6 +7,97 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("build: what the state lacks is said", "new = [name for name in wanted if name not in held]", "new = []"),
         ("build: shapes", "if tensor.shape != wanted[name].shape:", "if False:"),
     ],
+    "surgery/depth.py": [
+        (
+            "depth: a copy has weights of its own",
+            '"copy of layer {row.number}", torch.clone',
+            '"copy of layer {row.number}", moved(old).make',
+        ),
+        ("depth: the way back", "tuple(map(order.index, range(count)))", "tuple(range(count))"),
+        (
+            "depth: the encoder goes with the first that reads",
+            "made |= {now + name.removeprefix(before): moved(name) for name in inside}",
+            "pass",
+        ),
+        ("depth: one encoder", "                encoder = None\n", "                pass\n"),
+        (
+            "depth: a table that no layer shares is gone",
+            'if name.startswith((f"{path}.layers.", f"{path}.tables."))',
+            'if name.startswith(f"{path}.layers.")',
+        ),
+        ("depth: outputs begin at zero", "if rest in row.zeros:", "if False:"),
+        ("depth: post-norm layers", "if step.after is not None or step.residual != 1.0:", "if False:"),
+    ],
+    "surgery/stream.py": [
+        ("stream: each branch of a sum", "if not all(names for _, names in found):", "if False:"),
+        ("stream: a shared network beside experts", "[] if op.shared is None else", "[] if True else"),
+    ],
+    "surgery/rope.py": [
+        (
+            "rope: NTK is another base",
+            "self.scaling.factor ** (width / (width - 2))",
+            "self.scaling.factor ** (width / (width - 1))",
+        ),
+        ("rope: the context grows from what was trained on", "round(self.scaling.factor * trained)", "trained"),
+        ("rope: dynamic keeps the context", " or isinstance(self.scaling, DynamicNTKScaling):", ":"),
+        (
+            "rope: LongRoPE is bounded where the short list is 1",
+            "set(scaling.short) == {1.0} and scaling.attention == 1.0",
+            "False",
+        ),
+        ("rope: an original that was not", "plain and original > spec.context", "False"),
+        ("rotary: the table goes", "part.rotary is not None or part.relative is not None", "False"),
+    ],
+    "surgery/positions.py": [
+        (
+            "positions: rows before position 0",
+            "torch.cat([table[:offset], table[offset:][rows]])",
+            "table[torch.arange(size + offset) % len(table)]",
+        ),
+        ("positions: the ends stay the ends", "(len(rows) - 1) / max(size - 1, 1)", "len(rows) / size"),
+        (
+            "positions: one stack of two",
+            'if spec.context is not None and ("decoder" in found or not spec.two_stacks):',
+            "if spec.context is not None:",
+        ),
+        ("positions: stacks of two lengths have no way back", "len(sizes) == 1 and (", "("),
+    ],
+    "surgery/vocabulary.py": [
+        (
+            "vocabulary: every table of these tokens",
+            'names = [place.weight("weight") for place in places(spec, EmbeddingSpec) if place.part.vocabulary == old]',
+            'names = ["embedding.weight"]',
+        ),
+        ("vocabulary: each feature has its deviation", "wide.std(dim=0, correction=0)", "wide.std()"),
+        ("vocabulary: ids that are named stay", "if number >= size]", "if False]"),
+        (
+            "head: a copy of its own",
+            'made = {own: Made((table,), "copy of the table of tokens", torch.clone)}',
+            'made = {own: Made((table,), "copy", lambda x: x)}',
+        ),
+    ],
+    "surgery/norms.py": [
+        (
+            "norms: a tied head keeps the old table",
+            'made["head.weight"] = Made(("embedding.weight",)',
+            '_ = Made(("embedding.weight",)',
+        ),
+        ("norms: positions are centred", 'rows = [f"{path}.position.weight", f"{path}.segment.weight"]', "rows = []"),
+        (
+            "norms: biases of output projections are centred",
+            'dims = dict.fromkeys(rows, -1) | {f"{name}.bias": -1 for name in matrices}',
+            "dims = dict.fromkeys(rows, -1)",
+        ),
+        ("norms: the bias of a matrix stays", "return shift if own is None else own + shift", "return shift"),
+        ("norms: 1 + weight", "1 + norm if plus_one else norm", "norm"),
+        ("norms: what reads the last norm beside the head", "elif head is not None and", "elif"),
+    ],
+    "surgery/tokens.py": [
+        ("tokens: the same text, the same row", "if same in old.tokens:", "if False:"),
+        ("tokens: bytes that are no characters", "elif isinstance(text, bytes):", "elif False:"),
+        ("tokens: of no text the mean of all", "rows[(sizes == 0).to(table.device)] = flat.mean(dim=0)", "pass"),
+        ("tokens: a token that ends texts", "if special.end and not new.special.end:", "if False:"),
+    ],
     "surgery/heads.py": [
         ("key heads: the mean of those beside each other", "heads.mean(dim=1)", "heads[:, -1]"),
         ("key heads: copies beside each other", "repeat_interleave(times, dim=0)", "repeat(times, 1, 1)"),

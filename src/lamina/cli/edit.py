@@ -80,7 +80,9 @@ def edit(
     out.note(f"writing {output}")
     editing.write(opened, done, output, layout, seed=seed, force=force, shard_size=shard_size)
     document |= {"directory": str(output), "format": layout}
-    if not no_verdict:
+    if not no_verdict and editing.reads_other_tokens(done):
+        out.note("no verdict: the new model reads other tokens; lamina evaluate FILE gives the bits per byte of both")
+    elif not no_verdict:
         out.note("reading a text with both models")
         verdict = editing.judge(source, output, text=text, tokens=tokens, length=length, progress=_progress(out))
         document["verdict"] = verdict.to_dict()

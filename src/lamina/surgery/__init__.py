@@ -9,6 +9,7 @@ from lamina.surgery.encoders import CrossGraft, FreshEncoder
 from lamina.surgery.grafts import NeighbourEncoderSize, NewMemory, NewStep, Retrieval
 from lamina.surgery.heads import KeyHeads, OrderHeads
 from lamina.surgery.merging import Merge, Merged
+from lamina.surgery.norms import CentreOperation, FoldNorms
 from lamina.surgery.operation import Changed, Joining, Operation, Other, Others, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
 from lamina.surgery.plan import OPERATIONS, Applied, Plan, apply, read_plan, said
@@ -16,6 +17,7 @@ from lamina.surgery.positions import PositionsOperation
 from lamina.surgery.reading import Reading
 from lamina.surgery.retrofit import retrofit
 from lamina.surgery.rope import RopeOperation, RotaryPositions
+from lamina.surgery.tokens import SwapTokenizer
 from lamina.surgery.upcycle import PickExpert, Upcycle
 from lamina.surgery.verdict import Drift, Side, Verdict, compare, pieces
 from lamina.surgery.vocabulary import TieHead, VocabularyOperation
@@ -29,9 +31,11 @@ __all__ = [
     "SURGERIES",
     "Applied",
     "Beside",
+    "CentreOperation",
     "Changed",
     "CrossGraft",
     "Drift",
+    "FoldNorms",
     "FreshEncoder",
     "Joining",
     "KeyHeads",
@@ -57,6 +61,7 @@ __all__ = [
     "RopeOperation",
     "RotaryPositions",
     "Side",
+    "SwapTokenizer",
     "TieHead",
     "Upcycle",
     "Verdict",

@@ -86,9 +86,8 @@ class NewLayers(Operation):
         for step in layer.steps:
             where = f"{path}.{step.name}"
             if step.after is not None or step.residual != 1.0:
-                raise UnsupportedError(
-                    f"{where} is post-norm: a layer after it changes what passes even if it adds nothing"
-                )
+                why = "is post-norm" if step.after is not None else f"multiplies what passes by {step.residual}"
+                raise UnsupportedError(f"{where} {why}: a layer there changes the stream even if it adds nothing")
             zeros.append(f"{step.name}.gate")
             found = writers(step.op, width)
             if self.begin == "zero" and (step.post is not None or not found):

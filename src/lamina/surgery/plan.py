@@ -20,12 +20,14 @@ from lamina.surgery.encoders import CrossGraft
 from lamina.surgery.grafts import NewMemory, NewStep, Retrieval
 from lamina.surgery.heads import KeyHeads, OrderHeads
 from lamina.surgery.merging import Merge
+from lamina.surgery.norms import CentreOperation, FoldNorms
 from lamina.surgery.operation import Changed, FittedOperation, Joining, Kept, Operation, Other, Others, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
 from lamina.surgery.places import parts
 from lamina.surgery.positions import PositionsOperation
 from lamina.surgery.reading import Reading
 from lamina.surgery.rope import RopeOperation, RotaryPositions
+from lamina.surgery.tokens import SwapTokenizer
 from lamina.surgery.upcycle import PickExpert, Upcycle
 from lamina.surgery.vocabulary import TieHead, VocabularyOperation
 from lamina.surgery.weights import origin
@@ -44,7 +46,10 @@ OPERATIONS: dict[str, type[Operation]] = {
         RotaryPositions,
         PositionsOperation,
         VocabularyOperation,
+        SwapTokenizer,
         TieHead,
+        CentreOperation,
+        FoldNorms,
         Restore,
         NewStep,
         NewMemory,

@@ -64,9 +64,9 @@ class PositionsOperation(Operation):
 
     def _tables(self, spec: ModelSpec) -> dict[StackName, LearnedPositionSpec]:
         sides: list[StackName] = ["encoder", "decoder"] if self.stack is None else [stack_of(spec, self.stack)[0]]
-        stacks = {side: spec.encoder if side == "encoder" else spec.decoder for side in sides}
         found: dict[StackName, LearnedPositionSpec] = {}
-        for side, stack in stacks.items():
+        for side in sides:
+            stack = spec.encoder if side == "encoder" else spec.decoder
             if stack is not None and isinstance(stack.position, LearnedPositionSpec):
                 found[side] = stack.position
         if not found:
