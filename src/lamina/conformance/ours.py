@@ -80,7 +80,8 @@ class Ours:
     def attention(self, ids: Tensor) -> tuple[list[Tensor], list[Tensor | None], int]:
         record = Record("*")
         out = read(self.model, ids, record=record)
-        layers = [part for part in self.model.modules() if isinstance(part, CrossAttention)]
+        # A decoder with cross-attention that is given no source leaves it out.
+        layers = [m for m in self.model.modules() if isinstance(m, CrossAttention)] if self.facts.two_stacks else []
         layers += [part for part in self.model.modules() if isinstance(getattr(part, "spec", None), SelfAttentionSpec)]
         return out, [value for name, value in record.values.items() if name.endswith(".weights")], len(layers)
 

@@ -232,6 +232,9 @@ class Pretrained:
         if not any(value for name, value in said.items() if name.endswith(("aux_loss_coef", "z_loss_coef"))):
             return "no router has a loss"
         given = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+        if mask is not None:
+            given["labels"] = ids.masked_fill(mask == 0, -100)
+            given |= {"decoder_attention_mask": mask} if self.facts.two_stacks else {}
         out = self.model(**given, **({"output_router_logits": True} if asked else {}))
         losses = [value for name, value in out.items() if name.endswith(("aux_loss", "z_loss")) and value is not None]
         return torch.stack([torch.as_tensor(value) for value in losses]).sum() if losses else None
