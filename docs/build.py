@@ -1,5 +1,6 @@
 """Writes the parts of the documentation that come from the code and from measurements: docs/command-line.md,
-docs/layers.md, the lines of docs/adding-a-family.md, the figures of docs/memory.md, tables and figures of README.md.
+docs/layers.md, the lines of docs/adding-a-family.md, the figures of docs/memory.md, the grid of docs/conformance.md,
+tables and figures of README.md.
 
     python docs/build.py            write them
     python docs/build.py --check    say which are not as the code is, and write nothing
@@ -435,6 +436,52 @@ def data_figures() -> str:
     )
 
 
+GRID = {
+    "cached": ("cached decoding", "a padded row decodes", "decoding with neighbours", "the compiled step"),
+    "written": ("generating twice", "what was generated", "beams with"),
+    "padded": ("padded on", "sources padded", "the order of rows", "a row of padding"),
+    "NaN": ("NaN in", "a query that sees"),
+    "packed": ("packed",),
+    "causal": ("later tokens", "attention reaches", "neighbours are", "without neighbours"),
+    "backends": ("backends agree", "a backend that cannot"),
+    "state": ("a text read before", "the same input", "recording", "attention that is asked for"),
+    "router": ("the loss of a router", "padding is not in the loss"),
+    "training": ("training that goes on",),
+    "files": ("what is saved", "what is tied", "the spec", "a cast"),
+}
+"""Columns of the grid, and how the names of their rows begin. Refusals and finite weights are alike in all."""
+
+
+def grid() -> str:
+    """What benchmarks/conformance.py found of every kind of layer and every family; nothing before it has been run."""
+    if not (ROOT / "benchmarks/results/conformance.json").is_file():
+        return ""
+    found, reasons, rows = results("conformance"), {}, []
+    for name, said in found.items():
+        cells = []
+        for column, begins in GRID.items():
+            these = [row for title, row in said.items() if title.startswith(begins)]
+            cells.append(_worst(these))
+            if cells[-1] == "-":
+                why = "; ".join(dict.fromkeys(row["note"] for row in these))
+                reasons.setdefault((column, why), []).append(name)
+        rows.append((name, *cells))
+    whys = [f"- {column}, {why}: {_some(names)}" for (column, why), names in reasons.items()]
+    return f"{_table(('', *GRID), rows)}\n\nWhat was not tried, and why:\n\n" + "\n".join(whys) + "\n"
+
+
+def _worst(rows: list[dict[str, Any]]) -> str:
+    verdicts = {row["verdict"] for row in rows}
+    if "fails" in verdicts:
+        return "**fails**"
+    worst = max((row["worst"] or 0.0 for row in rows), default=0.0)
+    return "-" if verdicts <= {"not tried"} else f"{worst:.0e}" if worst else "0"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:8])} and {len(names) - 8} others"
+
+
 def placed(text: str, name: str, content: str) -> str:
     """`text` with what stands between the two marks of `name` replaced."""
     begin, end = f"<!-- generated: {name} -->\n", f"<!-- end: {name} -->\n"
@@ -466,6 +513,7 @@ def pages() -> dict[Path, str]:
         "product-keys": ("values", values_figures),
         "memory-tokens": ("tokens", tokens_figures),
         "retro": ("retro", retro_figures),
+        "conformance": ("grid", grid),
     }
     memories = {
         path: placed(path.read_text(encoding="utf-8"), mark, figures())

@@ -104,7 +104,8 @@ def test_noise_and_records_that_meddle_fail():
     meddled.decoder.forward = lambda x, call, segments=None: (
         inner(x, call, segments) * (1 + 1e-6 * len(call.record.names))
     )
-    assert failing(meddled) == {"recording changes no bit"}
+    # No file holds what was done to the module, so what is read again goes on without it.
+    assert failing(meddled) == {"recording changes no bit", "training that goes on from files = without a break"}
 
 
 def test_blind_rows_and_hidden_nan_fail(monkeypatch):
@@ -137,7 +138,7 @@ def test_a_model_that_raises_fails_and_the_rest_goes_on():
     report = lamina.verify(model)
     rows = {row.property: row for row in report.rows if row.verdict == "fails"}
     assert "cached decoding" in rows and "TypeError" in rows["cached decoding"].note
-    assert report.rows[-1].verdict == "holds"
+    assert report.rows[-1].property == "the compiled step = the model"
 
 
 def test_a_spec_that_lies_fails():

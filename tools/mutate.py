@@ -112,6 +112,10 @@ def tests_of(file: str) -> tuple[str, ...]:
         return () if name in own else ("tests/retrieve/test_database.py",)
     if folder == "adapters":
         return ("tests/adapters/test_lora.py", "tests/adapters/test_peft.py")
+    if folder == "conformance" and name in ("decoding", "files", "learning", "refusals", "state", "tokens", "report"):
+        return ("tests/conformance/test_rows.py",)
+    if folder == "conformance" and name in ("pretrained", "subject"):
+        return ("tests/conformance/test_subjects.py",)
     if folder == "surgery":
         own = {"retrofit": "retrofit", "build": "retrofit", "verdict": "verdict", "stream": "depth"}
         own |= {"positions": "tables", "vocabulary": "tables"}

@@ -404,3 +404,15 @@ def test_verify(run, llama, tmp_path):
     document = json.loads(out)
     assert status == 1 and document["passed"] is False
     assert document["rows"][0]["verdict"] == "fails" and "head.weight has 1" in document["rows"][0]["note"]
+
+
+def test_verify_with_transformers(run, llama, tmp_path):
+    status, out, _ = run("verify", llama, "--with", "transformers", "--json")
+    document = json.loads(out)
+    verdicts = {row["property"]: row["verdict"] for row in document["rows"]}
+    assert status == 1 and document["with"] == "transformers"
+    assert verdicts["packed = alone, told by positions and a mask of ones"] == "fails"
+    assert verdicts["cached decoding = the whole text, cache 'as returned'"] == "holds"
+    wrong(run("verify", llama, "--with", "transformers", "--compile"), "has no compiled step")
+    wrong(run("verify", "llama2/7b", "--with", "transformers"), "opens directories with a config.json")
+    wrong(run("verify", llama, "--with", "jax"), "'jax' is not one of")

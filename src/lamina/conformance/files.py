@@ -1,70 +1,79 @@
-"""Checks of files: what is saved is read again bit for bit, and a checkpoint is given back as it was."""
+"""Checks of files: what is saved is read again bit for bit, and what was tied stays tied."""
 
 from __future__ import annotations
 
+import copy
 import tempfile
-import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from lamina.conformance.report import Row, judged, left_out
+from lamina.conformance.report import RAISED, Row, compared, failed, judged, left_out, refused, same_bits
+from lamina.conformance.subject import Subject, positions, random_ids, stored
 from lamina.errors import UnsupportedError
-from lamina.model import Model
-from lamina.source import load, save
-from lamina.weights.files import Checkpoint
 
-LARGEST = 2**30  # bytes of weights beyond which nothing is written
+LARGEST = 2**30  # bytes of weights beyond which nothing is written or copied
 
 
-def saving(model: Model) -> Iterator[Row]:
-    name = "what is saved is read again, bit for bit"
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+def saving(subject: Subject) -> Iterator[Row]:
+    name, size = "what is saved is read again, bit for bit", stored(subject)
     if size > LARGEST:
         yield left_out(name, f"{size / 2**30:.1f} GiB of weights; up to {LARGEST / 2**30:.0f} GiB are written for this")
         return
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory) / "saved"
-        origin = model.origin
-        exact = origin is not None and origin.family is not None and origin.config_text is not None
         try:
-            save(model, folder, format="hf" if exact else "native")
+            layout = subject.save(folder)
         except UnsupportedError as error:
-            yield left_out(name, f"refused: {error}")
+            yield refused(name, error)
             return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of weights that are not finite: a row of their own
-            again = load(folder)
-        ours, theirs = dict(model.named_parameters()), dict(again.named_parameters())
-        different = sum(n not in theirs or not same_bits(p, theirs[n]) for n, p in ours.items()) + (
-            again.spec != model.spec
-        )
-        layout = "Hugging Face layout" if exact else "native layout"
-        yield judged(name, f"spec and {len(ours)} parameters, {layout}", float(different))
-        if origin is not None and exact:
-            yield _given_back(origin.located.path, folder)
+        try:
+            again = subject.load(folder).model
+        except RAISED as error:
+            yield failed(name, error)
+            return
+        ours, theirs = dict(subject.model.named_parameters()), dict(again.named_parameters())
+        different = sum(n not in theirs or not same_bits(p, theirs[n]) for n, p in ours.items())
+        yield judged(name, f"{len(ours)} parameters, {layout}", float(different + len(theirs.keys() - ours.keys())))
+        different = len(_tied(subject.model) ^ _tied(again))
+        yield judged("what is tied stays tied", f"{len(_tied(again))} parameters of several names", float(different))
+        yield from subject.of_files(folder, again)
 
 
-def _given_back(source: Path, folder: Path) -> Row:
-    name = "loading and saving gives back the file"
-    before, after = Checkpoint(source), Checkpoint(folder)
-    if set(before.entries) == set(after.entries) and any(
-        before.entries[n].dtype != after.entries[n].dtype for n in before.entries
-    ):
-        return left_out(name, "it was loaded with another dtype than the file has")
-    different = len(set(before.entries) ^ set(after.entries))
-    different += sum(not same_bits(before.read(n), after.read(n)) for n in set(before.entries) & set(after.entries))
-    parent = source if source.is_dir() else source.parent
-    config = (parent / "config.json").read_bytes() != (folder / "config.json").read_bytes()
-    said = f"names, dtypes, shapes and bytes of {len(before.entries)} tensors, and config.json"
-    return judged(name, said, float(different + config))
+def _tied(model: nn.Module) -> set[frozenset[str]]:
+    """Names that are one parameter."""
+    names: defaultdict[int, set[str]] = defaultdict(set)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].add(name)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have one dtype, one shape and the same bytes; NaN equals NaN."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
-    return torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+def casting(subject: Subject) -> Iterator[Row]:
+    """A cast to bfloat16 and back rounds weights. Whatever else it rounds (phases of RoPE) shows at far positions."""
+    name, dtype = "a cast to bfloat16 rounds weights only", next(subject.model.parameters()).dtype
+    if dtype not in (torch.float32, torch.float64) or stored(subject) > LARGEST:
+        large = stored(subject) > LARGEST
+        yield left_out(name, f"the model is larger than {LARGEST / 2**30:.0f} GiB" if large else f"it is {dtype}")
+        return
+    try:
+        rounded, cast = copy.deepcopy(subject.model), copy.deepcopy(subject.model)
+    except RAISED as error:
+        yield left_out(name, f"the model cannot be copied: {' '.join(str(error).split())[:100]}")
+        return
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).to(dtype)
+    cast = cast.to(torch.bfloat16).to(dtype)
+    facts = subject.facts
+    ids, told, said = random_ids(subject, 1, facts.length), None, "from the first position on"
+    if facts.first is not None:
+        half, room = facts.length // 2, min(facts.context or FAR, FAR) - facts.length
+        told = positions(subject, half, facts.length - half, gap=max(room, 0)) if room > 0 else None
+        said = f"half of them {room} positions away" if room > 0 else said
+    ours, theirs = (subject.over(model).read(ids, torch.ones_like(ids), positions=told) for model in (cast, rounded))
+    yield compared(ours, theirs).row(name, f"{facts.length} tokens, {said}, against weights rounded by hand")
+
+
+FAR = 8192  # positions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -64,6 +65,21 @@ def left_out(property: str, why: str) -> Row:
     return Row(property, "", None, None, "not tried", why)
 
 
+def refused(property: str, error: Exception) -> Row:
+    """A row for what the model refuses by name: no number is wrong, and none was compared."""
+    return left_out(property, f"refused: {' '.join(str(error).split())[:200]}")
+
+
+def failed(property: str, error: Exception) -> Row:
+    """A row for what a model raised on sound input."""
+    said = " ".join(str(error).split())
+    return Row(property, "", None, None, "fails", f"{type(error).__name__}: {said[:200]}")
+
+
+RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What a model may raise that a check turns into a row: all that says something about the model."""
+
+
 class Difference:
     """The worst of several comparisons: the one that used up the largest share of what was allowed for it."""
 
@@ -82,9 +98,30 @@ class Difference:
         return judged(property, compared, self.worst, self.allowed)
 
 
+def compared(ours: Iterable[Tensor], reference: Iterable[Tensor]) -> Difference:
+    """Two answers, list against list."""
+    worst = Difference()
+    for one, other in zip(ours, reference, strict=True):
+        worst.add(one, other)
+    return worst
+
+
+def alike(ours: Iterable[Tensor], reference: Iterable[Tensor]) -> bool:
+    """Whether two answers are equal to rounding."""
+    return compared(ours, reference).share <= 1
+
+
 def gap(a: Tensor, b: Tensor) -> float:
     """The largest absolute difference; infinite where a number is NaN."""
     if not a.numel():
         return 0.0
     worst = float((a.double() - b.double()).abs().max())
     return math.inf if math.isnan(worst) else worst
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one dtype, one shape and the same bytes; NaN equals NaN."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
+    return torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))

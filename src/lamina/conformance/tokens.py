@@ -1,4 +1,4 @@
-"""Checks of how tokens see each other: cached, padded, packed or alone, a text gives the same numbers."""
+"""Checks of how tokens see each other: padded, packed, in another order or alone, a text gives the same numbers."""
 
 from __future__ import annotations
 
@@ -9,158 +9,151 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lamina.cache import KINDS
-from lamina.conformance.report import Difference, Row, gap, judged, left_out
-from lamina.conformance.trial import TOKENS, SelfAttentionSpec, random_ids, random_sources, read, text_length
+from lamina.conformance.report import Difference, Row, gap, judged, left_out, refused
+from lamina.conformance.subject import Source, Subject, positions, random_ids
 from lamina.errors import UnsupportedError
-from lamina.layers import CrossAttention, ExpertsSpec, Record
-from lamina.model import Model, of_text
-from lamina.patterns import allowed
-from lamina.tokens import plain
-
-LARGE = 50_000_000  # parameters
 
 
-def cached_decoding(model: Model) -> Iterator[Row]:
-    name = "cached decoding = the whole text"
-    if model.decoder is None:
-        yield left_out(name, "there is no decoder")
-        return
-    length = text_length(model)
-    ids = random_ids(model, 2, length)
-    whole = read(model, ids)
-    # Each step of a large model reads all its weights: it takes its last six tokens one by one, a small one all.
-    large = sum(p.numel() for p in model.parameters()) > LARGE
-    single = [length - 6, *[1] * 6] if large else [1] * length
-    splits = (single, [length // 2, length - length // 2], [3, 1, length - 4])
-    said = f"{length} tokens{', the last 6' if large else ''} one by one, in halves, as 3 + 1 + rest"
-    for kind in KINDS:
-        worst = Difference()
-        try:
-            for split in splits:
-                cache = model.new_cache(kind, 2, length)
-                _compare(worst, [read(model, part, cache=cache) for part in ids.split(split, dim=1)], whole)
-        except UnsupportedError as error:
-            yield left_out(f"{name}, cache {kind!r}", f"refused: {error}")
-            continue
-        yield worst.row(f"{name}, cache {kind!r}", said)
-    yield _padded_decoding(model, ids)
-
-
-def _padded_decoding(model: Model, ids: Tensor) -> Row:
-    length = ids.shape[1]
-    mask, worst = torch.ones_like(ids), Difference()
-    mask[1, :5] = 0
-    cache = model.new_cache("auto", 2, length)
-    steps = (slice(0, length - 4), *(slice(at, at + 1) for at in range(length - 4, length)))
-    parts = [[each[1:] for each in read(model, ids[:, at], mask[:, at], cache=cache)] for at in steps]
-    parts[0] = [each[:, 5:] for each in parts[0]]
-    _compare(worst, parts, read(model, ids[1:, 5:]))
-    return worst.row("a padded row decodes as it does alone", "5 of padding on its left, then 4 steps")
-
-
-def _compare(worst: Difference, parts: list[list[Tensor]], whole: list[Tensor]) -> None:
-    for pieces, reference in zip(zip(*parts, strict=True), whole, strict=True):
-        worst.add(torch.cat(pieces, dim=1), reference)
-
-
-def padding(model: Model) -> Iterator[Row]:
-    length = text_length(model)
-    lengths = [length, length - 5, 3]
-    ids = random_ids(model, 3, length)
+def padding(subject: Subject) -> Iterator[Row]:
+    facts = subject.facts
+    lengths = [facts.length, facts.length - 5, 3]
+    ids = random_ids(subject, 3, facts.length)
     for side in ("right", "left"):
-        spans = [slice(0, n) if side == "right" else slice(length - n, length) for n in lengths]
-        mask, worst = torch.zeros_like(ids), Difference()
+        mask, spans = _padded(ids, lengths, side)
+        worst, together = Difference(), subject.read(ids, mask)
         for row, span in enumerate(spans):
-            mask[row, span] = 1
-        together = read(model, ids, mask)
-        for row, span in enumerate(spans):
-            for ours, alone in zip(together, read(model, ids[row : row + 1, span]), strict=True):
+            for ours, alone in zip(together, subject.read(ids[row : row + 1, span]), strict=True):
                 worst.add(ours[row : row + 1, span], alone)
         yield worst.row(f"padded on the {side} = alone", f"rows of {lengths} tokens in one batch")
-        if model.spec.two_stacks and (model.spec.reads_ids or side == "right"):
-            yield _padded_sources(model, lengths, side)
+        if facts.two_stacks and (not facts.hears or side == "right"):
+            yield _padded_sources(subject, lengths, side)
 
 
-def _padded_sources(model: Model, lengths: list[int], side: str) -> Row:
-    texts, sources, worst = random_ids(model, len(lengths), 7, seed=1), random_sources(model, lengths), Difference()
-    mask = torch.zeros((len(lengths), sources.shape[-1]), dtype=torch.int64, device=sources.device)
-    spans = [slice(0, n) if side == "right" else slice(mask.shape[1] - n, mask.shape[1]) for n in lengths]
+def _padded(ids: Tensor, lengths: list[int], side: str) -> tuple[Tensor, list[slice]]:
+    length = ids.shape[-1]
+    spans = [slice(0, n) if side == "right" else slice(length - n, length) for n in lengths]
+    mask = torch.zeros((len(lengths), length), dtype=torch.int64, device=ids.device)
     for row, span in enumerate(spans):
         mask[row, span] = 1
-    together = read(model, texts, source={model.reads: sources, "attention_mask": mask})
+    return mask, spans
+
+
+def _padded_sources(subject: Subject, lengths: list[int], side: str) -> Row:
+    texts, content, worst = random_ids(subject, len(lengths), 7, seed=1), subject.sources(lengths), Difference()
+    mask, spans = _padded(content, lengths, side)
+    together = subject.read(texts, source=Source(content, mask))
     for row, span in enumerate(spans):
-        one = {model.reads: sources[row : row + 1, ..., span]}
-        for ours, alone in zip(together, read(model, texts[row : row + 1], source=one), strict=True):
+        one = Source(content[row : row + 1, ..., span])
+        for ours, alone in zip(together, subject.read(texts[row : row + 1], source=one), strict=True):
             worst.add(ours[row : row + 1], alone)
-    what = "tokens" if model.spec.reads_ids else "frames"
+    what = "frames" if subject.facts.hears else "tokens"
     return worst.row(f"sources padded on the {side} = alone", f"sources of {lengths} {what} in one batch")
 
 
-def packing(model: Model) -> Iterator[Row]:
-    if not model.spec.reads_ids:
-        yield left_out("packed = alone", "a spectrogram is one text a row")
+def order(subject: Subject) -> Iterator[Row]:
+    ids, index = random_ids(subject, 4, subject.facts.length), torch.tensor([2, 0, 3, 1])
+    mask = torch.ones_like(ids)
+    mask[1, -4:] = 0
+    before, after = subject.read(ids, mask), subject.read(ids[index], mask[index])
+    worst = Difference()
+    real = mask[index].bool()
+    for ours, reference in zip(after, before, strict=True):
+        worst.add(ours[real], reference[index][real])
+    yield worst.row("the order of rows changes nothing", "4 rows in another order, one of them padded")
+
+
+def packing(subject: Subject) -> Iterator[Row]:
+    """Documents in one row, told apart by positions that restart, and by nothing else."""
+    name, facts = "packed = alone", subject.facts
+    if facts.hears or facts.first is None:
+        why = "a spectrogram is one text a row" if facts.hears else "the model takes no positions"
+        yield left_out(f"{name}, told by positions", why)
         return
-    length = text_length(model)
-    lengths = [length // 2, 3, length - length // 2 - 3]
-    ids, worst, pairs = random_ids(model, 1, length), Difference(), model.spec.two_stacks
-    source, sizes = random_sources(model, [length]), [3, length // 2, length - length // 2 - 3]
-    told = {"input_ids": source, "document_ids": _documents(sizes, ids)} if pairs else None
-    more = {f"{'decoder_' if pairs else ''}document_ids": _documents(lengths, ids)}
-    packed = [each.split(lengths, dim=1) for each in read(model, ids, source=told, **more)]
-    for i, (text, one) in enumerate(zip(ids.split(lengths, dim=1), source.split(sizes, dim=1), strict=True)):
-        for ours, alone in zip(packed, read(model, text, source={"input_ids": one}), strict=True):
-            worst.add(ours[i], alone)
-    what = f"pairs, the sources of {sizes} and the texts of" if pairs else "documents of"
-    yield worst.row("packed = alone", f"{what} {lengths} tokens in one row")
+    length = facts.length
+    lengths, sizes = [length // 2, 3, length - length // 2 - 3], [3, length // 2, length - length // 2 - 3]
+    ids, content = random_ids(subject, 1, length), subject.sources([length]) if facts.two_stacks else None
+    told = positions(subject, *lengths)
+    source = None if content is None else Source(content, positions=positions(subject, *sizes))
+    texts = ids.split(lengths, dim=1)
+    sources = [None] * 3 if content is None else [Source(one) for one in content.split(sizes, dim=1)]
+    alone = [subject.read(text, source=one) for text, one in zip(texts, sources, strict=True)]
+    what = f"pairs, the sources of {sizes} and the texts of" if facts.two_stacks else "documents of"
+    ways: list[tuple[str, Tensor | None, str]] = [("", None, ""), (" and a mask of ones", torch.ones_like(ids), "")]
+    ways += [(" with a cache", None, kind) for kind in facts.caches[:1]]
+    for said, mask, kind in ways:
+        cache = subject.new_cache(kind, 1, length) if kind else None
+        try:
+            whole = subject.read(ids, mask, positions=told, source=source, cache=cache)
+        except UnsupportedError as error:
+            yield refused(f"{name}, told by positions{said}", error)
+            continue
+        worst = Difference()
+        for at, one in enumerate(alone):
+            for ours, reference in zip(whole, one, strict=True):
+                worst.add(ours.split(lengths, dim=1)[at], reference)
+        yield worst.row(f"{name}, told by positions{said}", f"{what} {lengths} tokens in one row")
 
 
-def _documents(lengths: list[int], ids: Tensor) -> Tensor:
-    return torch.tensor([[i for i, n in enumerate(lengths) for _ in range(n)]], device=ids.device)
+def placing(subject: Subject) -> Iterator[Row]:
+    """Positions that are handed over are heeded or refused: ignored in silence they are a text that was never asked."""
+    name, ids = "positions are heeded or refused", random_ids(subject, 1, 8)
+    try:
+        moved = subject.read(ids, positions=positions(subject, 4, 4, gap=3))
+    except (TypeError, ValueError) as error:
+        yield Row(name, "refused", None, None, "holds", " ".join(str(error).split())[:200])
+        return
+    ignored = all(torch.equal(a, b) for a, b in zip(moved, subject.read(ids), strict=True))
+    yield judged(
+        name, "a gap of 3 after the fourth token", float(ignored), note="a gap changes no bit" if ignored else ""
+    )
 
 
-def empty_rows(model: Model) -> Iterator[Row]:
-    ids = random_ids(model, 2, min(TOKENS, model.spec.context or TOKENS))
+def empty_rows(subject: Subject) -> Iterator[Row]:
+    ids = random_ids(subject, 2, subject.facts.length)
     mask = torch.ones_like(ids)
     mask[1] = 0
-    record = Record("*.weights")
-    out = read(model, ids, mask, record=record)
-    bad = sum(int((~torch.isfinite(each)).sum()) for each in out)
-    yield judged("a row of padding gives no NaN", "hidden states and logits", float(bad))
-    size = ids.shape[1]
-    # Of two stacks the decoder's own: what is empty here is its row, and the source is not.
-    others = [part.path for part in model.modules() if isinstance(part, CrossAttention)]
-    others += ["encoder."] if model.spec.two_stacks else []
-    own = {name: value for name, value in record.values.items() if not name.startswith(tuple(others))}
-    shares = [value[1] for value in own.values() if value.shape[-2:] == (size, size)]
-    worst = max((float(share.abs().max()) for share in shares), default=0.0)
-    yield judged("a row of padding attends to nothing", f"the weights of {len(shares)} layers", worst)
+    bad = sum(int((~torch.isfinite(each)).sum()) for each in subject.read(ids, mask))
+    yield judged("a row of padding gives no NaN", "a row of text and one of padding", float(bad))
 
 
-def causality(model: Model) -> Iterator[Row]:
-    name = "later tokens change no earlier bit"
-    if model.spec.decoder is None:
-        yield left_out(name, "there is no decoder")
+def hidden_nan(subject: Subject) -> Iterator[Row]:
+    """What padding holds, even NaN, reaches nothing: kernels that multiply it by a zero hand it on."""
+    ids, worst = random_ids(subject, 2, subject.facts.length), Difference()
+    for side in ("right", "left"):
+        mask, spans = _padded(ids, [ids.shape[1], ids.shape[1] - 5], side)
+
+        def poison(module: object, given: tuple[Tensor, ...], out: Tensor, mask: Tensor = mask) -> Tensor:
+            here = given[0].shape == ids.shape and torch.equal(given[0], ids)  # and not what an encoder reads
+            return out.masked_fill(~mask.bool()[..., None], math.nan) if here else out
+
+        before = subject.read(ids, mask)
+        handle = subject.embedding().register_forward_hook(poison)
+        try:
+            after = subject.read(ids, mask)
+        finally:
+            handle.remove()
+        for ours, reference in zip(after, before, strict=True):
+            worst.add(ours[:1], reference[:1])
+            worst.add(ours[1, spans[1]], reference[1, spans[1]])
+    yield worst.row("NaN in padding reaches no token", "5 embeddings on either side")
+
+
+def causality(subject: Subject) -> Iterator[Row]:
+    name, facts = "later tokens change no earlier bit", subject.facts
+    if facts.causal:
+        yield left_out(name, facts.causal)
         return
-    length = text_length(model)
-    tokens = plain(1, length)
-    for part in of_text(model.spec.decoder):
-        if isinstance(part, SelfAttentionSpec):
-            mask = allowed(part.pattern, tokens.query(), tokens.key()).expand(1, length, length)
-            if bool(mask.triu(1).any()):
-                yield left_out(name, f"{type(part.pattern).__name__} looks ahead")
-                return
-    ids = random_ids(model, 1, length)
-    before, worst, moved = read(model, ids), Difference(), math.inf
-    places = sorted({1, length // 2, length - 1})
+    ids = random_ids(subject, 1, facts.length)
+    before, worst, moved = subject.read(ids), Difference(), math.inf
+    places = sorted({1, facts.length // 2, facts.length - 1})
     for at in places:
         changed = ids.clone()
-        changed[0, at] = (changed[0, at] + 1) % model.spec.embedding.vocabulary
-        after = read(model, changed)
+        changed[0, at] = facts.choices[(int((facts.choices == ids[0, at]).nonzero()) + 1) % len(facts.choices)]
+        after = subject.read(changed)
         for ours, reference in zip(after, before, strict=True):
             worst.add(ours[:, :at], reference[:, :at])
         moved = min(moved, gap(before[0][:, at:], after[0][:, at:]))
-    experts = any(isinstance(part, ExpertsSpec) for _, part in model.spec.decoder.walk())
-    allow, note = (worst.allowed, "to rounding: an expert's product has other rows beside it") if experts else (0.0, "")
-    row = judged(name, f"token {', '.join(map(str, places))} of {length} changed", worst.worst, allow, note)
+    allow, note = (worst.allowed, f"to rounding: {facts.exact}") if facts.exact else (0.0, "")
+    said = f"token {', '.join(map(str, places))} of {facts.length} changed"
+    row = judged(name, said, worst.worst, allow, note)
     yield row if moved > 0 else replace(row, verdict="fails", note="a changed token changed nothing at all")
