@@ -38,7 +38,7 @@ PLANS: dict[str, tuple[list[dict[str, Any]], int]] = {
     ),
     "40 layers: 0-19, 10-29": ([{"op": "layers", "order": ["0-19", "10-29"]}], 512),
     "40 layers, new ones add nothing": ([{"op": "new_layers", "after": ["20-29"]}], 512),
-    "RETRO graft": ([{"op": "retrieval", "layers": [15, 21]}], 512),
+    "RETRO graft": ([{"op": "retrieval", "begin": "copied", "at": ["decoder.layers.17", "decoder.layers.20"]}], 512),
 }
 """Name -> the operations, and the tokens that the verdict reads at one time."""
 

@@ -4,13 +4,15 @@
 
 DIRECTORY becomes a source with the weights of SOURCE and the new ones at their initial values, for `lamina train` to go
 on with; until then it writes what SOURCE writes. The encoder of neighbours has the width of the decoder and begins with
-its table of tokens.
+its table of tokens; with --copied it is the decoder up to the layers that read, and they begin as copies of their
+attention. --dtype is that of all weights.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import lamina
 from lamina.layers import AttentionSpec, neighbour_encoder
@@ -23,9 +25,11 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layers", default="15,21", help="that read neighbours, counted from 0")
     parser.add_argument("--chunk", type=int, default=64, help="tokens")
-    parser.add_argument("--encoder-layers", type=int, default=1)
+    parser.add_argument("--encoder-layers", type=int, default=1, help="of one that begins anew")
+    parser.add_argument("--copied", action="store_true")
+    parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
-    base = lamina.load(options.source, dtype="float32")
+    base = lamina.load(options.source, dtype=options.dtype)
     spec = base.spec
     places = tuple(int(layer) for layer in options.layers.split(","))
     attention = spec.decoder.layers[places[0]].steps[0].op if spec.decoder is not None else None
@@ -40,12 +44,14 @@ def main() -> None:
         hidden=2 * spec.width,
         layers=options.encoder_layers,
     )
-    fitted, state = retrofit(spec, base.state_dict(), layers=places, chunk=options.chunk, encoder=encoder)
+    how: dict[str, Any] = {"begin": "copied"} if options.copied else {"encoder": encoder}
+    fitted, state = retrofit(spec, base.state_dict(), layers=places, chunk=options.chunk, **how)
     model, new = build(fitted, state)
     model.origin = base.origin  # its tokenizer and what else lies beside the weights go along
     lamina.save(model, options.directory, "native")
-    count = sum(model.state_dict()[name].numel() for name in new)
-    print(f"{options.directory}: {count:,} new weights beside {sum(w.numel() for w in base.parameters()):,}")
+    held = sum(weight.numel() for weight in base.parameters())
+    count = sum(weight.numel() for weight in model.parameters()) - held
+    print(f"{options.directory}: {count:,} new weights beside {held:,}, {len(new)} of them from nothing")
 
 
 if __name__ == "__main__":

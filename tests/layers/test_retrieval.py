@@ -20,6 +20,7 @@ from lamina.layers import (
     Neighbours,
     Record,
     RMSNormSpec,
+    RotarySpec,
     SinusoidalPositionSpec,
     StepSpec,
     TransformerXLSpec,
@@ -42,14 +43,17 @@ TINY = {
 }  # fmt: skip
 
 
-def layer(key_heads: int = 2, relative: bool = True, **fields: int) -> ChunkedCrossAttention:
+TERMS = {"none": None, "Transformer-XL": TransformerXLSpec(base=50.0), "rotary": RotarySpec(base=30.0, width=4)}
+
+
+def layer(key_heads: int = 2, relative: str = "Transformer-XL", **fields: int) -> ChunkedCrossAttention:
     encoder = neighbour_encoder(WIDTH, VOCABULARY, width=6, heads=3, head_dim=4, hidden=9, layers=2)
     attention = CrossAttentionSpec(
         heads=4,
         key_heads=key_heads,
         head_dim=5,
         memory_width=6,
-        relative=TransformerXLSpec(base=50.0) if relative else None,
+        relative=TERMS[relative],
     )
     spec = ChunkedCrossAttentionSpec(attention=attention, chunk=CHUNK, encoder=encoder, **fields)
     module = spec.build(WIDTH).double().eval()
@@ -70,7 +74,8 @@ def found(batch: int, chunks: int, length: int = 7, seed: int = 0, count: int = 
 def attended(
     module: nn.Module, queries: list[tuple[int, Tensor]], keys: list[tuple[int, Tensor]], base: float
 ) -> list[Tensor]:
-    """One row for each query; queries and keys are (position, vector). Transformer-XL's four terms, one by one."""
+    """One row for each query; queries and keys are (position, vector). Transformer-XL's four terms, one by one; pairs
+    of rotary phases as complex numbers."""
     spec, size, outs = module.spec, module.spec.head_dim, []
     term = module.relative
     for at, x in queries:
@@ -83,6 +88,12 @@ def attended(
             for place, y in keys:
                 key = (module.k.weight @ y)[read]
                 score = query @ key
+                if (rotary := getattr(spec, "rotary", None)) is not None:
+                    half = rotary.width // 2
+                    angles = torch.tensor([(at - place) * rotary.base ** (-i / half) for i in range(half)])
+                    pair = torch.complex(query[:half], query[half : 2 * half]) * torch.polar(torch.ones(half), angles)
+                    other = torch.complex(key[:half], key[half : 2 * half])
+                    score = (pair * other.conj()).real.sum() + query[2 * half :] @ key[2 * half :]
                 if term is not None:
                     angles = torch.tensor([(at - place) * base ** (-2 * i / len(x)) for i in range(len(x) // 2)])
                     far = (term.project.weight @ torch.cat([angles.sin(), angles.cos()]).double())[part]
@@ -116,10 +127,11 @@ def encoded(module: nn.Module, ids: list[int], chunk: list[Tensor]) -> list[Tens
 def naive(module: ChunkedCrossAttention, x: Tensor, neighbours: dict[int, list[list[int]]]) -> Tensor:
     """(T, width) of one document, with the neighbours of some of its chunks."""
     m, out = module.spec.chunk, torch.zeros_like(x)
+    before = m if module.spec.attention.rotary is not None else 0  # as self-attention has it, nothing is ahead
     for chunk, several in neighbours.items():
         beside = [x[t] for t in range(chunk * m, (chunk + 1) * m)]
         keys = [
-            (chunk * m + place, vector)
+            (chunk * m - before + place, vector)
             for ids in several
             for place, vector in enumerate(encoded(module.encoder, ids, beside))
         ]
@@ -135,16 +147,19 @@ def lists(ids: Tensor) -> dict[int, list[list[int]]]:
 
 
 @cache
-def by_loop(key_heads: int, relative: bool) -> tuple[ChunkedCrossAttention, Tensor, Tensor, Tensor]:
+def by_loop(key_heads: int, relative: str) -> tuple[ChunkedCrossAttention, Tensor, Tensor, Tensor]:
     """A layer, what it reads, the neighbours, and what the loop makes of both."""
     module, x, ids = layer(key_heads, relative), noise(2, LENGTH, WIDTH), found(2, 3)
     return module, x, ids, torch.stack([naive(module, x[row], lists(ids[row])) for row in range(2)])
 
 
 @pytest.mark.parametrize("backend", ON_THE_CPU)
-@pytest.mark.parametrize(("key_heads", "relative"), [(4, True), (2, True), (1, True), (2, False)])
+@pytest.mark.parametrize(
+    ("key_heads", "relative"),
+    [(4, "Transformer-XL"), (2, "Transformer-XL"), (1, "Transformer-XL"), (2, "none"), (2, "rotary")],
+)
 @torch.no_grad()
-def test_it_is_the_loop_over_tokens(key_heads: int, relative: bool, backend: str):
+def test_it_is_the_loop_over_tokens(key_heads: int, relative: str, backend: str):
     module, x, ids, expected = by_loop(key_heads, relative)
     out = module(x, Call(tokens=plain(2, LENGTH), memory=Neighbours(ids), backend=backend))
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)  # phases are in float32
@@ -438,6 +453,17 @@ def test_specs_that_contradict_themselves(model: Model):
             lambda: op.replace(attention=op.attention.replace(memory_width=3)),
             "width 14, and attention.memory_width is 3",
         ),
+        (lambda: op.encoder.replace(depths=(1, 1)), "they must grow, from 0 to 1"),
+        (lambda: op.encoder.replace(depths=(2,)), "they must grow, from 0 to 1"),
+        (
+            lambda: op.encoder.replace(depths=(1,), stack=op.encoder.stack.replace(repeat=2)),
+            "whose layers run once",
+        ),
+        (
+            lambda: op.replace(encoder=op.encoder.replace(depths=(1,))),
+            "gives width 28, and attention.memory_width is 14",
+        ),
+        (lambda: op.attention.replace(relative=RotarySpec(width=10)), "at most head_dim=8"),
         (lambda: op.encoder.replace(width=0), "at least 1"),
         (lambda: op.build(5), "memory_width is 18; the text that it reads has 5"),
         (lambda: retrieving(layers, (), step, op.encoder), "they must grow, from 0 to 4"),

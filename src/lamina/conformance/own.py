@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lamina.conformance.report import Difference, Row, judged, left_out
-from lamina.conformance.trial import TOKENS, random_ids, read, text_length
+from lamina.conformance.trial import TOKENS, random_ids, random_sources, read, text_length
 from lamina.layers import CrossAttention, Record
 from lamina.model import Model, ModelSpec
 
@@ -32,7 +32,7 @@ def documents(model: Model) -> Iterator[Row]:
     length = text_length(model)
     lengths = [length // 2, 3, length - length // 2 - 3]
     ids, worst, pairs = random_ids(model, 1, length), Difference(), model.spec.two_stacks
-    source, sizes = random_ids(model, 1, length, seed=98), [3, length // 2, length - length // 2 - 3]
+    source, sizes = random_sources(model, [length]), [3, length // 2, length - length // 2 - 3]
     told = {"input_ids": source, "document_ids": _documents(sizes, ids)} if pairs else None
     more = {f"{'decoder_' if pairs else ''}document_ids": _documents(lengths, ids)}
     packed = [each.split(lengths, dim=1) for each in read(model, ids, source=told, **more)]

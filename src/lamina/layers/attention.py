@@ -17,7 +17,7 @@ from lamina.layers.initial import Draw
 from lamina.layers.linear import Linear, together
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.layers.relative import ShawSpec, TransformerXLSpec
-from lamina.layers.rotary import RotarySpec, prepare
+from lamina.layers.rotary import RotarySpec, check_width, prepare
 from lamina.patterns import Causal, Pattern, Retained
 from lamina.specs import Spec
 from lamina.tokens import Tokens
@@ -45,9 +45,7 @@ class AttentionSpec(Spec):
             raise LaminaError(f"heads={self.heads} must be a multiple of key_heads={self.key_heads}, both at least 1")
         if self.head_dim < 1 or not 0 <= self.dropout <= 1:
             raise LaminaError(f"head_dim={self.head_dim} must be at least 1, dropout={self.dropout} within 0 and 1")
-        turned = 0 if self.rotary is None else self.rotary.width or self.head_dim
-        if turned > self.head_dim or turned % 2:
-            raise LaminaError(f"rotary.width={turned} must be even and at most head_dim={self.head_dim}")
+        check_width(self.rotary, self.head_dim)
         if self.softcap is not None and self.softcap <= 0:
             raise LaminaError(f"softcap is {self.softcap}; it must be above 0, or None")
 

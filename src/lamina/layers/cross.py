@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from lamina.attend import Request, attend, weights
 from lamina.cache import MemorySlot, NeighbourSlot
 from lamina.errors import LaminaError
+from lamina.layers.cached import turn
 from lamina.layers.call import Call
 from lamina.layers.linear import Linear
 from lamina.layers.norm import LayerNormSpec, RMSNormSpec
 from lamina.layers.relative import TransformerXLSpec
+from lamina.layers.rotary import RotarySpec, check_width, prepare
 from lamina.patterns import Everything, Retained
 from lamina.specs import Spec
 from lamina.tokens import Tokens, plain
@@ -29,7 +31,7 @@ class CrossAttentionSpec(Spec):
     key_heads: int
     head_dim: int
     memory_width: int | None = None  # of what is read, where it is not the model's own
-    relative: TransformerXLSpec | None = None  # positions of what is read count from the same 0: RETRO
+    relative: TransformerXLSpec | RotarySpec | None = None  # positions of what is read count from the same 0: RETRO
     scale: float | None = None  # None: head_dim^-0.5; 1.0 in T5
     qk_norm: LayerNormSpec | RMSNormSpec | None = None  # on each head: Llama 3.2 Vision
     bias: Literal["none", "qkv", "all", "qvo"] = "none"  # "all" in BART; "qvo" in Whisper
@@ -40,6 +42,11 @@ class CrossAttentionSpec(Spec):
             raise LaminaError(f"heads={self.heads} must be a multiple of key_heads={self.key_heads}, both at least 1")
         if self.head_dim < 1 or not 0 <= self.dropout <= 1:
             raise LaminaError(f"head_dim={self.head_dim} must be at least 1, dropout={self.dropout} within 0 and 1")
+        check_width(self.rotary, self.head_dim)
+
+    @property
+    def rotary(self) -> RotarySpec | None:
+        return self.relative if isinstance(self.relative, RotarySpec) else None
 
     def build(self, width: int) -> CrossAttention:
         return CrossAttention(self, width)
@@ -59,6 +66,8 @@ class CrossAttention(nn.Module):
         self.spec = spec
         self.path = ""  # set by the model: the name of this layer's slot and records
         self.scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
+        if spec.rotary is not None:
+            prepare(spec.rotary, spec.head_dim)
         source = width if spec.memory_width is None else spec.memory_width
         bias = spec.bias != "none"
         self.q = Linear(width, spec.heads * spec.head_dim, bias=bias)
@@ -66,7 +75,8 @@ class CrossAttention(nn.Module):
         self.v = Linear(source, spec.key_heads * spec.head_dim, bias=bias)
         self.q_norm = None if spec.qk_norm is None else spec.qk_norm.build(spec.head_dim)
         self.k_norm = None if spec.qk_norm is None else spec.qk_norm.build(spec.head_dim)
-        self.relative = None if spec.relative is None else spec.relative.build(width, spec.heads, spec.head_dim)
+        term = spec.relative if isinstance(spec.relative, TransformerXLSpec) else None
+        self.relative = None if term is None else term.build(width, spec.heads, spec.head_dim)
         self.o = Linear(spec.heads * spec.head_dim, width, bias=spec.bias in ("all", "qvo"))
 
     def gains(self) -> dict[str, float]:
@@ -85,6 +95,7 @@ class CrossAttention(nn.Module):
         """x (B n, T, width), n beams of each text. apart: as `TransformerXL` takes it."""
         query = self._split(self.q(x))  # (B n, H, T, D)
         query = query if self.q_norm is None else self.q_norm(query)
+        query = turn(query, call.tokens, self.spec.rotary, self.spec.head_dim, call.memo)
         key, value, keys = self._memory(call)
         beams, queries, bias = x.shape[0] // key.shape[0], call.tokens, None
         if self.relative is not None and apart is None:
@@ -120,6 +131,7 @@ class CrossAttention(nn.Module):
             raise LaminaError(f"{self.path or 'cross-attention'} has nothing to read: no encoder output was given")
         key, value = self._split(self.k(call.memory)), self._split(self.v(call.memory))
         key = key if self.k_norm is None else self.k_norm(key)
+        key = turn(key, call.memory_tokens, self.spec.rotary, self.spec.head_dim, call.memo)
         if slot is not None:
             return slot.extend(key, value, call.memory_tokens)
         return key, value, call.memory_tokens

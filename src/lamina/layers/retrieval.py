@@ -10,6 +10,9 @@ those of chunk (t + 1) // m - 1, and nothing where that is below 0. Example, m =
 
 A neighbour lies beside its chunk, so its token j counts as position m chunk + j, and the distance i - i' + m - 1 of the
 paper is that of two positions.
+
+Heads with rotary phases, which were copied from causal self-attention, have only ever read what stands before them. For
+them a neighbour lies m tokens earlier: the last token of its 2 m lies beside the last of the chunk.
 """
 
 from __future__ import annotations
@@ -44,10 +47,24 @@ class NeighbourEncoderSpec(Spec):
     width: int  # 896 in all sizes of RETRO
     embedding: EmbeddingSpec  # of its own: the model's tokens, in another width
     stack: StackSpec
+    depths: tuple[int, ...] = ()  # what it gives beside its last states, on their left: those after so many layers
 
     def check(self) -> None:
         if self.width < 1:
             raise LaminaError(f"NeighbourEncoderSpec.width is {self.width}; it must be at least 1")
+        if sorted(set(self.depths)) != list(self.depths) or any(
+            not 0 <= depth < len(self.stack.layers) for depth in self.depths
+        ):
+            raise LaminaError(
+                f"NeighbourEncoderSpec.depths is {self.depths}; they must grow, from 0 to {len(self.stack.layers) - 1}"
+            )
+        if self.depths and (self.stack.recurrence is not None or self.stack.repeat > 1):
+            raise LaminaError("NeighbourEncoderSpec.depths are for a stack without recurrence whose layers run once")
+
+    @property
+    def gives(self) -> int:
+        """Features of a token that it has read."""
+        return self.width * (len(self.depths) + 1)
 
     def build(self, width: int) -> NeighbourEncoder:
         return NeighbourEncoder(self, width)
@@ -64,9 +81,9 @@ class ChunkedCrossAttentionSpec(Spec):
     def check(self) -> None:
         if self.chunk < 1:
             raise LaminaError(f"ChunkedCrossAttentionSpec.chunk is {self.chunk}; it must be at least 1")
-        made, read = None if self.encoder is None else self.encoder.width, self.attention.memory_width
+        made, read = None if self.encoder is None else self.encoder.gives, self.attention.memory_width
         if made is not None and made != read:
-            raise LaminaError(f"the encoder of neighbours has width {made}, and attention.memory_width is {read}")
+            raise LaminaError(f"the encoder of neighbours gives width {made}, and attention.memory_width is {read}")
 
     def build(self, width: int) -> ChunkedCrossAttention:
         return ChunkedCrossAttention(self, width)
@@ -77,11 +94,12 @@ class Encoded:
     """What the encoder has made of the neighbours of one forward, for the chunks that have some."""
 
     found: Found  # (R, k r) tokens of the neighbours, k of r tokens one after the other
-    memory: Tensor  # (R, k r, width of the encoder)
+    memory: Tensor  # (R, k r, features)
 
 
 class NeighbourEncoder(nn.Module):
-    """ids (R, k, r), and what their chunks are in the text (R, m, width) -> (R, k r, width of the encoder)."""
+    """ids (R, k, r), and what their chunks are in the text (R, m, width) -> (R, k r, features), the width of
+    the encoder for each depth and for the end, each after a norm of its own."""
 
     def __init__(self, spec: NeighbourEncoderSpec, width: int) -> None:
         super().__init__()
@@ -93,6 +111,8 @@ class NeighbourEncoder(nn.Module):
                 raise LaminaError(f"encoder.stack.{path}.memory_width is {read}; the text that it reads has {width}")
         self.embedding = spec.embedding.build(spec.width)
         self.stack = spec.stack.build(spec.width)
+        norm = spec.stack.norm
+        self.norms = nn.ModuleList(nn.Identity() if norm is None else norm.build(spec.width) for _ in spec.depths)
 
     def forward(self, ids: Tensor, chunk: Tensor, places: Tokens, call: Call) -> Tensor:
         rows, count, length = ids.shape
@@ -101,7 +121,14 @@ class NeighbourEncoder(nn.Module):
         if _shows(ids) and bool((ids < 0).any()):
             tokens = Tokens(torch.where(ids >= 0, tokens.position, HOLE), tokens.document)
         inner = Call(tokens=tokens, memory=chunk, memory_tokens=places, backend=call.backend, record=call.record)
-        return self.stack(self.embedding(ids.clamp(min=0)), inner).unflatten(0, (rows, count)).flatten(1, 2)
+        states: list[Tensor] = []
+
+        def show(depth: int, x: Tensor) -> None:
+            if depth in self.spec.depths:
+                states.append(self.norms[len(states)](x))
+
+        last = self.stack(self.embedding(ids.clamp(min=0)), inner, show=show if self.spec.depths else None)
+        return torch.cat([*states, last], dim=-1).unflatten(0, (rows, count)).flatten(1, 2)
 
 
 class ChunkedCrossAttention(nn.Module):
@@ -117,6 +144,7 @@ class ChunkedCrossAttention(nn.Module):
         self.spec = spec
         self.encoder = None if spec.encoder is None else spec.encoder.build(width)
         self.attention = spec.attention.build(width)
+        self.before = 0 if spec.attention.rotary is None else spec.chunk  # tokens from a neighbour to its chunk
 
     def retained(self) -> dict[str, Retained]:
         """What a cache keeps for the parts of this layer."""
@@ -176,9 +204,9 @@ class ChunkedCrossAttention(nn.Module):
         self, found: Found, tokens: Tokens, memo: MutableMapping[Any, Any]
     ) -> tuple[Tensor, Tokens, tuple[int, int]]:
         """Of each chunk the tokens that read it, as numbers in the batch laid flat, -1 where there is none, and who
-        they are: (R, W) both. Positions are those of the text, less m times the chunk, which lie from m - 1 to 2 m - 2;
-        so much less those of the neighbours is how far apart they can be."""
-        name = ("readers", id(found), id(tokens))
+        they are: (R, W) both. Positions are those of the text, less m times the chunk, which lie from m - 1 to 2 m - 2,
+        and `before` more; so much less those of the neighbours is how far apart they can be."""
+        name = ("readers", id(found), id(tokens), self.before)
         if name not in memo:
             m, length = self.spec.chunk, tokens.position.shape[1]
             position, document = tokens.position[found.row], tokens.document[found.row]  # (R, T)
@@ -192,10 +220,10 @@ class ChunkedCrossAttention(nn.Module):
                 )
             column = _columns(torch.where(reads, serial, width), width)
             there, place = column >= 0, column.clamp(min=0)
-            at = torch.where(there, position.gather(1, place) - m * found.chunk[:, None], HOLE)
+            at = torch.where(there, position.gather(1, place) - m * found.chunk[:, None] + self.before, HOLE)
             queries = Tokens(at, document.gather(1, place))
             longest = int(found.position.amax()) + 1 if _shows(reads) else 2 * m
-            apart = m - max(longest, 1), 2 * m - 2
+            apart = self.before + m - max(longest, 1), self.before + 2 * m - 2
             memo[name] = (torch.where(there, column + length * found.row[:, None], HOLE), queries, apart, found, tokens)
         return memo[name][:3]
 
@@ -266,8 +294,7 @@ def retrieving(
 ) -> tuple[LayerSpec, ...]:
     """The layers with `step`, whose op is chunked cross-attention, after the first step of those at `places`, counted
     from 0; the first of them gets the encoder. Raises LaminaError for places that there are not."""
-    if not places or sorted(set(places)) != list(places) or not 0 <= places[0] <= places[-1] < len(layers):
-        raise LaminaError(f"layers {list(places)} are to retrieve; they must grow, from 0 to {len(layers) - 1}")
+    check_places(layers, places)
     found = list(layers)
     for place in places:
         made = encoder if place == places[0] else None
@@ -277,3 +304,9 @@ def retrieving(
         op = step.op.replace(encoder=made)
         found[place] = LayerSpec(steps=(before, step.replace(op=op), *after))
     return tuple(found)
+
+
+def check_places(layers: tuple[LayerSpec, ...], places: tuple[int, ...]) -> None:
+    """Raise LaminaError for places, counted from 0, that are none of these layers, or not in order."""
+    if not places or sorted(set(places)) != list(places) or not 0 <= places[0] <= places[-1] < len(layers):
+        raise LaminaError(f"layers {list(places)} are to retrieve; they must grow, from 0 to {len(layers) - 1}")

@@ -123,6 +123,13 @@ class RotarySpec(Spec):
         return self.scaling.original if changes else None  # pyright: ignore
 
 
+def check_width(spec: RotarySpec | None, size: int) -> None:
+    """Raise LaminaError where heads of `size` features cannot turn as `spec` says."""
+    turned = 0 if spec is None else spec.width or size
+    if turned > size or turned % 2:
+        raise LaminaError(f"rotary.width={turned} must be even and at most head_dim={size}")
+
+
 def phases(
     spec: RotarySpec, size: int, tokens: Tokens, dtype: torch.dtype, memo: MutableMapping[Any, Any]
 ) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +24,8 @@ from lamina.layers.recurrent import RecurrentMemorySpec
 from lamina.layers.router_loss import RouterLossSpec
 from lamina.patterns import Pattern
 from lamina.specs import Spec
+
+Show = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,18 +102,21 @@ class Stack(nn.Module):
         self.tables = share_tables(self.layers)  # of product-key memories
         self.norm = None if spec.norm is None else spec.norm.build(width)
 
-    def forward(self, x: Tensor, call: Call, segments: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, call: Call, segments: Tensor | None = None, show: Show | None = None) -> Tensor:
+        """show: called before each run of a layer, with how many have run and what they have made."""
         call = replace(call, bias=self.score_bias)
         if self.recurrence is not None:
             return self.recurrence(x, call, self.run)
-        return self.run(x, call, segments)
+        return self.run(x, call, segments, show)
 
-    def run(self, x: Tensor, call: Call, segments: Tensor | None = None) -> Tensor:
+    def run(self, x: Tensor, call: Call, segments: Tensor | None = None, show: Show | None = None) -> Tensor:
         """One pass over all layers: over the whole text, or, where there is a recurrence, over one of its segments."""
         outer = call.record.run  # of the stack that this one is a part of: RETRO's encoder of neighbours
         x = self.begin(x, call, segments)
         for i in range(len(self.layers) * self.spec.repeat):
             layer = i // self.spec.repeat
+            if show is not None:
+                show(i, x)
             call.record.run = (f"{self.path}.layers.{layer}.", f"{self.path}.layers.{i}.")
             if not self._left_out(call):
                 x = self.layers[layer](x, call)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -117,6 +118,7 @@ class Retrieval(Operation):
 
     chunk: int = 64  # tokens
     encoder: NeighbourEncoderSize | None = None  # None: as published
+    begin: Literal["new", "copied"] = "new"  # copied: heads read neighbours as they read their own text, from the start
     at: tuple[str, ...] | None = None  # layers; None: every third from the sixth on
 
     def change(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Changed:
@@ -125,7 +127,7 @@ class Retrieval(Operation):
             layers = tuple(sorted(int(place.path.split(".")[-1]) for place in layers_of(spec, self.at)))
         size = None if self.encoder is None else asdict(self.encoder)
         made = None if size is None else neighbour_encoder(spec.width, spec.embedding.vocabulary, **size)
-        new, state = retrofit(spec, weights, layers=layers, chunk=self.chunk, encoder=made)
+        new, state = retrofit(spec, weights, layers=layers, chunk=self.chunk, encoder=made, begin=self.begin)
         return Changed(new, state, GATED, (Restore(spec=spec.to_json()),))
 
 
