@@ -836,10 +836,14 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("retrieval: positions that repeat", "if _shows(reads) and int(serial[:, -1].amax()) >= width:", "if False:"),
         (
             "retrieval: distances within the text",
-            "- m * found.chunk[:, None], HOLE)",
-            "- m * found.chunk[:, None] + 1, HOLE)",
+            "- m * found.chunk[:, None] + self.before, HOLE)",
+            "- m * found.chunk[:, None] + self.before + 1, HOLE)",
         ),
-        ("retrieval: which distances count", "m - max(longest, 1), 2 * m - 2", "0, 2 * m - 2"),
+        (
+            "retrieval: which distances count",
+            "self.before + m - max(longest, 1), self.before + 2",
+            "self.before, self.before + 2",
+        ),
         ("retrieval: the chunk beside the neighbours", " & (tokens.position[row] // m == chunk[:, None])", ""),
         ("retrieval: the chunk of the same document", "(tokens.document[row] == document[:, None]) & ", ""),
         (

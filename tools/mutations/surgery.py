@@ -106,7 +106,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "first = left[int(inner.max(dim=1).values.argmax())]",
             "first = left[0] if size else left[0]",
         ),
-        ("heads: columns of o too", 'made[place.weight("o.weight")] = ', "_ = "),
+        (
+            "heads: columns of o too",
+            'made[place.weight("o.weight")] = Made((place.weight("o.weight"),), moved',
+            '_ = Made((place.weight("o.weight"),), moved',
+        ),
         ("heads: a bias that belongs to heads", "if stack.part.score_bias is not None:", "if False:"),
     ],
     "surgery/patterns.py": [
@@ -156,9 +160,17 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "surgery/retrofit.py": [
         ("retrofit: gated from zero", "dropout=before.dropout, gate=True)", "dropout=before.dropout)"),
-        ("retrofit: key heads", "key_heads=own.key_heads", "key_heads=own.heads"),
-        ("retrofit: the encoder's first table", "if table is None or made", "if True or made"),
-        ("retrofit: the table is a copy", "table.clone()", "table"),
+        (
+            "retrofit: key heads",
+            "key_heads=own.key_heads,\n            head_dim=own.head_dim,\n            memory_width=made.width",
+            "key_heads=own.heads,\n            head_dim=own.head_dim,\n            memory_width=made.width",
+        ),
+        ("retrofit: the encoder's first table", 'if "embedding.weight" not in state or made', "if True or made"),
+        (
+            "retrofit: the table is a copy",
+            '"a copy of the table of tokens", Tensor.clone)',
+            '"a copy of the table of tokens", lambda x: x)',
+        ),
         ("retrofit: where by default", "range(5, len(stack.layers), 3)", "range(6, len(stack.layers), 3)"),
     ],
 }
