@@ -16,7 +16,7 @@ from lamina.conformance import Ours, Row, decoding, files, learning, refusals, s
 from lamina.conformance.subject import Subject
 from lamina.layers import ExpertsSpec, FeedForwardSpec, RouterLossSpec, TopKSpec
 from lamina.specs import edit
-from tests import tiny
+from tests import grid, small, tiny
 
 Check = Callable[[Subject], Iterator[Row]]
 
@@ -170,7 +170,16 @@ def test_a_cache_that_is_wrong_beyond_the_trained_length():
     beyond = "cached decoding = the whole text, beyond the trained length"
     assert failing(decoding.cached_decoding, Bent(tiny.model(), bend)) == {beyond}
     learned = rows(decoding.cached_decoding, Ours(tiny.model(tiny.GPT2)))[beyond]
+    assert not list(Ours(tiny.model()).embedding()._forward_hooks)
     assert learned.verdict == "not tried" and "nothing is read beyond it" in learned.note
+
+
+@pytest.mark.parametrize("dtype, verdict", [(torch.float64, "holds"), (torch.float32, "not tried")])
+def test_rounding_that_grows_through_a_text_is_no_fault(dtype: torch.dtype, verdict: str):
+    """Memory tokens with large random weights: one rounding at the start is 1e5 of them after thirteen segments."""
+    model = small.build(grid.recurrent(), dtype)
+    row = rows(decoding.cached_decoding, Ours(model))["cached decoding = the whole text, beyond the trained length"]
+    assert row.verdict == verdict and ("one rounding at the start" in row.note) == (verdict == "not tried"), row
 
 
 def test_beams_whose_states_stay_behind(monkeypatch: pytest.MonkeyPatch):

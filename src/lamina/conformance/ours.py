@@ -35,8 +35,12 @@ class Ours:
 
     model: Model
 
-    @cached_property
+    @property
     def facts(self) -> Facts:
+        return self._facts
+
+    @cached_property
+    def _facts(self) -> Facts:
         model, spec = self.model, self.model.spec
         experts = spec.decoder is not None and any(isinstance(part, ExpertsSpec) for _, part in spec.decoder.walk())
         writes = model.decoder is not None and model.head is not None
@@ -78,12 +82,18 @@ class Ours:
         return random_sources(self.model, lengths)
 
     def attention(self, ids: Tensor) -> tuple[list[Tensor], list[Tensor | None], int]:
-        record = Record("*")
-        out = read(self.model, ids, record=record)
-        # A decoder with cross-attention that is given no source leaves it out.
-        layers = [m for m in self.model.modules() if isinstance(m, CrossAttention)] if self.facts.two_stacks else []
-        layers += [part for part in self.model.modules() if isinstance(getattr(part, "spec", None), SelfAttentionSpec)]
-        return out, [value for name, value in record.values.items() if name.endswith(".weights")], len(layers)
+        record, ran = Record("*"), []
+        handles = [
+            part.register_forward_hook(lambda module, given, out: ran.append(module))
+            for part in self.model.modules()
+            if isinstance(part, CrossAttention) or isinstance(getattr(part, "spec", None), SelfAttentionSpec)
+        ]
+        try:
+            out = read(self.model, ids, record=record)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return out, [value for name, value in record.values.items() if name.endswith(".weights")], len(ran)
 
     def generate(
         self, ids: Tensor, new: int, *, beams: int = 1, seed: int | None = None, cached: bool = True
@@ -120,7 +130,8 @@ class Ours:
         self._learn(other, optimizer, steps[:pause])
         save(other, folder / "model", format="native")
         torch.save(optimizer.state_dict(), folder / "optimizer")
-        again = self.load(folder / "model").model.train()
+        again = copy.deepcopy(self.model).train()  # weights are copied into it, as a run does when it goes on
+        again.load_state_dict(self.load(folder / "model").model.state_dict())
         optimizer = _adam(again)
         optimizer.load_state_dict(torch.load(folder / "optimizer", weights_only=True))
         self._learn(again, optimizer, steps[pause:])

@@ -62,8 +62,12 @@ class Pretrained:
                 " read input_ids can be tried"
             )
 
-    @cached_property
+    @property
     def facts(self) -> Facts:
+        return self._facts
+
+    @cached_property
+    def _facts(self) -> Facts:
         if self.known is not None:
             return self.known
         config = self.model.config.get_text_config(decoder=True)

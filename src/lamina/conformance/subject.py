@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class Subject(Protocol):
         ...
 
     def attention(self, ids: Tensor) -> tuple[list[Tensor], list[Tensor | None], int]:
-        """What `read` gives when everything is to be shown; the weights that are; how many layers have some."""
+        """What `read` gives when everything is to be shown; the weights that are; how many attentions ran."""
         ...
 
     def generate(
@@ -85,7 +85,7 @@ class Subject(Protocol):
         """The module that ids go through first."""
         ...
 
-    def over(self, model: Any) -> Self:
+    def over(self, model: Any) -> Subject:
         """The same questions to another module of its class."""
         ...
 
@@ -93,7 +93,7 @@ class Subject(Protocol):
         """Write the model as its library does; returns the name of the layout."""
         ...
 
-    def load(self, folder: Path) -> Self:
+    def load(self, folder: Path) -> Subject:
         """Read again what `save` wrote."""
         ...
 

@@ -81,8 +81,8 @@ def packing(subject: Subject) -> Iterator[Row]:
     ways: list[tuple[str, Tensor | None, str]] = [("", None, ""), (" and a mask of ones", torch.ones_like(ids), "")]
     ways += [(" with a cache", None, kind) for kind in facts.caches[:1]]
     for said, mask, kind in ways:
-        cache = subject.new_cache(kind, 1, length) if kind else None
         try:
+            cache = subject.new_cache(kind, 1, length) if kind else None
             whole = subject.read(ids, mask, positions=told, source=source, cache=cache)
         except UnsupportedError as error:
             yield refused(f"{name}, told by positions{said}", error)
