@@ -21,12 +21,35 @@ from lamina.conformance.report import Row, judged, left_out, same_bits
 from lamina.conformance.subject import Facts, Source
 from lamina.conformance.trial import SelfAttentionSpec, random_sources, read, text_length
 from lamina.generation import generate
-from lamina.layers import CrossAttention, ExpertsSpec, Record, RouterLossSpec
+from lamina.layers import (
+    AlibiSpec,
+    BucketBiasSpec,
+    CrossAttention,
+    ExpertsSpec,
+    LearnedPositionSpec,
+    Record,
+    RotarySpec,
+    RouterLossSpec,
+    ShawSpec,
+    SinusoidalPositionSpec,
+    TransformerXLSpec,
+)
 from lamina.model import Model, ModelSpec, of_text
 from lamina.patterns import allowed
 from lamina.source import load, save
 from lamina.tokens import plain
 from lamina.weights.files import Checkpoint
+
+PLACING = (
+    AlibiSpec,
+    BucketBiasSpec,
+    LearnedPositionSpec,
+    RotarySpec,
+    ShawSpec,
+    SinusoidalPositionSpec,
+    TransformerXLSpec,
+)
+"""Parts that know positions."""
 
 
 @dataclass
@@ -50,6 +73,7 @@ class Ours:
             context=spec.context,
             two_stacks=spec.two_stacks,
             hears=not spec.reads_ids,
+            placed=any(isinstance(part, PLACING) for _, part in spec.walk()),
             caches=() if model.decoder is None else KINDS,
             backends=("dense", None, *(name for name in BACKENDS if name != "dense")),
             causal=_looks_ahead(spec, text_length(model)),
@@ -93,13 +117,17 @@ class Ours:
         finally:
             for handle in handles:
                 handle.remove()
-        return out, [value for name, value in record.values.items() if name.endswith(".weights")], len(ran)
+        decoder = self.model.decoder  # that reads segment by segment, each layer as often as there are segments
+        segments = decoder is not None and decoder.spec.recurrence is not None
+        runs = len({id(module) for module in ran}) if segments else len(ran)
+        return out, [value for name, value in record.values.items() if name.endswith(".weights")], runs
 
     def generate(
         self, ids: Tensor, new: int, *, beams: int = 1, seed: int | None = None, cached: bool = True
     ) -> Tensor:
         model = self.model
-        reads = ids if model.spec.reads_ids else random_sources(model, [ids.shape[1]] * ids.shape[0])
+        own = model.spec.reads_ids and model.spec.source_vocabulary == model.spec.embedding.vocabulary
+        reads = ids if own else random_sources(model, [ids.shape[1]] * ids.shape[0])
         told: dict[str, Any] = {model.reads: reads, "max_new_tokens": new, "min_new_tokens": new, "beams": beams}
         if seed is not None:
             told |= {"temperature": 1.0, "seed": seed}
@@ -153,6 +181,9 @@ class Ours:
             return model(ids, mask)
         if not model.spec.reads_ids:
             return model(input_features=random_sources(model, [12] * len(ids)), decoder_input_ids=ids)
+        if model.spec.source_vocabulary != model.spec.embedding.vocabulary:
+            sources = random_sources(model, [ids.shape[1]] * len(ids))
+            return model(sources, mask, decoder_input_ids=ids, decoder_attention_mask=mask)
         return model(ids, mask, decoder_input_ids=ids, decoder_attention_mask=mask)
 
     def router_loss(self, ids: Tensor, mask: Tensor | None = None, *, asked: bool = False) -> Tensor | str | None:

@@ -23,6 +23,7 @@ class Facts:
     two_stacks: bool  # whether one reads and the other writes
     hears: bool = False  # whether the first reads features: one text a row, and padding on its right only
     first: int | None = 0  # the position that texts begin at; None: they are not told, or not heeded
+    placed: bool = True  # whether any part of it knows positions
     caches: tuple[str, ...] = ()  # ways of keeping keys
     backends: tuple[str | None, ...] = ()  # of attention, the reference first; None: what is chosen by itself
     causal: str = ""  # why later tokens may change earlier ones

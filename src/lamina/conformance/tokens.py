@@ -97,6 +97,9 @@ def packing(subject: Subject) -> Iterator[Row]:
 def placing(subject: Subject) -> Iterator[Row]:
     """Positions that are handed over are heeded or refused: ignored in silence they are a text that was never asked."""
     name, ids = "positions are heeded or refused", random_ids(subject, 1, 8)
+    if not subject.facts.placed:
+        yield left_out(name, "no part of the model knows positions")
+        return
     try:
         moved = subject.read(ids, positions=positions(subject, 4, 4, gap=3))
     except (TypeError, ValueError) as error:
