@@ -6,7 +6,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "catalogue/inputs.py": [
         ("catalogue: NoPE asks the input and the scores", "if stack.position is None and stack.score_bias is None", ""),
         ("catalogue: a narrow input", "s.input_width is not None", "False"),
-        ("catalogue: a stem", "lambda spec: spec.stem is not None", "lambda spec: spec.stem is None"),
+        ("catalogue: a stem", "lambda spec: not spec.reads_ids", "lambda spec: spec.reads_ids"),
         ("catalogue: a narrow table", "spec.embedding.inner is not None", "False"),
     ],
     "catalogue/kind.py": [
