@@ -113,13 +113,8 @@ def tests_of(file: str) -> tuple[str, ...]:
     if folder == "adapters":
         return ("tests/adapters/test_lora.py", "tests/adapters/test_peft.py")
     if folder == "surgery":
-        own = {
-            "retrofit": "retrofit",
-            "build": "retrofit",
-            "verdict": "verdict",
-            "encoders": "grafts",
-            "mixture": "merging",
-        }
+        own = {"retrofit": "retrofit", "build": "retrofit", "verdict": "verdict"}
+        own |= {"encoders": "grafts", "mixture": "merging"}
         own |= {one: one for one in ("grafts", "reading", "merging")}
         return (f"tests/surgery/test_{own.get(name, 'operations')}.py",)
     if folder == "catalogue":

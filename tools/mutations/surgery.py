@@ -36,7 +36,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "surgery/upcycle.py": [
         ("upcycle: noise by the deviation of each weight", "noise * x.float().std() * drawn", "noise * drawn"),
-        ("upcycle: noise of each weight", "manual_seed(digest ^ seed)", "manual_seed(seed)"),
     ],
     "surgery/verdict.py": [
         ("verdict: real next tokens only", "real = wanted >= 0", "real = wanted > -2"),
@@ -62,7 +61,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("retrofit: gated from zero", "dropout=before.dropout, gate=True)", "dropout=before.dropout)"),
         ("retrofit: key heads", "key_heads=own.key_heads", "key_heads=own.heads"),
         ("retrofit: the encoder's first table", 'if "embedding.weight" not in state or made', "if True or made"),
-        ("retrofit: the table is a copy", 'of the table of tokens", Tensor.clone)', 'of the table of tokens", same)'),
+        (
+            "retrofit: the table is a copy",
+            'of the table of tokens", Tensor.clone)',
+            'of the table of tokens", Tensor.detach)',
+        ),
         ("retrofit: where by default", "range(5, len(stack.layers), 3)", "range(6, len(stack.layers), 3)"),
     ],
     "surgery/grafts.py": [

@@ -21,10 +21,10 @@ from lamina.surgery.weights import Beside, Made, Weights
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture(Joining):
-    """Experts in place of feed-forward networks: that of the model and those of `models`; a token uses `chosen` of them.
+    """Experts in place of feed-forward networks: that of the model and those of `models`, `chosen` of them for a token.
 
-    All else is the model's own, where the paper has the mean of all. Of equal models comes the one that they are, whatever
-    the new router says.
+    All else is the model's own, where the paper has the mean of all. Of equal models comes the one that they are,
+    whatever the new router says.
     """
 
     NAME = "mixture"
