@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from lamina.document import assign, decode, parse, read, write
+from lamina.document import assign, decode, encode, parse, read, write
 from lamina.errors import LaminaError
 from lamina.specs import Spec
 from lamina.train.specs import TrainSpec
@@ -27,6 +27,25 @@ class DocumentRight(Spec):
 
     rate: float
     words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentPlain(Spec):
+    """Without a NAME: a plan calls it by its class, where there is another to choose."""
+
+    side: DocumentLeft | DocumentRight
+    alone: DocumentLeft = field(default_factory=DocumentLeft)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentOther(Spec):
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentChoice(Spec):
+    part: DocumentPlain | DocumentOther | None = None
+    other: DocumentOther | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,3 +218,19 @@ def test_training_configurations(more: str, message: str):
 def test_every_configuration_comes_back():
     spec = decode(TrainSpec, parse(WHOLE + "optimiser: {kind: muon, groups: [{roles: [norm], rate: 2}]}\n", "t.yaml"))
     assert decode(TrainSpec, parse(write(spec), "again")) == spec
+
+
+def test_a_spec_without_a_name_is_called_by_its_class():
+    text = "part: {kind: DocumentPlain, side: {kind: left, size: 3}}\nother: {size: 4}\n"
+    found = decode(DocumentChoice, parse(text, "c.yaml"))
+    expected = DocumentPlain(side=DocumentLeft(size=3))
+    assert found == DocumentChoice(part=expected, other=DocumentOther(size=4))
+    assert encode(found)["part"]["kind"] == "DocumentPlain" and "kind" not in encode(found)["other"]
+    assert decode(DocumentChoice, parse(write(found), "c.yaml")) == found
+    for text, said in (
+        ("part: {size: 4}", "part needs a kind: DocumentPlain, DocumentOther"),
+        ("part: {kind: Other, size: 4}", "unknown kind of part 'Other'; did you mean 'DocumentOther'"),
+        ("other: {kind: DocumentOther, size: 4}", "unknown field of other 'kind'"),
+    ):
+        with pytest.raises(LaminaError, match=said):
+            decode(DocumentChoice, parse(text, "c.yaml"))

@@ -120,6 +120,8 @@ def tests_of(file: str) -> tuple[str, ...]:
         own = {"retrofit": "retrofit", "build": "retrofit", "verdict": "verdict", "stream": "depth"}
         own |= {"positions": "tables", "vocabulary": "tables"}
         own |= {one: one for one in ("depth", "rope", "norms", "tokens")}
+        own |= {"encoders": "grafts", "mixture": "merging"}
+        own |= {one: one for one in ("grafts", "reading", "merging")}
         return (f"tests/surgery/test_{own.get(name, 'operations')}.py",)
     if folder == "catalogue":
         return ("tests/test_catalogue.py",)

@@ -16,6 +16,8 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.generation.text import Writing
 from lamina.layers import MemoryAttentionSpec, neighbour_encoder
 from lamina.model import Model
+from lamina.objectives import SequenceToSequence
+from lamina.pictures import text_twin
 from lamina.surgery import Other, apply, build, read_plan, retrofit, said
 from tests import small, tiny
 from tests.surgery.test_operations import SHAPES, ids_of, operated, run, works
@@ -350,3 +352,18 @@ def test_encoders_that_do_not_fit_are_refused():
     others = {"x": Other(alike.spec, dict(alike.named_parameters()), same_tokens=False)}
     with pytest.raises(LaminaError, match="as many tokens, but others"):
         apply(plan, base.spec, state, others.__getitem__)
+
+
+def test_a_table_of_its_own_is_for_an_encoder_beside_a_decoder():
+    bert = tiny.spec(tiny.BERT)
+    with pytest.raises(LaminaError, match="by itself it has `embedding`"):
+        bert.replace(stem=bert.embedding)
+    base = tiny.model(scale=1.0)
+    other, _ = joined(base, tiny.model(tiny.BERT))
+    alike, _ = joined(base, tiny.model(tiny.BERT | {"vocab_size": 263}))
+    SequenceToSequence().fits(alike.spec)
+    with pytest.raises(UnsupportedError, match="the encoder has 24 tokens and the decoder 263"):
+        SequenceToSequence().fits(other.spec)
+    counted = lamina.account(other.spec, context=16)
+    assert counted.parameters == sum(one.numel() for one in other.parameters())
+    assert any("stem" in line for line in text_twin(other.spec))

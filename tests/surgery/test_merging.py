@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from lamina.errors import LaminaError
+from lamina.layers import Record
 from lamina.model import Model
 from lamina.surgery import Applied, Other, apply, build, read_plan
 from tests import tiny
-from tests.surgery.test_operations import SHAPES, ids_of, operated, works
+from tests.surgery.test_operations import SHAPES, ids_of, operated, run, works
 
 Numbers = list[float]
 
@@ -257,6 +258,68 @@ def test_experts_are_merged_expert_by_expert():
     halved = ((one.get_parameter(name)[1] + other.get_parameter(name)[1]) / 2).detach()
     assert not torch.allclose(weights[name][1], halved)
     assert float(weights[name][1].norm()) > 1.02 * float(halved.norm())
+
+
+# Several models as experts.
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_experts_of_equal_models_are_that_model(shape: str, tmp_path: Path):
+    base = tiny.model(SHAPES[shape], scale=1.0)
+    done, _ = mixed(base, ["a", "b"], {"a": base, "b": base})
+    model, new = build(done.spec, done.weights, seed=3)
+    assert new and all(name.endswith(".router.weight") for name in new)
+    ids = ids_of(base)
+    expected = run(base, ids)
+    assert float((run(model, ids) - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
+    works(model, ids, tmp_path)
+
+
+def test_experts_of_several_models_are_their_networks():
+    """Whatever the router chooses: with one choice, a token has the network of one of the models."""
+    found = models(tiny.LLAMA | {"num_hidden_layers": 1})
+    base = found.pop("base")
+    done, weights = mixed(base, ["a", "b"], found, chosen=1)
+    for part in ("gate", "up", "down"):
+        stacked = weights[f"decoder.layers.0.feedforward.op.experts.{part}.weight"]
+        for one, row in zip((base, found["a"], found["b"]), stacked, strict=True):
+            assert torch.equal(row, one.get_parameter(f"decoder.layers.0.feedforward.op.{part}.weight"))
+    model, _ = build(done.spec, weights)
+    ids = ids_of(base, rows=3)
+    record = Record("*.used", "*.scores")
+    with torch.no_grad():
+        got = model(ids, record=record).logits
+    choice = record.values["decoder.layers.0.feedforward.op.scores"].argmax(-1)
+    assert set(choice.flatten().tolist()) == {0, 1, 2}
+    each = []
+    for network in (base, found["a"], found["b"]):
+        state = {name: one.detach() for name, one in base.named_parameters()}
+        state |= {name: one.detach() for name, one in network.named_parameters() if ".feedforward.op." in name}
+        each.append(run(build(base.spec, state)[0], ids))
+    expected = torch.stack(each).gather(0, choice[None, :, :, None].expand(1, *got.shape))[0]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def mixed(
+    own: Model, sources: list[str], others: Mapping[str, Model], **more: Any
+) -> tuple[Applied, Mapping[str, Tensor]]:
+    opened = {name: Other(one.spec, dict(one.named_parameters())) for name, one in others.items()}
+    state = {key: one.detach() for key, one in own.named_parameters()}
+    plan = read_plan([{"op": "mixture", "models": sources, **more}])
+    done = apply(plan, own.spec, state, opened.__getitem__)
+    return done, done.weights
+
+
+def test_experts_that_do_not_fit_are_refused():
+    base = tiny.model()
+    for sources, others, more, why in (
+        ([], {}, {}, "at least one is needed"),
+        (["a", "a"], {"a": base}, {}, "each once"),
+        (["a"], {"a": base}, {"chosen": 3}, "chosen=3 must be from 1 to the 2 models"),
+        (["a"], {"a": tiny.model(tiny.MISTRAL)}, {}, "only models of one spec"),
+    ):
+        with pytest.raises(LaminaError, match=why):
+            mixed(base, sources, others, **more)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from lamina.surgery.encoders import CrossGraft, FreshEncoder
 from lamina.surgery.grafts import NeighbourEncoderSize, NewMemory, NewStep, Retrieval
 from lamina.surgery.heads import KeyHeads, OrderHeads
 from lamina.surgery.merging import Merge, Merged
+from lamina.surgery.mixture import Mixture
 from lamina.surgery.norms import CentreOperation, FoldNorms
 from lamina.surgery.operation import Changed, Joining, Operation, Other, Others, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
@@ -42,6 +43,7 @@ __all__ = [
     "Made",
     "Merge",
     "Merged",
+    "Mixture",
     "NeighbourEncoderSize",
     "NewLayers",
     "NewMemory",

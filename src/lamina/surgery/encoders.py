@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.layers import AttentionSpec, CrossAttentionSpec, LayerSpec, StackSpec
+from lamina.layers import AttentionSpec, CrossAttentionSpec, LayerSpec, MemoryAttentionSpec, StackSpec
 from lamina.model import ModelSpec
 from lamina.specs import Spec
 from lamina.surgery.grafts import GATED, layers_of, with_step
@@ -90,14 +91,13 @@ class CrossGraft(Joining):
 
 def _crossing(place: Place[LayerSpec]) -> LayerSpec:
     """The layer with a step of cross-attention behind its attention."""
-    step = next((step for step in place.part.steps if isinstance(step.op, AttentionSpec)), None)
-    if step is None or not isinstance(step.op, AttentionSpec):
-        raise UnsupportedError(f"{place.shown} has no step of AttentionSpec, whose heads cross-attention is to have")
-    own = step.op
-    op = CrossAttentionSpec(
-        heads=own.heads, key_heads=own.key_heads, head_dim=own.head_dim, scale=own.scale, bias=own.bias
-    )
-    return with_step(place, "cross", op, step.name)
+    for step in place.part.steps:
+        own = step.op.attention if isinstance(step.op, MemoryAttentionSpec) else step.op
+        if isinstance(own, AttentionSpec):
+            shape: dict[str, Any] = {"heads": own.heads, "key_heads": own.key_heads, "head_dim": own.head_dim}
+            op = CrossAttentionSpec(**shape, scale=own.scale, bias=own.bias)
+            return with_step(place, "cross", op, step.name)
+    raise UnsupportedError(f"{place.shown} has no step of AttentionSpec, whose heads cross-attention is to have")
 
 
 def _fresh(decoder: StackSpec, layers: int) -> StackSpec:

@@ -85,7 +85,7 @@ class Merge(Joining):
     def join(self, spec: ModelSpec, weights: Mapping[str, Tensor], others: Others) -> Changed:
         found = {source: others(source) for source in self.sources()}
         for source, other in found.items():
-            _check(source, other, spec)
+            check_same(source, other, spec)
         has_experts = any(isinstance(part, ExpertsSpec) for _, part in spec.walk())
         experts = tuple(place.weight("experts.") for place in places(spec, ExpertsSpec)) if has_experts else ()
         made = {}
@@ -169,8 +169,8 @@ def ties(changes: list[Tensor], w: list[float]) -> Tensor:
     return torch.where(share > 0, total / share.clamp(min=1e-30), 0.0)
 
 
-def _check(source: str, other: Other, spec: ModelSpec) -> None:
-    """Raise LaminaError where a model cannot be merged with this one."""
+def check_same(source: str, other: Other, spec: ModelSpec) -> None:
+    """Raise LaminaError where a model has another spec than this one, or other tokens."""
     differing = [row for row in diff(spec, other.spec) if not row[0].startswith(FREE)]
     if differing:
         path, here, there = differing[0]

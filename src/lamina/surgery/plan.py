@@ -20,6 +20,7 @@ from lamina.surgery.encoders import CrossGraft
 from lamina.surgery.grafts import NewMemory, NewStep, Retrieval
 from lamina.surgery.heads import KeyHeads, OrderHeads
 from lamina.surgery.merging import Merge
+from lamina.surgery.mixture import Mixture
 from lamina.surgery.norms import CentreOperation, FoldNorms
 from lamina.surgery.operation import Changed, FittedOperation, Joining, Kept, Operation, Other, Others, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
@@ -57,6 +58,7 @@ OPERATIONS: dict[str, type[Operation]] = {
         CrossGraft,
         Reading,
         Merge,
+        Mixture,
     )
 }
 """By the name that a plan has for them."""

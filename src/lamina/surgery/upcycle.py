@@ -42,14 +42,7 @@ class Upcycle(Operation):
             )
 
     def change(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Changed:
-        inside = {place.path for place in places_of_experts(spec)}
-        found = [
-            place
-            for place in places(spec, FeedForwardSpec, self.at)
-            if not any(place.path.startswith(f"{path}.") for path in inside)
-        ]
-        if not found:
-            raise LaminaError("every feed-forward network of this model is an expert already")
+        found = networks(spec, self.at)
         made: dict[str, Made] = {}
         gone: list[str] = []
         for place in found:
@@ -112,6 +105,15 @@ class PickExpert(Operation):
         return Changed(
             edited(spec, change), Weights(weights, made, gone), Promise("lossy", "what other experts know goes")
         )
+
+
+def networks(spec: ModelSpec, at: tuple[str, ...]) -> list[Place[FeedForwardSpec]]:
+    """The feed-forward networks there that are no experts. Raises LaminaError where there are none."""
+    inside = tuple(f"{place.path}." for place in places_of_experts(spec))
+    found = [place for place in places(spec, FeedForwardSpec, at) if not place.path.startswith(inside)]
+    if not found:
+        raise LaminaError("every feed-forward network of this model is an expert already")
+    return found
 
 
 def places_of_experts(spec: ModelSpec) -> list[Place[ExpertsSpec]]:
