@@ -13,8 +13,9 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import Call, ProductKeySpec, neighbour_encoder
 from lamina.model import Model
 from lamina.reading import read
-from lamina.surgery import apply, build, read_plan, retrofit
+from lamina.surgery import apply, build, read_plan, retrofit, said
 from tests import small, tiny
+from tests.families import ALBERT
 from tests.surgery.test_operations import ids_of, operated, run, works
 
 DEEP = {
@@ -191,7 +192,7 @@ def test_parallel_layers_and_experts_begin_at_zero_too():
 
 
 @pytest.mark.parametrize(
-    ("config", "plan", "said"),
+    ("config", "plan", "why"),
     [
         (tiny.LLAMA, {"op": "layers", "order": [0, 2]}, "order has 2; a layer from 0 to 1"),
         (tiny.LLAMA, {"op": "layers", "order": ["1-0"]}, "order has '1-0'"),
@@ -202,9 +203,30 @@ def test_parallel_layers_and_experts_begin_at_zero_too():
         (tiny.BERT, {"op": "new_layers", "after": [0]}, "encoder.layers.0.attention is post-norm"),
     ],
 )
-def test_what_cannot_be_done(config: dict[str, Any], plan: dict[str, Any], said: str):
-    with pytest.raises(LaminaError, match=said):
+def test_what_cannot_be_done(config: dict[str, Any], plan: dict[str, Any], why: str):
+    with pytest.raises(LaminaError, match=why):
         operated(tiny.model(config), plan)
+
+
+def test_a_layer_that_repeats_repeats_wherever_it_is():
+    """ALBERT: each layer runs so many times in a row."""
+    config = ALBERT | {"model_type": "albert", "num_hidden_groups": 1, "architectures": ["AlbertModel"]}
+    base = tiny.model(config, scale=2.0)
+    assert base.spec.encoder.repeat == 4
+    ids = ids_of(base)
+    assert torch.equal(run(base, ids), one_by_one(base, [0] * 4, ids))
+    model, _ = operated(base, {"op": "layers", "order": [0, 0]})
+    assert torch.equal(run(model, ids), one_by_one(base, [0] * 8, ids))
+
+
+def test_a_plan_has_ranges(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text("- {op: layers, order: [0-1, 1]}\n")
+    assert said(read_plan(path)[0]) == {"op": "layers", "order": ["0-1", 1], "stack": None}
+    assert read_plan([said(read_plan(path)[0])]) == read_plan(path)
+    path.write_text("- {op: layers, order: [0.5]}\n")
+    with pytest.raises(LaminaError, match=r"plan.yaml:1: layers.order.0 is 0.5; a whole number or text"):
+        read_plan(path)
 
 
 def test_it_is_counted():

@@ -12,6 +12,7 @@ import lamina
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import LayerNormSpec, RMSNormSpec
 from lamina.model import Model
+from lamina.patterns import Causal
 from lamina.surgery import apply, read_plan
 from tests import small, tiny
 from tests.families import FALCON_40B, FALCON_RW, GPTJ, MPT, NEOX, OPT
@@ -142,3 +143,21 @@ def test_a_post_norm_is_refused():
     model = small.build(spec.replace(decoder=spec.decoder.replace(layers=layers)))
     with pytest.raises(UnsupportedError, match=r"decoder.layers.0.attention.after .* this is for pre-norm models"):
         operated(model, {"op": "rms_norm"})
+
+
+def test_what_has_no_weights_to_centre_is_refused():
+    with pytest.raises(UnsupportedError, match="decoder.position is SinusoidalPositionSpec"):
+        operated(small.build(small.decoder([Causal()], "sinusoidal")), {"op": "rms_norm"})
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "fold_norms"])
+def test_a_norm_of_a_norm_is_refused(op: str):
+    spec = tiny.spec(GPTJ | {"model_type": "gptj"})
+    layers = []
+    for layer in spec.decoder.layers:
+        step = layer.steps[0]
+        branches = tuple(one.replace(pre=LayerNormSpec()) for one in step.op.branches)
+        layers.append(layer.replace(steps=(step.replace(op=step.op.replace(branches=branches)),)))
+    model = small.build(spec.replace(decoder=spec.decoder.replace(layers=tuple(layers))))
+    with pytest.raises(UnsupportedError, match="the norm of its branch 'attention' reads another norm"):
+        operated(model, {"op": op})

@@ -9,6 +9,7 @@ import torch
 
 import lamina
 from lamina.errors import LaminaError, UnsupportedError
+from lamina.surgery import tokens
 from lamina.surgery.tokens import spelled, text_of
 from lamina.text import Tokenizer, document
 from lamina.text.document import added, bpe, byte_level
@@ -22,9 +23,9 @@ ENDS = ("<s>", "</s>")
 def byte_tokenizer(order: list[str], merges: list[tuple[str, str]], special: dict[str, str]) -> Tokenizer:
     """Byte-level BPE whose tokens have the ids of their places in `order`."""
     vocabulary = {token: number for number, token in enumerate(order)}
-    tokens = [added(content, vocabulary[content]) for content in special.values()]
+    names = [added(content, vocabulary[content]) for content in special.values()]
     whole = document.document(
-        bpe(vocabulary, merges), added_tokens=tokens, pre_tokenizer=byte_level(), decoder=byte_level()
+        bpe(vocabulary, merges), added_tokens=names, pre_tokenizer=byte_level(), decoder=byte_level()
     )
     return Tokenizer(whole, special=special, name="other")
 
@@ -80,6 +81,20 @@ def test_a_new_token_is_the_mean_of_its_pieces(old: Path, tmp_path: Path):
         }
         for token, row in expected.items():
             torch.testing.assert_close(table[order.index(token)].detach(), row, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_piece_by_piece(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """In any pieces, for tables and vectors: the mean in float32, and of no row that of all."""
+    monkeypatch.setattr(tokens, "AT_ONCE", 3)
+    pieces = [[1], [], [4, 0, 4], [2, 3], [5], [0], [], [3, 5, 1, 2]]
+    for shape in ((6, 5), (6,)):
+        table = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        got = tokens._rows(table, pieces)
+        for row, ids in zip(got, pieces, strict=True):
+            expected = table[ids or list(range(6))].float().mean(dim=0).to(dtype)
+            torch.testing.assert_close(row, expected)
+        assert torch.equal(got[0], table[1]) and got.dtype == dtype
 
 
 def test_word_pieces_in_place_of_bytes(old: Path, tmp_path: Path):

@@ -68,7 +68,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             'names = [place.weight("weight") for place in places(spec, EmbeddingSpec) if place.part.vocabulary == old]',
             'names = ["embedding.weight"]',
         ),
-        ("vocabulary: each feature has its deviation", "wide.std(dim=0, correction=0)", "wide.std()"),
+        ("vocabulary: each feature has its deviation", "x.to(wide).std(dim=0, correction=0)", "x.to(wide).std()"),
         ("vocabulary: ids that are named stay", "if number >= size]", "if False]"),
         (
             "head: a copy of its own",
@@ -95,7 +95,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "surgery/tokens.py": [
         ("tokens: the same text, the same row", "if same in old.tokens:", "if False:"),
         ("tokens: bytes that are no characters", "elif isinstance(text, bytes):", "elif False:"),
-        ("tokens: of no text the mean of all", "rows[(sizes == 0).to(table.device)] = flat.mean(dim=0)", "pass"),
+        ("tokens: of no text the mean of all", "rows[sizes == 0] = whole", "pass"),
         ("tokens: a token that ends texts", "if special.end and not new.special.end:", "if False:"),
     ],
     "surgery/heads.py": [

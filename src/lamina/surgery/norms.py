@@ -18,6 +18,7 @@ from lamina.layers import (
     LanguageHeadSpec,
     LayerNormSpec,
     RMSNormSpec,
+    SinusoidalPositionSpec,
     StackSpec,
     SumSpec,
 )
@@ -52,8 +53,9 @@ class CentreOperation(Operation):
 
     LayerNorm takes the mean from what it reads. Here all that is written to the residual stream has its mean over the
     width taken out beforehand: the table of tokens, positions, segments and output projections with their biases. What
-    has no mean LayerNorm treats as RMSNorm does. The bias of a norm goes into those of the matrices that read it; where
-    the last one has readers that take none, it stays a LayerNorm. A tied head keeps the old table as its own matrix.
+    has no mean LayerNorm treats as RMSNorm does. The bias of a norm goes into those of the matrices that read it. That
+    of the last one goes into the head's, and the states that leave the stack lack it; without a head, or with a pooler
+    or labels beside it, the last one stays a LayerNorm. A tied head keeps the old table as its own matrix.
     """
 
     NAME = "rms_norm"
@@ -127,8 +129,8 @@ def _check_stream(path: str, stack: StackSpec, spec: ModelSpec) -> None:
     if spec.stem is not None or stack.recurrence is not None:
         what = "stem" if spec.stem is not None else f"{path}.recurrence"
         raise UnsupportedError(f"{what} writes to the residual stream, and its mean cannot be taken out")
-    if stack.position is not None and not hasattr(stack.position, "size"):
-        raise UnsupportedError(f"{path}.position is {type(stack.position).__name__}, which has no weights to centre")
+    if isinstance(stack.position, SinusoidalPositionSpec):
+        raise UnsupportedError(f"{path}.position is SinusoidalPositionSpec, which has no weights to centre")
     if stack.input_norm is not None:
         raise UnsupportedError(f"{path}.input_norm writes to the residual stream, and its mean cannot be taken out")
     if not isinstance(stack.norm, LayerNormSpec):

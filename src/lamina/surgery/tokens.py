@@ -19,7 +19,7 @@ from lamina.errors import LaminaError
 from lamina.model import ModelSpec
 from lamina.surgery.operation import Changed, Operation, Promise
 from lamina.surgery.vocabulary import tables, with_vocabulary
-from lamina.surgery.weights import Made, Weights, in_float32
+from lamina.surgery.weights import Made, Weights
 from lamina.text import Tokenizer, from_directory, from_gguf
 from lamina.text.directory import FILES
 from lamina.text.tokenizer import ROLES, byte_letters
@@ -54,8 +54,7 @@ class SwapTokenizer(Operation):
         pieces = _pieces(old, new)
         copied = sum(len(one) == 1 for one in pieces)
         how = f"rows by token: {copied} of {len(pieces)} as they were, others the mean of pieces"
-        function = in_float32(partial(_rows, pieces=pieces))
-        made = {name: Made((name,), how, function) for name in tables(spec, weights)}
+        made = {name: Made((name,), how, partial(_rows, pieces=pieces)) for name in tables(spec, weights)}
         why = f"another tokenizer: {copied} of {len(pieces)} tokens keep their rows"
         return Changed(_renumbered(spec, of), Weights(weights, made), Promise("lossy", why))
 
@@ -199,12 +198,21 @@ def _word_pieces(tokenizer: Tokenizer) -> bool:
     return type(tokenizer.backend.model).__name__ == "WordPiece"
 
 
+AT_ONCE = 4096
+"""Rows that are made at one time, in float32."""
+
+
 def _rows(table: Tensor, pieces: Sequence[Sequence[int]]) -> Tensor:
     """(V, ...) -> (V', ...): the mean of the rows that each names; of all where it names none."""
+    wide = torch.promote_types(table.dtype, torch.float32)
     flat = table if table.dim() == 2 else table[:, None]
-    sizes = torch.tensor([len(one) for one in pieces])
-    offsets = sizes.cumsum(0) - sizes
-    ids = torch.tensor([number for one in pieces for number in one], dtype=torch.long)
-    rows = F.embedding_bag(ids.to(table.device), flat, offsets.to(table.device), mode="mean")
-    rows[(sizes == 0).to(table.device)] = flat.mean(dim=0)
-    return rows.view(len(pieces), *table.shape[1:])
+    whole, made = flat.mean(dim=0, dtype=wide), flat.new_empty(len(pieces), flat.shape[1])
+    for start in range(0, len(pieces), AT_ONCE):
+        some = pieces[start : start + AT_ONCE]
+        sizes = torch.tensor([len(one) for one in some], device=table.device)
+        ids = torch.tensor([number for one in some for number in one], dtype=torch.long, device=table.device)
+        places = torch.arange(len(ids), device=table.device)
+        rows = F.embedding_bag(places, flat[ids].to(wide), sizes.cumsum(0) - sizes, mode="mean")
+        rows[sizes == 0] = whole
+        made[start : start + AT_ONCE] = rows.to(table.dtype)
+    return made.view(len(pieces), *table.shape[1:])

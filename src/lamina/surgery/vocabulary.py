@@ -130,11 +130,11 @@ def _first(x: Tensor, size: int) -> Tensor:
 
 def _more(x: Tensor, size: int, new: str, seed: int, name: str) -> Tensor:
     """x (V, ...) with rows up to `size`."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    rows = wide.new_zeros(size - len(x), *x.shape[1:])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = x.new_zeros(size - len(x), *x.shape[1:], dtype=wide)
     if new != "zero":
-        rows = rows + wide.mean(dim=0)
+        rows += x.mean(dim=0, dtype=wide)
     if new == "normal":
         drawn = torch.randn(rows.shape, generator=own_generator(name, seed), dtype=torch.float32)
-        rows = rows + drawn.to(rows) * wide.std(dim=0, correction=0)
+        rows += drawn.to(rows) * x.to(wide).std(dim=0, correction=0)
     return torch.cat([x, rows.to(x.dtype)])
