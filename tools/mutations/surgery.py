@@ -60,9 +60,24 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "surgery/retrofit.py": [
         ("retrofit: gated from zero", "dropout=before.dropout, gate=True)", "dropout=before.dropout)"),
-        ("retrofit: key heads", "key_heads=own.key_heads", "key_heads=own.heads"),
+        (
+            "retrofit: key heads",
+            "key_heads=own.key_heads,\n            head_dim=own.head_dim,\n            memory_width=made.width",
+            "key_heads=own.heads,\n            head_dim=own.head_dim,\n            memory_width=made.width",
+        ),
         ("retrofit: the encoder's first table", "if table is None or made", "if True or made"),
         ("retrofit: the table is a copy", "table.clone()", "table"),
         ("retrofit: where by default", "range(5, len(stack.layers), 3)", "range(6, len(stack.layers), 3)"),
+        ("copied: rotary phases", "relative=own.rotary,", "relative=None,"),
+        ("copied: like heads", "or op.replace(pattern=own.pattern) != own", ""),
+        ("copied: what has no place", "        if value:\n", "        if False:\n"),
+        ("copied: copies", "tensor.clone()\n", "tensor\n"),
+        (
+            "copied: its own depth",
+            "wide[:, i * width : (i + 1) * width] = copies[name]",
+            "wide[:, :width] = copies[name]",
+        ),
+        ("copied: a norm for each depth", "if place == places[-1] else", "if place == places[0] else"),
+        ("copied: positions of the encoder", '("position", "input_norm")', '("input_norm",)'),
     ],
 }
