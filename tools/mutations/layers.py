@@ -233,6 +233,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("width of the memory", "width if spec.memory_width is None else spec.memory_width", "width"),
         ("query norm", "query if self.q_norm is None else self.q_norm(query)", "query"),
         ("key norm", "key if self.k_norm is None else self.k_norm(key)", "key"),
+        ("rotary: queries turn", "turn(query, call.tokens, self.spec.rotary", "turn(query, call.tokens, None"),
+        ("rotary: keys turn", "turn(key, call.memory_tokens, self.spec.rotary", "turn(key, call.memory_tokens, None"),
         (
             "the source is read once",
             "if kept is not None:\n            return kept",
@@ -839,11 +841,14 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "- m * found.chunk[:, None] + self.before, HOLE)",
             "- m * found.chunk[:, None] + self.before + 1, HOLE)",
         ),
+        ("retrieval: which distances count", "m - max(longest, 1), self.before", "0, self.before"),
         (
-            "retrieval: which distances count",
-            "self.before + m - max(longest, 1), self.before + 2",
-            "self.before, self.before + 2",
+            "retrieval: rotary heads have nothing ahead",
+            "0 if spec.attention.rotary is None else spec.chunk",
+            "0",
         ),
+        ("retrieval: a norm for each depth", "states.append(self.norms[len(states)](x))", "states.append(x)"),
+        ("retrieval: depths on the left", "torch.cat([*states, last], dim=-1)", "torch.cat([last, *states], dim=-1)"),
         ("retrieval: the chunk beside the neighbours", " & (tokens.position[row] // m == chunk[:, None])", ""),
         ("retrieval: the chunk of the same document", "(tokens.document[row] == document[:, None]) & ", ""),
         (

@@ -172,6 +172,13 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             '"a copy of the table of tokens", lambda x: x)',
         ),
         ("retrofit: where by default", "range(5, len(stack.layers), 3)", "range(6, len(stack.layers), 3)"),
+        ("copied: rotary phases", "relative=own.rotary,", "relative=None,"),
+        ("copied: like heads", "or op.replace(pattern=own.pattern) != own", ""),
+        ("copied: what has no place", "        if value:\n", "        if False:\n"),
+        ("copied: copies", 'Made((name,), "a copy", Tensor.clone)', 'Made((name,), "a copy", Tensor.detach)'),
+        ("copied: its own depth", "(before * width, (parts - 1 - before) * width)", "(0, (parts - 1) * width)"),
+        ("copied: a norm for each depth", "if place == places[-1] else", "if place == places[0] else"),
+        ("copied: positions of the encoder", '("position", "input_norm")', '("input_norm",)'),
     ],
     "surgery/grafts.py": [
         ("grafts: gated from zero", "dropout=before.dropout, gate=True)", "dropout=before.dropout)"),

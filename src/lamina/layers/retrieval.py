@@ -42,7 +42,8 @@ from lamina.tokens import HOLE, Tokens, plain
 
 @dataclass(frozen=True, kw_only=True)
 class NeighbourEncoderSpec(Spec):
-    """A stack that reads each neighbour in both directions and, by cross-attention, the chunk that it was found for."""
+    """A stack that reads each neighbour: RETRO's in both directions and, by cross-attention, beside the chunk that it
+    was found for; any other by itself."""
 
     width: int  # 896 in all sizes of RETRO
     embedding: EmbeddingSpec  # of its own: the model's tokens, in another width
