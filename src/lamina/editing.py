@@ -16,11 +16,11 @@ from torch import Tensor
 
 from lamina.accounting import Account, account
 from lamina.durable import write_file
-from lamina.errors import LaminaError, UnsupportedError
-from lamina.exporting import exportable, save_weights
+from lamina.errors import LaminaError
+from lamina.exporting import save_weights
 from lamina.filling import Stored
 from lamina.locate import locate
-from lamina.model import Model, ModelSpec
+from lamina.model import Model
 from lamina.opening import HISTORY, Opened, open_source, read_history
 from lamina.source import load, tokenizer
 from lamina.specs import unknown
@@ -188,15 +188,6 @@ def undoing(source: str | os.PathLike[str]) -> list[Mapping[str, Any]]:
     if not isinstance(back, list) or not back:
         raise LaminaError(f"the last operations on {source} cannot be undone: they were not exact")
     return back
-
-
-def layout(spec: ModelSpec, opened: Opened) -> str:
-    """The Hugging Face layout where it can say the spec, else the native one."""
-    try:
-        exportable(spec, opened.origin.family)
-    except UnsupportedError:
-        return "native"
-    return "hf"
 
 
 def judge(

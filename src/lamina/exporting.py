@@ -24,6 +24,8 @@ from lamina.weights.headers import Entry
 from lamina.weights.rules import Move, Rule
 from lamina.weights.saving import save_checkpoint
 
+FORMATS = ("hf", "auto_map", "native")
+
 
 def save(
     model: Model,
@@ -33,14 +35,15 @@ def save(
     force: bool = False,
     shard_size: int = 5_000_000_000,
 ) -> None:
-    """Write a model. "hf": transformers' from_pretrained opens it as is; "native": spec.json and our own names.
+    """Write a model. "hf": transformers' from_pretrained opens it as is; "auto_map": with trust_remote_code=True, by
+    code that lies beside the weights; "native": spec.json and our own names.
 
-    Raises UnsupportedError naming the field of the spec that the Hugging Face layout cannot say; LaminaError where
+    Raises UnsupportedError naming the field of the spec that the layout cannot say; LaminaError where
     `directory` exists (unless `force`). What was there stays whole until the new one is. Where the model lies on
     several ranks all of them call it, and rank 0 writes.
     """
-    if format not in ("hf", "native"):
-        raise LaminaError(unknown("format", format, ("hf", "native")))
+    if format not in FORMATS:
+        raise LaminaError(unknown("format", format, FORMATS))
     if any(not weight.dtype.is_floating_point for weight in model.buffers()):
         raise UnsupportedError("an int8 model is for decoding only; save the model that it was made from")
     if model.adapter is not None:
@@ -112,21 +115,23 @@ def _planned(
         files = {name: data for name, data in files.items() if name != "config.json"}
         files[NATIVE] = spec.to_json().encode()
     else:
-        chosen, config = exportable(spec, None if origin is None else origin.family)
+        said_by = family("lamina") if format == "auto_map" else None
+        chosen, config = exportable(spec, None if origin is None else origin.family, said_by)
         origin = origin if origin is not None and origin.family is chosen else None
         moves = rules.bind(chosen.rules(spec), shapes)
         written = {name: dtypes[move.ours[0]] for move in moves for name in move.theirs}
         files["config.json"] = _config_text(spec, next(iter(dtypes.values())), chosen, config, written, origin)
         called = _called(spec, chosen, origin, written)
         moves = [Move(move.ours, tuple(map(called, move.theirs)), move.op) for move in moves]
+        files |= {} if chosen.code is None else chosen.code(spec)
         shards = None if origin is None else origin.shards
     read = rules.saver(moves, whole)
     theirs = {name: dtypes[move.ours[0]] for move in moves for name in move.theirs}
     plan = {n: Entry(n, theirs[n], shape) for n, shape in rules.their_shapes(moves, shapes).items()}
-    if format == "hf":
+    if format != "native":
         read = _with_extras(spec, chosen, origin, called, plan, read)
     said: dict[str, Any] = {} if origin is None or origin.metadata is None else {"metadata": origin.metadata}
-    if format == "hf" and origin is not None and plan == {entry.name: entry for entry in origin.stored.values()}:
+    if format != "native" and origin is not None and plan == {entry.name: entry for entry in origin.stored.values()}:
         said["index"] = origin.index
 
     def write(read: Read) -> None:
@@ -138,13 +143,18 @@ def _planned(
     return plan, read, write
 
 
-def exportable(spec: ModelSpec, preferred: Family | None = None) -> tuple[Family, dict[str, Any]]:
-    """The family whose layout says exactly this spec, and the configuration. Raises UnsupportedError naming a field."""
+def exportable(
+    spec: ModelSpec, preferred: Family | None = None, only: Family | None = None
+) -> tuple[Family, dict[str, Any]]:
+    """The family whose layout says exactly this spec, and the configuration. Raises UnsupportedError naming a field.
+
+    Families that bring their own code are not asked, but where one is `preferred` or the `only` one."""
     reasons: list[tuple[int, str]] = []  # how far a family is from saying it, and why it cannot
     shapes = {name: tuple(p.shape) for name, p in spec.build(device="meta").named_parameters()}
     candidates = [preferred] if preferred is not None else []
-    candidates += [family(name) for name in FAMILIES if preferred is None or name != preferred.model_type]
-    for one in candidates:
+    others = [family(name) for name in FAMILIES if preferred is None or name != preferred.model_type]
+    candidates += [one for one in others if one.code is None]
+    for one in [only] if only is not None else candidates:
         if one.config is None:
             continue
         uncovered = None
@@ -172,6 +182,17 @@ def exportable(spec: ModelSpec, preferred: Family | None = None) -> tuple[Family
     raise UnsupportedError(
         f"not exportable to the Hugging Face layout: {min(reasons, key=lambda reason: reason[0])[1]}"
     )
+
+
+def layout(spec: ModelSpec, preferred: Family | None = None) -> str:
+    """The first of FORMATS that can say the spec."""
+    for format, only in (("hf", None), ("auto_map", family("lamina"))):
+        try:
+            exportable(spec, preferred, only)
+        except UnsupportedError:
+            continue
+        return format
+    return "native"
 
 
 def _called(spec: ModelSpec, chosen: Family, origin: Origin | None, written: Mapping[str, Any]) -> Callable[[str], str]:

@@ -19,6 +19,9 @@ lamina convert ./model ./model-tuned --adapter ./adapter
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
+LAYOUTS = ("hf", "auto_map", "native")
+
+
 class Size(click.ParamType[int]):
     """A number of bytes: 5GB, 500 MiB, 1000000."""
 
@@ -37,9 +40,7 @@ class Size(click.ParamType[int]):
 @command(EXAMPLES)
 @click.argument("source")
 @click.argument("directory", type=click.Path(file_okay=False))
-@click.option(
-    "--format", "layout", type=click.Choice(["hf", "native"]), default="hf", show_default=True, help="Layout."
-)
+@click.option("--format", "layout", type=click.Choice(LAYOUTS), help="Layout. [default: the first that can say it]")
 @click.option("--dtype", help="Of the weights. [default: as stored]")
 @click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of weights.")
 @click.option("--adapter", metavar="PATH", help="A LoRA that peft wrote, merged into the weights.")
@@ -50,7 +51,7 @@ def convert(
     out: Output,
     source: str,
     directory: str,
-    layout: str,
+    layout: str | None,
     dtype: str | None,
     shard_size: int,
     adapter: str | None,
@@ -60,10 +61,12 @@ def convert(
 ) -> None:
     """Read SOURCE and write it into DIRECTORY.
 
-    hf: transformers' from_pretrained opens it as it is. native: spec.json and our own names, which can say every model.
+    hf: transformers' from_pretrained opens it as it is. auto_map: with trust_remote_code=True, for models that no
+    architecture of transformers says. native: spec.json and our own names, which can say every model.
     """
     import torch
 
+    from lamina import exporting
     from lamina.errors import LaminaError
     from lamina.source import load, save
 
@@ -76,6 +79,7 @@ def convert(
             source, dtype=dtype, adapter=adapter, allow_missing=allow_missing, allow_unexpected=allow_unexpected
         )
     initialised = list(model.origin.initialised)
+    layout = layout or exporting.layout(model.spec, model.origin.family)
     out.note(f"writing {directory}")
     save(model, target, layout, force=force, shard_size=shard_size)
     files = {str(path.relative_to(target)): path.stat().st_size for path in sorted(target.rglob("*")) if path.is_file()}
