@@ -1,4 +1,4 @@
-"""Out again: what an operation made is opened by transformers, as the nearest class it has, and writes the same tokens."""
+"""Out again: what an operation made is opened by transformers as the nearest class, and writes the same tokens."""
 
 from __future__ import annotations
 
