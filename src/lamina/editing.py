@@ -17,7 +17,7 @@ from torch import Tensor
 from lamina.accounting import Account, account
 from lamina.durable import write_file
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.exporting import exportable, save_weights
+from lamina.exporting import save_weights
 from lamina.filling import Stored
 from lamina.locate import Located, locate
 from lamina.model import Model, ModelSpec
@@ -272,15 +272,6 @@ def undoing(source: str | os.PathLike[str]) -> list[Mapping[str, Any]]:
     if not isinstance(back, list) or not back:
         raise LaminaError(f"the last operations on {source} cannot be undone: they were not exact")
     return back
-
-
-def layout(spec: ModelSpec, opened: Opened) -> str:
-    """The Hugging Face layout where it can say the spec, else the native one."""
-    try:
-        exportable(spec, opened.origin.family)
-    except UnsupportedError:
-        return "native"
-    return "hf"
 
 
 def judge(

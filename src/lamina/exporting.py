@@ -24,6 +24,8 @@ from lamina.weights.headers import Entry
 from lamina.weights.rules import Move, Rule
 from lamina.weights.saving import save_checkpoint
 
+FORMATS = ("hf", "auto_map", "native", "gguf")
+
 
 def save(
     model: Model,
@@ -33,14 +35,17 @@ def save(
     force: bool = False,
     shard_size: int = 5_000_000_000,
 ) -> None:
-    """Write a model. "hf": transformers' from_pretrained opens it as is; "native": spec.json and our own names.
+    """Write a model. "hf": transformers' from_pretrained opens it as is; "auto_map": with trust_remote_code=True, by
+    code that lies beside the weights; "native": spec.json and our own names; "gguf": see `write_gguf`.
 
-    Raises UnsupportedError naming the field of the spec that the Hugging Face layout cannot say; LaminaError where
+    Raises UnsupportedError naming the field of the spec that the layout cannot say; LaminaError where
     `directory` exists (unless `force`). What was there stays whole until the new one is. Where the model lies on
     several ranks all of them call it, and rank 0 writes.
     """
-    if format not in ("hf", "native"):
-        raise LaminaError(unknown("format", format, ("hf", "native")))
+    if format == "gguf":
+        return write_gguf(model, directory, force=force)
+    if format not in FORMATS:
+        raise LaminaError(unknown("format", format, FORMATS))
     if any(not weight.dtype.is_floating_point for weight in model.buffers()):
         raise UnsupportedError("an int8 model is for decoding only; save the model that it was made from")
     if model.adapter is not None:
@@ -62,6 +67,83 @@ def save(
         write(read)
     else:
         model.mesh.together(plan, read, write)
+
+
+def write_gguf(model: Model, path: str | os.PathLike[str], stored: str | None = None, *, force: bool = False) -> None:
+    """Write a LLaMA, Mistral, Qwen 2 or Qwen 3 and its tokenizer as one GGUF file, for llama.cpp and its like.
+
+    stored: F32, F16, BF16 or Q8_0, of the matrices; by default what the weights are. Vectors are float32, as llama.cpp
+    needs them. Raises UnsupportedError for a model or a tokenizer that a GGUF file cannot say; the file appears whole
+    or not at all.
+    """
+    from lamina.families import gguf_writing
+    from lamina.weights.gguf_blocks import PLAIN
+    from lamina.weights.gguf_writing import Stored
+    from lamina.weights.gguf_writing import write_gguf as write
+
+    if Path(path).exists() and not force:
+        raise LaminaError(f"{path} is there already; choose another file, or replace it with force")
+    if model.mesh is not None or model.adapter is not None:
+        raise LaminaError("a GGUF file is of a whole model: merge or detach its adapter, and gather it from its ranks")
+    spec, parameters = model.spec, dict(model.named_parameters())
+    kinds = {dtype: name for name, dtype in PLAIN.items()}
+    kind = stored or kinds.get(model.embedding.weight.dtype, "F32")
+    if kind not in gguf_writing.TYPES:
+        raise LaminaError(unknown("type of GGUF", kind, gguf_writing.TYPES))
+    chosen, config = _sayable(spec, tuple(gguf_writing.ARCHITECTURES))
+    metadata = gguf_writing.metadata(config, kind) | _gguf_tokenizer(model.origin, spec)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    moves = rules.bind(chosen.rules(spec), shapes)
+    theirs = rules.saver(moves, lambda name: parameters[name].detach())
+    called = gguf_writing.names(config)
+    source = {called[name]: name for name in rules.their_shapes(moves, shapes)}
+    plan = {
+        called[name]: Stored(shape, "F32" if len(shape) < 2 else "F16" if kind == "Q8_0" and shape[-1] % 32 else kind)
+        for name, shape in rules.their_shapes(moves, shapes).items()
+    }
+    divisors = gguf_writing.frequencies(config)
+    if divisors is not None:
+        plan[gguf_writing.FREQUENCIES] = Stored(tuple(divisors.shape), "F32")
+
+    def read(name: str) -> Tensor:
+        if name == gguf_writing.FREQUENCIES and divisors is not None:
+            return divisors
+        return gguf_writing.turned(config, name, theirs(source[name]))
+
+    write(path, metadata, plan, read, lambda written: gguf_writing.check(written, spec))
+
+
+def _sayable(spec: ModelSpec, model_types: tuple[str, ...]) -> tuple[Family, dict[str, Any]]:
+    """The first of some families that says the spec. Raises UnsupportedError with the reason of the first."""
+    reasons = []
+    for name in model_types:
+        try:
+            return exportable(spec, only=family(name))
+        except UnsupportedError as error:
+            reasons.append(str(error).partition(": ")[2].partition("; save with")[0])
+    raise UnsupportedError(f"a GGUF file here says {', '.join(model_types)}, and this model is none: {reasons[0]}")
+
+
+def _gguf_tokenizer(origin: Origin | None, spec: ModelSpec) -> dict[str, object]:
+    """The metadata of the tokenizer beside the weights, those of a GGUF file as they are; of a model without one, that
+    it has none. Ids that begin, end and pad a text are those of the spec."""
+    from lamina.text import from_directory
+    from lamina.text.gguf_writing import to_gguf
+    from lamina.weights.gguf import GGUFFile
+
+    said: dict[str, object] = {"tokenizer.ggml.model": "no_vocab"}
+    if origin is not None and origin.located.kind == "gguf":
+        with GGUFFile(origin.located.path) as file:
+            said = {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
+    elif origin is not None:
+        directory = origin.located.path if origin.located.path.is_dir() else origin.located.path.parent
+        if (directory / "tokenizer.json").is_file() or any(directory.glob("tokenizer.model")):
+            said = to_gguf(from_directory(directory), spec.embedding.vocabulary)
+    special = spec.special
+    ids = {"bos": special.start, "eos": next(iter(special.end), None), "padding": special.pad}
+    keys = {f"tokenizer.ggml.{role}_token_id": number for role, number in ids.items()}
+    said = {key: value for key, value in said.items() if key not in keys}
+    return said | {key: number for key, number in keys.items() if number is not None}
 
 
 def save_weights(
@@ -113,21 +195,23 @@ def _planned(
         files = {name: data for name, data in files.items() if name != "config.json"}
         files[NATIVE] = spec.to_json().encode()
     else:
-        chosen, config = exportable(spec, None if origin is None else origin.family)
+        said_by = family("lamina") if format == "auto_map" else None
+        chosen, config = exportable(spec, None if origin is None else origin.family, said_by)
         origin = origin if origin is not None and origin.family is chosen else None
         moves = rules.bind(chosen.rules(spec), shapes)
         written = {name: dtypes[move.ours[0]] for move in moves for name in move.theirs}
         files["config.json"] = _config_text(spec, next(iter(dtypes.values())), chosen, config, written, origin)
         called = _called(spec, chosen, origin, written)
         moves = [Move(move.ours, tuple(map(called, move.theirs)), move.op) for move in moves]
+        files |= {} if chosen.code is None else chosen.code(spec)
         shards = None if origin is None else origin.shards
     read = rules.saver(moves, whole)
     theirs = {name: dtypes[move.ours[0]] for move in moves for name in move.theirs}
     plan = {n: Entry(n, theirs[n], shape) for n, shape in rules.their_shapes(moves, shapes).items()}
-    if format == "hf":
+    if format != "native":
         read = _with_extras(spec, chosen, origin, called, plan, read)
     said: dict[str, Any] = {} if origin is None or origin.metadata is None else {"metadata": origin.metadata}
-    if format == "hf" and origin is not None and plan == {entry.name: entry for entry in origin.stored.values()}:
+    if format != "native" and origin is not None and plan == {entry.name: entry for entry in origin.stored.values()}:
         said["index"] = origin.index
 
     def write(read: Read) -> None:
@@ -139,13 +223,18 @@ def _planned(
     return plan, read, write
 
 
-def exportable(spec: ModelSpec, preferred: Family | None = None) -> tuple[Family, dict[str, Any]]:
-    """The family whose layout says exactly this spec, and the configuration. Raises UnsupportedError naming a field."""
+def exportable(
+    spec: ModelSpec, preferred: Family | None = None, only: Family | None = None
+) -> tuple[Family, dict[str, Any]]:
+    """The family whose layout says exactly this spec, and the configuration. Raises UnsupportedError naming a field.
+
+    Families that bring their own code are not asked, but where one is `preferred` or the `only` one."""
     reasons: list[tuple[int, str]] = []  # how far a family is from saying it, and why it cannot
     shapes = {name: tuple(p.shape) for name, p in spec.build(device="meta").named_parameters()}
     candidates = [preferred] if preferred is not None else []
-    candidates += [family(name) for name in FAMILIES if preferred is None or name != preferred.model_type]
-    for one in candidates:
+    others = [family(name) for name in FAMILIES if preferred is None or name != preferred.model_type]
+    candidates += [one for one in others if one.code is None]
+    for one in [only] if only is not None else candidates:
         if one.config is None:
             continue
         uncovered = None
@@ -173,6 +262,17 @@ def exportable(spec: ModelSpec, preferred: Family | None = None) -> tuple[Family
     raise UnsupportedError(
         f"not exportable to the Hugging Face layout: {min(reasons, key=lambda reason: reason[0])[1]}"
     )
+
+
+def layout(spec: ModelSpec, preferred: Family | None = None) -> str:
+    """The first of FORMATS that can say the spec."""
+    for format, only in (("hf", None), ("auto_map", family("lamina"))):
+        try:
+            exportable(spec, preferred, only)
+        except UnsupportedError:
+            continue
+        return format
+    return "native"
 
 
 def _called(spec: ModelSpec, chosen: Family, origin: Origin | None, written: Mapping[str, Any]) -> Callable[[str], str]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import lamina
 from lamina.cli import main
 from lamina.errors import CheckpointError
+from lamina.weights.gguf import GGUFFile
 from tests import tiny
 
 
@@ -144,3 +145,20 @@ def test_weights_that_are_not_finite_are_warned_of_or_refused(lam, tmp_path):
         lamina.load(source)
     with pytest.raises(CheckpointError, match="not finite: decoder.norm.weight .1 of 32"):
         lamina.load(source, strict=True)
+
+
+def test_gguf(lam, tmp_path):
+    tiny.checkpoint(tmp_path / "source")
+    done = lam("convert", tmp_path / "source", tmp_path / "m.gguf", "--json").document
+    assert done["format"] == "gguf" and [one["name"] for one in done["files"]] == ["m.gguf"]
+    one, other = lamina.load(tmp_path / "source"), lamina.load(tmp_path / "m.gguf")
+    assert one.spec.replace(initial=other.spec.initial) == other.spec
+    text = "the cat <s> isn't here"
+    assert lamina.tokenizer(tmp_path / "m.gguf").encode(text) == lamina.tokenizer(tmp_path / "source").encode(text)
+    again = lam("convert", tmp_path / "m.gguf", tmp_path / "n.gguf", "--dtype", "q8_0", "--json").document
+    assert again["dtypes"] == ["q8_0"]
+    with GGUFFile(tmp_path / "m.gguf") as before, GGUFFile(tmp_path / "n.gguf") as after:
+        kept = [key for key in before.metadata if key.startswith("tokenizer.")]
+        assert len(kept) > 5 and all(after.metadata[key] == before.metadata[key] for key in kept)
+    lam("convert", tmp_path / "source", tmp_path / "m.gguf").refused("is there already")
+    lam("convert", tmp_path / "source", tmp_path / "m.gguf", "--format", "hf", "--force").refused("is a file")

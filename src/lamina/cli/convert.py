@@ -14,9 +14,15 @@ EXAMPLES = """
 lamina convert smollm2-135m ./smollm2
 lamina convert ./model ./model-bf16 --dtype bfloat16 --shard-size 2GB
 lamina convert ./model ./model-native --format native
+lamina convert ./model ./model.gguf --dtype q8_0
 lamina convert ./model ./model-tuned --adapter ./adapter
 """
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+LAYOUTS = ("hf", "auto_map", "native")
+STORED = ("q8_0",)
+"""Types of a GGUF file beside those of weights."""
 
 
 class Size(click.ParamType[int]):
@@ -36,11 +42,11 @@ class Size(click.ParamType[int]):
 
 @command(EXAMPLES)
 @click.argument("source")
-@click.argument("directory", type=click.Path(file_okay=False))
+@click.argument("directory", type=click.Path())
 @click.option(
-    "--format", "layout", type=click.Choice(["hf", "native"]), default="hf", show_default=True, help="Layout."
+    "--format", "layout", type=click.Choice((*LAYOUTS, "gguf")), help="Layout. [default: the first that can say it]"
 )
-@click.option("--dtype", help="Of the weights. [default: as stored]")
+@click.option("--dtype", help="Of the weights; q8_0 in GGUF too. [default: as stored]")
 @click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of weights.")
 @click.option("--adapter", metavar="PATH", help="A LoRA that peft wrote, merged into the weights.")
 @click.option("--force", is_flag=True, help="Replace DIRECTORY; the old one stays whole until the new one is.")
@@ -50,7 +56,7 @@ def convert(
     out: Output,
     source: str,
     directory: str,
-    layout: str,
+    layout: str | None,
     dtype: str | None,
     shard_size: int,
     adapter: str | None,
@@ -60,26 +66,48 @@ def convert(
 ) -> None:
     """Read SOURCE and write it into DIRECTORY.
 
-    hf: transformers' from_pretrained opens it as it is. native: spec.json and our own names, which can say every model.
+    hf: transformers' from_pretrained opens it as it is. auto_map: with trust_remote_code=True, for models that no
+    architecture of transformers says. native: spec.json and our own names, which can say every model. gguf: one file,
+    of the LLaMAs, and what a DIRECTORY is taken for that ends in .gguf.
     """
     import torch
 
+    from lamina import exporting
     from lamina.errors import LaminaError
     from lamina.source import load, save
 
     target = Path(directory)
+    layout = "gguf" if layout is None and target.suffix == ".gguf" else layout
+    quantised = layout == "gguf" and dtype in STORED
+    if target.is_file() and layout != "gguf":
+        raise LaminaError(f"{directory} is a file, and a directory is to be written")
     if target.exists() and not force:
         raise LaminaError(f"{directory} is there already; choose another directory, or replace it with --force")
     out.note(f"reading {source}")
     with torch.no_grad():
         model = load(
-            source, dtype=dtype, adapter=adapter, allow_missing=allow_missing, allow_unexpected=allow_unexpected
+            source,
+            dtype="float32" if quantised else dtype,
+            adapter=adapter,
+            allow_missing=allow_missing,
+            allow_unexpected=allow_unexpected,
         )
     initialised = list(model.origin.initialised)
+    layout = layout or exporting.layout(model.spec, model.origin.family)
     out.note(f"writing {directory}")
-    save(model, target, layout, force=force, shard_size=shard_size)
-    files = {str(path.relative_to(target)): path.stat().st_size for path in sorted(target.rglob("*")) if path.is_file()}
-    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+    if quantised:
+        exporting.write_gguf(model, target, "Q8_0", force=force)
+    else:
+        save(model, target, layout, force=force, shard_size=shard_size)
+    paths = [target] if target.is_file() else [path for path in sorted(target.rglob("*")) if path.is_file()]
+    files = {
+        str(path.relative_to(target.parent if target.is_file() else target)): path.stat().st_size for path in paths
+    }
+    dtypes = (
+        ["q8_0"]
+        if quantised
+        else sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+    )
     document = {
         "source": source,
         "directory": directory,
@@ -90,8 +118,9 @@ def convert(
         "files": [{"name": name, "bytes": count} for name, count in files.items()],
         "initialised": initialised,
     }
-    wide = max(len(name) for name in files) + len(directory) + 1
-    lines = [f"{str(target / name).ljust(wide)}  {size(count)}" for name, count in files.items()]
+    shown = [str(path) for path in paths]
+    wide = max(map(len, shown))
+    lines = [f"{path.ljust(wide)}  {size(count)}" for path, count in zip(shown, files.values(), strict=True)]
     lines += [f"initialised, because {source} lacks it: {name}" for name in initialised]
     out.result(document, lines)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lamina.cli.convert import Size
+from lamina.cli.convert import LAYOUTS, Size
 from lamina.cli.output import Output, heading, short, size, table, wrapped
 from lamina.cli.program import command
 from lamina.errors import LaminaError
@@ -34,9 +34,7 @@ lamina edit ./smollm2-experts --undo -o ./smollm2-dense
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens read at one time.")
 @click.option("--no-verdict", is_flag=True, help="Write the model, and do not run it.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights that are new.")
-@click.option(
-    "--format", "layout", type=click.Choice(["hf", "native"]), help="Layout. [default: hf where that can say the model]"
-)
+@click.option("--format", "layout", type=click.Choice(LAYOUTS), help="Layout. [default: the first that can say it]")
 @click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of weights.")
 @click.option("--force", is_flag=True, help="Replace the directory; the old one stays whole until the new one is.")
 def edit(
@@ -60,7 +58,7 @@ def edit(
     A plan is a list of operations, each a mapping with op and its fields: - {op: key_heads, heads: 1}. It is checked as
     a whole before a weight is read, and weights are written one at a time, so that a model may be larger than memory.
     """
-    from lamina import editing
+    from lamina import editing, exporting
 
     if undo == (plan is not None):
         raise LaminaError("name a PLAN.yaml, or --undo, and not both")
@@ -76,7 +74,7 @@ def edit(
     lines = _plan_lines(done, cost)
     if dry_run or output is None:
         return out.result(document, lines)
-    layout = layout or editing.layout(done.spec, opened)
+    layout = layout or exporting.layout(done.spec, opened.origin.family)
     out.note(f"writing {output}")
     editing.write(opened, done, output, layout, seed=seed, force=force, shard_size=shard_size)
     document |= {"directory": str(output), "format": layout}

@@ -27,6 +27,7 @@ FAMILIES = {
     "gpt2": "gpt2:GPT2",
     "gpt_neox": "gpt_neox:GPT_NEOX",
     "gptj": "gptj:GPTJ",
+    "lamina": "auto_map:LAMINA",
     "led": "led:LED",
     "llama": "llama:LLAMA",
     "longformer": "longformer:LONGFORMER",

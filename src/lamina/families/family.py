@@ -53,6 +53,7 @@ class Family:
     zeros: Callable[[ModelSpec], Mapping[str, Shape]] = lambda spec: {}  # what a new file holds unused: BART's buffer
     renamed: tuple[tuple[str, str], ...] = ()  # names of old files: (regular expression, what stands there now)
     sizes: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # published sizes, as configurations
+    code: Callable[[ModelSpec], Mapping[str, bytes]] | None = None  # files that run it: transformers has no such class
     notes: Mapping[str, str] = field(default_factory=dict)  # by the name before "/": what a publication leaves open
 
     def rules(self, spec: ModelSpec) -> tuple[Rule, ...]:

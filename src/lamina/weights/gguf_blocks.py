@@ -133,3 +133,31 @@ def dequantize(data: Tensor, layout: Layout) -> Tensor:
     for start in range(0, len(blocks), step):
         weights[start : start + step] = layout.unpack(blocks[start : start + step]).view(-1, layout.weights)
     return weights.flatten()
+
+
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def pack(weights: Tensor, kind: str) -> Tensor | None:
+    """The bytes of a tensor as F32, F16, BF16 or Q8_0; None where the type cannot hold a value.
+
+    Q8_0 rounds as ggml's quantize_row_q8_0_ref does: the scale in float32, halves away from zero, and then the scale
+    is kept as float16.
+    """
+    if kind in PLAIN:
+        packed = weights.to(PLAIN[kind]).contiguous()
+        return packed.flatten().view(torch.uint8) if bool(packed.isfinite().all() | ~weights.isfinite().all()) else None
+    assert kind == "Q8_0", kind
+    blocks = weights.float().reshape(-1, 32)
+    packed = torch.empty(len(blocks), 34, dtype=torch.uint8)
+    for start in range(0, len(blocks), CHUNK):
+        part = blocks[start : start + CHUNK]
+        scale = part.abs().amax(dim=1, keepdim=True) / 127
+        quotient = part * torch.where(scale > 0, 1 / scale, 0)
+        whole = torch.trunc(quotient + torch.copysign(torch.tensor(0.5), quotient))
+        half_scale = scale.half()
+        if not bool(half_scale.isfinite().all()):
+            return None
+        packed[start : start + CHUNK, :2] = half_scale.view(torch.uint8)
+        packed[start : start + CHUNK, 2:] = whole.to(torch.int8).view(torch.uint8)
+    return packed.flatten()
