@@ -145,7 +145,7 @@ def digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def texts_of(spec: ModelSpec, origin: Origin | None) -> Texts:
-    """What a model reads, as ids, of a file of text, or of the packaged sample; random ids where it has no tokenizer."""
+    """What a model reads of a file of text or of the packaged sample, as ids; random ones where it has no tokenizer."""
     limit = min(spec.context or LONGEST, spec.source_context or LONGEST, LONGEST)
 
     def texts(path: str | None) -> list[list[int]]:

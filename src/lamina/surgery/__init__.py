@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from lamina.surgery.build import begun, build
 from lamina.surgery.heads import KeyHeads, OrderHeads
-from lamina.surgery.operation import Changed, Operation, Promise
+from lamina.surgery.latent import LatentOperation
+from lamina.surgery.longformer import LongformerOperation
+from lamina.surgery.operation import Changed, FittedOperation, Operation, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
 from lamina.surgery.plan import OPERATIONS, Applied, Plan, apply, read_plan, said
 from lamina.surgery.retrofit import retrofit
@@ -22,7 +24,10 @@ __all__ = [
     "Applied",
     "Changed",
     "Drift",
+    "FittedOperation",
     "KeyHeads",
+    "LatentOperation",
+    "LongformerOperation",
     "Made",
     "Operation",
     "OrderHeads",

@@ -50,10 +50,10 @@ def random_texts(spec: ModelSpec) -> Texts:
 class Calibration:
     """`calibration(path)`: `measure` of what the module at a path reads, in float64, over the tokens of a text.
 
-    The model runs when it is first asked, a layer at a time: in memory are the states of all tokens in float32 (tokens x
-    width, twice for an encoder-decoder), the weights of one layer, and what was measured in it. A layer before the last
-    one that was asked for makes the model begin anew. An encoder-decoder reads the first half of each text and writes
-    the second; `path` + ".memory" is what a cross-attention reads of the encoder.
+    The model runs when it is first asked, a layer at a time: in memory are the states of all tokens in float32, tokens
+    x width, twice for an encoder-decoder; the weights of one layer; and what was measured in it. To be asked for a
+    layer before the last one makes the model begin anew. An encoder-decoder reads the first half of each text and
+    writes the second; `path` + ".memory" is what a cross-attention reads of the encoder.
     """
 
     def __init__(

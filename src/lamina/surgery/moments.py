@@ -33,9 +33,9 @@ def moments(place: Place[Attending], weights: Mapping[str, Tensor], calibration:
     read = own if isinstance(part, AttentionSpec) else calibration(f"{place.path}.memory")
     size = (part.key_heads, part.head_dim)
     key, value = (
-        (w @ read @ w.T).unflatten(0, size).unflatten(2, size) for w in (_affine(place, weights, one) for one in "kv")
+        (w @ read @ w.T).unflatten(0, size).unflatten(2, size) for w in (affine(place, weights, one) for one in "kv")
     )
-    query = _affine(place, weights, "q").unflatten(0, (part.key_heads, -1, part.head_dim))
+    query = affine(place, weights, "q").unflatten(0, (part.key_heads, -1, part.head_dim))
     output = weights[place.weight("o.weight")].double().unflatten(1, (part.key_heads, -1, part.head_dim))
     return Moments(key, value, (query @ own @ query.mT).sum(dim=1), torch.einsum("wghd,wghe->gde", output, output))
 
@@ -47,7 +47,7 @@ def check_fit(place: Place[Attending]) -> None:
             raise UnsupportedError(f"{place.shown}: its {name} lies between its projections and its scores")
 
 
-def _affine(place: Place[Attending], weights: Mapping[str, Tensor], part: str) -> Tensor:
+def affine(place: Place[Attending], weights: Mapping[str, Tensor], part: str) -> Tensor:
     """(out, in + 1): weight and bias."""
     weight, bias = weights[place.weight(f"{part}.weight")].double(), place.weight(f"{part}.bias")
     column = weights[bias].double()[:, None] if bias in weights else weight.new_zeros(len(weight), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from lamina.patterns import Causal, Everything, Global, Pattern, Sinks, Window
 from lamina.specs import Spec
 from lamina.surgery.operation import Changed, Operation, Promise
 from lamina.surgery.places import EVERYWHERE, edited, places
+from lamina.surgery.weights import Made, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,8 @@ class WindowOperation(Operation):
 
 @dataclass(frozen=True, kw_only=True)
 class Restore(Operation):
-    """The spec as it was, where an operation left the weights alone."""
+    """The spec as it was, where an operation left the weights alone but for what it added: weights that the spec has no
+    place for go, and of those that grew at their ends the part stays that was there."""
 
     NAME = "restore"
 
@@ -72,4 +75,17 @@ class Restore(Operation):
 
     def change(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Changed:
         old = ModelSpec.from_json(self.spec)
-        return Changed(old, weights, Promise("exact", "the model before", bits=True), (Restore(spec=spec.to_json()),))
+        now, then = (dict(one.build(device="meta").named_parameters()) for one in (spec, old))
+        made = {
+            name: Made((name,), "the part that was there", partial(_part, shape=tuple(then[name].shape)))
+            for name in weights
+            if name in then and name in now and now[name].shape != then[name].shape
+        }
+        gone = [name for name in weights if name not in then]
+        undo = None if made or gone else (Restore(spec=spec.to_json()),)
+        kept = Weights(weights, made, gone) if made or gone else weights
+        return Changed(old, kept, Promise("exact", "the model before", bits=True), undo)
+
+
+def _part(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return x[tuple(slice(size) for size in shape)].contiguous()

@@ -16,13 +16,25 @@ from lamina.model import ModelSpec
 from lamina.specs import unknown
 from lamina.surgery.calibration import Texts, random_texts
 from lamina.surgery.heads import KeyHeads, OrderHeads
+from lamina.surgery.latent import LatentOperation
+from lamina.surgery.longformer import LongformerOperation
 from lamina.surgery.operation import Changed, FittedOperation, Kept, Operation, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
 from lamina.surgery.upcycle import PickExpert, Upcycle
 from lamina.surgery.weights import origin
 
 OPERATIONS: dict[str, type[Operation]] = {
-    kind.NAME: kind for kind in (KeyHeads, OrderHeads, WindowOperation, Upcycle, PickExpert, Restore)
+    kind.NAME: kind
+    for kind in (
+        KeyHeads,
+        OrderHeads,
+        LatentOperation,
+        LongformerOperation,
+        WindowOperation,
+        Upcycle,
+        PickExpert,
+        Restore,
+    )
 }
 """By the name that a plan has for them."""
 
