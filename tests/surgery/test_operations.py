@@ -142,7 +142,7 @@ def test_windows_on_every_other_layer():
     base = tiny.model(tiny.GPT2 | {"n_layer": 12})
     model, _ = operated(base, {"op": "window", "back": 5, "at": ["decoder.layers.*[13579]"]})
     patterns = [type(layer.steps[0].op.pattern).__name__ for layer in model.spec.decoder.layers]
-    assert patterns == ["Causal", "And"] * 6
+    assert patterns == ["Causal", "Both"] * 6
 
 
 def test_sinks_are_seen_from_beyond_the_window():

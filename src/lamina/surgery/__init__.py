@@ -14,6 +14,7 @@ from lamina.surgery.retrofit import retrofit
 from lamina.surgery.upcycle import PickExpert, Upcycle
 from lamina.surgery.verdict import Drift, Side, Verdict, compare, pieces
 from lamina.surgery.weights import Made, Weights
+from lamina.surgery.width import Gated, Plain, Prune, Widen
 
 SURGERIES = {"retrofit": retrofit}
 """By name. The first two arguments are a spec and what maps the names of its parameters to tensors."""
@@ -25,6 +26,7 @@ __all__ = [
     "Changed",
     "Drift",
     "FittedOperation",
+    "Gated",
     "KeyHeads",
     "LatentOperation",
     "LongformerOperation",
@@ -32,13 +34,16 @@ __all__ = [
     "Operation",
     "OrderHeads",
     "PickExpert",
+    "Plain",
     "Plan",
     "Promise",
+    "Prune",
     "Restore",
     "Side",
     "Upcycle",
     "Verdict",
     "Weights",
+    "Widen",
     "WindowOperation",
     "apply",
     "begun",

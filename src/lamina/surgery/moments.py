@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Moments:
     output: Tensor  # (G, D, D), of the columns of o that read its values
 
 
-def moments(place: Place[Attending], weights: Mapping[str, Tensor], calibration: Calibration) -> Moments:
+def moments(place: Place[Any], weights: Mapping[str, Tensor], calibration: Calibration) -> Moments:
     """Those of one attention, which is what reads its heads, too."""
     part = place.part
     own = calibration(place.path)
@@ -40,14 +41,14 @@ def moments(place: Place[Attending], weights: Mapping[str, Tensor], calibration:
     return Moments(key, value, (query @ own @ query.mT).sum(dim=1), torch.einsum("wghd,wghe->gde", output, output))
 
 
-def check_fit(place: Place[Attending]) -> None:
+def check_fit(place: Place[Any]) -> None:
     """Raise UnsupportedError where scores are no product of what the projections give."""
     for name in ("qk_norm", "relative"):
         if getattr(place.part, name) is not None:
             raise UnsupportedError(f"{place.shown}: its {name} lies between its projections and its scores")
 
 
-def affine(place: Place[Attending], weights: Mapping[str, Tensor], part: str) -> Tensor:
+def affine(place: Place[Any], weights: Mapping[str, Tensor], part: str) -> Tensor:
     """(out, in + 1): weight and bias."""
     weight, bias = weights[place.weight(f"{part}.weight")].double(), place.weight(f"{part}.bias")
     column = weights[bias].double()[:, None] if bias in weights else weight.new_zeros(len(weight), 1)

@@ -22,6 +22,7 @@ from lamina.surgery.operation import Changed, FittedOperation, Kept, Operation, 
 from lamina.surgery.patterns import Restore, WindowOperation
 from lamina.surgery.upcycle import PickExpert, Upcycle
 from lamina.surgery.weights import origin
+from lamina.surgery.width import Gated, Plain, Prune, Widen
 
 OPERATIONS: dict[str, type[Operation]] = {
     kind.NAME: kind
@@ -33,6 +34,10 @@ OPERATIONS: dict[str, type[Operation]] = {
         WindowOperation,
         Upcycle,
         PickExpert,
+        Widen,
+        Prune,
+        Gated,
+        Plain,
         Restore,
     )
 }
