@@ -113,7 +113,8 @@ def tests_of(file: str) -> tuple[str, ...]:
     if folder == "adapters":
         return ("tests/adapters/test_lora.py", "tests/adapters/test_peft.py")
     if folder == "surgery":
-        own = {"retrofit": "retrofit", "build": "retrofit", "verdict": "verdict"}
+        own = dict.fromkeys(("calibration", "fitting", "moments"), "fitting") | {"build": "retrofit"}
+        own |= {one: one for one in ("retrofit", "verdict", "latent", "longformer", "upcycle", "width")}
         return (f"tests/surgery/test_{own.get(name, 'operations')}.py",)
     if folder == "catalogue":
         return ("tests/test_catalogue.py",)

@@ -17,6 +17,8 @@ from lamina.patterns import Causal
 from lamina.surgery import apply, read_plan
 from lamina.surgery.calibration import Calibration, energy, random_texts
 from lamina.surgery.fitting import one_key
+from lamina.surgery.moments import moments
+from lamina.surgery.places import Place
 from tests import small, tiny
 from tests.surgery.test_operations import SHAPES, ids_of, operated, run, works
 
@@ -138,6 +140,40 @@ def test_keys_that_turn_are_the_best_pair_by_pair():
                 else:
                     tensor[head] += real
         assert lost(*other) >= best * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "t5"])
+def test_the_moments_of_heads_are_those_of_what_the_layer_makes(shape: str):
+    """Keys, values and queries as the layer has them, biases too; the columns of o in naive loops."""
+    base = tiny.model(SHAPES[shape], scale=1.0).requires_grad_(False)
+    for attention in attentions(base):
+        for part in (attention.q, attention.k, attention.v):
+            if part.bias is not None:
+                part.bias.normal_(generator=torch.Generator().manual_seed(1))
+    attention = attentions(base)[-1]  # in T5 what reads the encoder
+    ids = ids_of(base, rows=1)
+    state, spec = dict(base.named_parameters()), attention.spec
+    calibration = Calibration(base.spec, state, lambda: ids.tolist(), [attention.path])
+    found = moments(Place(attention.path, spec), state, calibration)
+    seen: dict[str, Tensor] = {}
+    for name in "qkv":
+        getattr(attention, name).register_forward_hook(
+            lambda _, given, out, name=name: seen.__setitem__(name, out[0].double().unflatten(-1, (-1, spec.head_dim)))
+        )
+    half = ids.shape[1] // 2
+    begun = torch.cat([torch.full((1, 1), base.spec.special.decoder_start or 0), ids[:, half:-1]], dim=1)
+    base(ids[:, :half], decoder_input_ids=begun) if base.spec.two_stacks else base(ids)
+    each, size = spec.heads // spec.key_heads, spec.head_dim
+    for name, got in (("k", found.key), ("v", found.value)):
+        torch.testing.assert_close(got, torch.einsum("tgd,the->gdhe", seen[name], seen[name]), rtol=1e-4, atol=1e-5)
+    for head in range(spec.key_heads):
+        query, output = torch.zeros(size, size).double(), torch.zeros(size, size).double()
+        for one in range(head * each, (head + 1) * each):
+            query += seen["q"][:, one].T @ seen["q"][:, one]
+            columns = attention.o.weight[:, one * size : (one + 1) * size].double()
+            output += columns.T @ columns
+        torch.testing.assert_close(found.query[head], query, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.output[head], output, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -213,30 +213,6 @@ def test_pruned_heads_leave_the_others():
     assert [layer.steps[0].op.heads for layer in model.spec.decoder.layers] == [4, 2]
 
 
-def test_noise_sets_experts_apart():
-    base = tiny.model()
-    model, _ = operated(base, {"op": "experts", "experts": 3, "noise": 0.1, "seed": 4})
-    again, _ = operated(base, {"op": "experts", "experts": 3, "noise": 0.1, "seed": 4})
-    weight = model.decoder.layers[0].feedforward.op.experts.up.weight.detach()
-    old = base.decoder.layers[0].feedforward.op.up.weight.detach()
-    assert torch.equal(weight, again.decoder.layers[0].feedforward.op.experts.up.weight)
-    for one in weight:
-        assert float((one - old).std()) == pytest.approx(0.1 * float(old.std()), rel=0.1)
-    assert not torch.equal(weight[0], weight[1])
-    later = model.decoder.layers[1].feedforward.op.experts.up.weight.detach()
-    other = base.decoder.layers[1].feedforward.op.up.weight.detach()
-    drawn = [(made[0] - was) / was.std() for made, was in ((weight, old), (later, other))]
-    assert float((drawn[0] - drawn[1]).abs().max()) > 0.1  # each weight has its own
-
-
-def test_the_mean_of_experts():
-    base = tiny.model()
-    model, _ = operated(base, {"op": "experts", "experts": 3, "noise": 0.5}, {"op": "dense"})
-    experts, _ = operated(base, {"op": "experts", "experts": 3, "noise": 0.5})
-    expected = sum(experts.decoder.layers[1].feedforward.op.experts.down.weight) / 3
-    torch.testing.assert_close(model.decoder.layers[1].feedforward.op.down.weight, expected)
-
-
 @pytest.mark.parametrize(
     ("plan", "said"),
     [

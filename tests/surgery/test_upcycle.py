@@ -56,7 +56,7 @@ def test_it_begins_equal_and_leads_back(shape: str, name: str, tmp_path: Path):
 
 
 def test_slices_in_naive_loops():
-    """Each expert has its part of the hidden units, the shared network the first; the rows of the router come by copy."""
+    """Each expert has its part of the hidden units, the shared network the first; the router has equal rows a copy."""
     base = tiny.model(tiny.GPT2)
     plan = {"op": "experts", "experts": 2, "chosen": 1, "slices": 4, "shared": 1}
     model, new = operated(base, plan)
@@ -83,6 +83,30 @@ def test_the_mean_of_sliced_copies():
     down = experts.decoder.layers[1].feedforward.op.experts.down.weight.detach()  # (6, width, hidden / 2)
     expected = torch.cat([down[[0, 2, 4]].mean(0), down[[1, 3, 5]].mean(0)], dim=1)
     torch.testing.assert_close(model.decoder.layers[1].feedforward.op.down.weight.detach(), expected)
+
+
+def test_noise_sets_experts_apart():
+    base = tiny.model()
+    model, _ = operated(base, {"op": "experts", "experts": 3, "noise": 0.1, "seed": 4})
+    again, _ = operated(base, {"op": "experts", "experts": 3, "noise": 0.1, "seed": 4})
+    weight = model.decoder.layers[0].feedforward.op.experts.up.weight.detach()
+    old = base.decoder.layers[0].feedforward.op.up.weight.detach()
+    assert torch.equal(weight, again.decoder.layers[0].feedforward.op.experts.up.weight)
+    for one in weight:
+        assert float((one - old).std()) == pytest.approx(0.1 * float(old.std()), rel=0.1)
+    assert not torch.equal(weight[0], weight[1])
+    later = model.decoder.layers[1].feedforward.op.experts.up.weight.detach()
+    other = base.decoder.layers[1].feedforward.op.up.weight.detach()
+    drawn = [(made[0] - was) / was.std() for made, was in ((weight, old), (later, other))]
+    assert float((drawn[0] - drawn[1]).abs().max()) > 0.1  # each weight has its own
+
+
+def test_the_mean_of_experts():
+    base = tiny.model()
+    model, _ = operated(base, {"op": "experts", "experts": 3, "noise": 0.5}, {"op": "dense"})
+    experts, _ = operated(base, {"op": "experts", "experts": 3, "noise": 0.5})
+    expected = sum(experts.decoder.layers[1].feedforward.op.experts.down.weight) / 3
+    torch.testing.assert_close(model.decoder.layers[1].feedforward.op.down.weight, expected)
 
 
 def test_a_part_is_drawn_anew():

@@ -64,9 +64,6 @@ class Calibration:
         paths: Sequence[str],
         measure: Callable[[Tensor], Tensor] = moment,
     ) -> None:
-        stacks = [stack for stack in (spec.encoder, spec.decoder) if stack is not None]
-        if spec.stem is not None or any(stack.recurrence is not None for stack in stacks):
-            raise UnsupportedError("a text is for models of plain stacks that read ids, without a stem or a recurrence")
         self.spec, self.weights, self.texts, self.measure = spec, weights, texts, measure
         self.paths = frozenset(paths)
         self.found: dict[str, Tensor] = {}
@@ -170,11 +167,13 @@ class Calibration:
         return chosen
 
 
-def checked(text: str | None) -> str | None:
-    """The path of a text, which is there. Raises LaminaError where it is not."""
+def check_text(spec: ModelSpec, text: str | None) -> None:
+    """Raise LaminaError for a text that is not there, UnsupportedError for a model that cannot be run on one here."""
+    stacks = [stack for stack in (spec.encoder, spec.decoder) if stack is not None]
+    if spec.stem is not None or any(stack.recurrence is not None for stack in stacks):
+        raise UnsupportedError("a text is for models of plain stacks that read ids, without a stem or a recurrence")
     if text is not None and not Path(text).is_file():
         raise LaminaError(f"text={text!r}: no such file")
-    return text
 
 
 def _halves(texts: list[list[int]], start: int) -> list[list[list[int]]]:

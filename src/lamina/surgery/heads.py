@@ -15,7 +15,7 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import AttentionSpec, CrossAttentionSpec, StackSpec
 from lamina.model import ModelSpec
 from lamina.specs import Spec
-from lamina.surgery.calibration import Calibration, Texts, checked
+from lamina.surgery.calibration import Calibration, Texts, check_text
 from lamina.surgery.fitting import one_key
 from lamina.surgery.moments import Attending, check_fit, moments
 from lamina.surgery.operation import Changed, FittedOperation, Operation, Promise
@@ -49,8 +49,9 @@ class KeyHeads(FittedOperation):
     def fit(self, spec: ModelSpec, weights: Mapping[str, Tensor], texts: Texts) -> Changed:
         found = places(spec, (AttentionSpec, CrossAttentionSpec), self.at)
         made: dict[str, Made] = {}
-        path = checked(self.text)
-        calibration = Calibration(spec, weights, lambda: texts(path), [place.path for place in found])
+        if self.by == "least_squares":
+            check_text(spec, self.text)
+        calibration = Calibration(spec, weights, lambda: texts(self.text), [place.path for place in found])
         for place in found:
             _check(place, self.heads)
             if self.by == "least_squares" and place.part.key_heads > self.heads:

@@ -22,7 +22,7 @@ from lamina.layers import AttentionSpec, LatentAttentionSpec
 from lamina.layers.rotary import table
 from lamina.model import ModelSpec
 from lamina.specs import Spec
-from lamina.surgery.calibration import Calibration, Texts, checked
+from lamina.surgery.calibration import Calibration, Texts, check_text
 from lamina.surgery.fitting import one_key, pairs, principal, root_of
 from lamina.surgery.moments import affine, check_fit
 from lamina.surgery.operation import Changed, FittedOperation, Promise
@@ -56,8 +56,8 @@ class LatentOperation(FittedOperation):
 
     def fit(self, spec: ModelSpec, weights: Mapping[str, Tensor], texts: Texts) -> Changed:
         found = places(spec, AttentionSpec, self.at)
-        path = checked(self.text)
-        calibration = Calibration(spec, weights, lambda: texts(path), [place.path for place in found])
+        check_text(spec, self.text)
+        calibration = Calibration(spec, weights, lambda: texts(self.text), [place.path for place in found])
         made: dict[str, Made] = {}
         gone: list[str] = []
         exact = True

@@ -15,7 +15,7 @@ from lamina.errors import LaminaError
 from lamina.layers import FeedForwardSpec
 from lamina.model import ModelSpec
 from lamina.specs import Spec
-from lamina.surgery.calibration import Calibration, Texts, checked, energy
+from lamina.surgery.calibration import Calibration, Texts, check_text, energy
 from lamina.surgery.operation import Changed, FittedOperation, Operation, Promise
 from lamina.surgery.patterns import Restore
 from lamina.surgery.places import EVERYWHERE, Place, edited
@@ -105,10 +105,10 @@ class Prune(FittedOperation):
 
     def fit(self, spec: ModelSpec, weights: Mapping[str, Tensor], texts: Texts) -> Changed:
         found = networks(spec, self.at)
-        path = checked(self.text)
-        calibration = Calibration(
-            spec, weights, lambda: texts(path), [place.weight("down") for place in found], measure=energy
-        )
+        if self.by == "energy":
+            check_text(spec, self.text)
+        downs = [place.weight("down") for place in found]
+        calibration = Calibration(spec, weights, lambda: texts(self.text), downs, measure=energy)
         made: dict[str, Made] = {}
         for place in found:
             if place.part.hidden < self.hidden:
