@@ -278,13 +278,13 @@ def test_what_lies_between_projections_and_scores_is_refused():
 
 @pytest.mark.slow
 def test_smollm2_keeps_much_more_than_by_the_mean():
-    """Three key heads to one, in half of its layers, fitted to the packaged sample; the verdict is on another text."""
+    """Three key heads to one in its first layers, fitted to the packaged sample; the verdict is on another text."""
     if packaged_path("smollm2-135m") is None:
         pytest.skip("smollm2-135m is not here: lamina fetch smollm2-135m")
     model = lamina.load("smollm2-135m")
     text = "The river had been rising since noon, and by evening the bridge was closed. Nobody in the village slept."
     ids = [lamina.tokenizer("smollm2-135m").encode(text)]
-    at = [f"decoder.layers.{i}" for i in range(0, 30, 2)]
+    at = [f"decoder.layers.{i}" for i in range(6)]
     found = {
         by: lamina.edit(model, [{"op": "key_heads", "heads": 1, "by": by, "at": at}], texts=ids)[1].divergence
         for by in ("mean", "least_squares")
