@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 import lamina
+from lamina import editing
+from lamina.cli.edit import fit_lines
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import RMSNormSpec
 from lamina.model import Model
@@ -16,7 +19,7 @@ from lamina.packaged import packaged_path
 from lamina.patterns import Causal
 from lamina.surgery import apply, read_plan
 from lamina.surgery.calibration import Calibration, energy, random_texts
-from lamina.surgery.fitting import one_key
+from lamina.surgery.fitting import lost, one_key, root_of
 from lamina.surgery.moments import moments
 from lamina.surgery.places import Place
 from tests import small, tiny
@@ -97,12 +100,16 @@ def test_it_is_the_best_of_its_rank(seed: int):
     v = torch.randn(3, 4, 9, generator=draw, dtype=torch.float64)
     o = torch.randn(3, 2, 9, 4, generator=draw, dtype=torch.float64)  # two query heads read each
     gram = torch.einsum("gdx,xy,hey->gdhe", v, x.T @ x, v)
-    down, up = one_key(gram, torch.einsum("ghwd,ghwe->gde", o, o), None)
+    read = torch.einsum("ghwd,ghwe->gde", o, o)
+    down, up = one_key(gram, read, None)
     whole = torch.cat([x @ v[g].T @ o[g, h].T for g in range(3) for h in range(2)], dim=1)
     few = torch.einsum("ngd,gdx,tx->tn", down, v, x)
     got = torch.cat([few @ up[g].T @ o[g, h].T for g in range(3) for h in range(2)], dim=1)
     left = torch.linalg.svdvals(whole)[4:].square().sum()
     assert float((whole - got).square().sum()) == pytest.approx(float(left), rel=1e-8)
+    root = torch.block_diag(*root_of(read))
+    said = lost(gram.flatten(2).flatten(0, 1), root, down.flatten(1), up.flatten(0, 1))
+    assert said == pytest.approx((float(left), float(whole.square().sum())), rel=1e-8)
     assert float(few.square().mean()) == pytest.approx(float((x @ v.flatten(0, 1).T).square().mean()), rel=1e-8)
 
 
@@ -239,6 +246,25 @@ def test_the_model_that_comes_out_works(tmp_path: Any):
     for shape in SHAPES:
         model, _ = operated(tiny.model(SHAPES[shape], scale=1.0), FIT)
         works(model, ids_of(model), tmp_path / shape)
+
+
+def test_what_a_fit_lost_is_said(tmp_path: Any):
+    """In the history of what is written: nothing of planted heads, more of others, and never more than all."""
+    figures = []
+    for name, base in (("planted", planted(tiny.model(scale=1.0))), ("random", tiny.model())):
+        lamina.save(base, tmp_path / name)
+        tiny.tokenizer().save(tmp_path / name)
+        opened, done = editing.planned(tmp_path / name, [FIT, {"op": "window", "back": 9}])
+        assert done.fits == ({}, {})
+        editing.write(opened, done, tmp_path / f"{name}-one")
+        line = json.loads((tmp_path / f"{name}-one" / "history.json").read_text())[-1]
+        assert set(line["fits"][0]) == {f"decoder.layers.{i}.attention" for i in range(2)} and line["fits"][1] == {}
+        figures.append(max(line["fits"][0].values()))
+        model, _ = lamina.edit(lamina.load(tmp_path / name), [FIT], texts=[[1, 2, 3]])
+        assert model.origin.history[-1]["fits"][0] == pytest.approx(line["fits"][0], abs=1e-6)
+    assert figures[0] < 1e-5 and 0.05 < figures[1] < 1
+    said = fit_lines(done)
+    assert said[1].startswith("key_heads: of what is fitted ") and "at most" in said[1] and len(said) == 2
 
 
 def test_nothing_is_read_before_a_weight_is_asked_for():

@@ -12,7 +12,7 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import RMSNormSpec, RotarySpec
 from lamina.layers.rotary import table
 from lamina.patterns import Causal, Everything
-from lamina.surgery import apply, read_plan
+from lamina.surgery import apply, build, read_plan
 from lamina.surgery.latent import standstill
 from tests import small, tiny
 from tests.surgery.test_fitting import attentions
@@ -84,6 +84,19 @@ def test_what_is_lost_falls_with_the_rank():
     assert lost == sorted(lost, reverse=True) and lost[0] > 100 * lost[3]
 
 
+def test_what_is_lost_is_said():
+    """Nothing at full rank; with a key that turns for several heads, something at any rank."""
+    for config, ranks in ((tiny.GPT2, (4, 16, 33)), (tiny.LLAMA, (4, 16, 32))):
+        base, found = tiny.model(config, scale=1.0), []
+        for rank in ranks:
+            state = {key: p.detach() for key, p in base.named_parameters()}
+            done = apply(read_plan([{"op": "latent", "rank": rank}]), base.spec, state)
+            build(done.spec, done.weights)
+            found.append(max(done.fits[0].values()))
+        assert 1 > found[0] > found[1] > found[2] >= 0
+        assert (found[2] < 1e-5) == (config is tiny.GPT2)
+
+
 def test_the_cache_is_as_small_as_it_says():
     base = tiny.model(tiny.LLAMA | {"num_key_value_heads": 4})
     model, _ = operated(base, {"op": "latent", "rank": 10})
@@ -111,6 +124,8 @@ def test_the_constant_in_place_of_a_phase_errs_least(ahead: bool):
         )
         assert float(found[pair].real) == pytest.approx(float(angles.cos().mean()), abs=1e-6)
         assert float(found[pair].imag) == pytest.approx(float(angles.sin().mean()), abs=1e-6)
+        phase = torch.complex(angles.cos(), angles.sin())
+        assert float((phase - found[pair]).abs().square().mean()) == pytest.approx(1 - float(found[pair].abs()) ** 2)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,8 @@ def edit(
     layout = layout or editing.layout(done.spec, opened)
     out.note(f"writing {output}")
     editing.write(opened, done, output, layout, seed=seed, force=force, shard_size=shard_size)
-    document |= {"directory": str(output), "format": layout}
+    document |= {"directory": str(output), "format": layout, "fits": list(done.fits)}
+    lines += fit_lines(done)
     if not no_verdict:
         out.note("reading a text with both models")
         verdict = editing.judge(source, output, text=text, tokens=tokens, progress=_progress(out))
@@ -135,6 +136,17 @@ def _plan_lines(done: Applied, cost: Costs) -> list[str]:
             lines += wrapped(f"{names[0]}{more}: {', '.join(how)}", first="  ", indent=4)
     kept = len(done.table) - sum(map(len, kinds.values()))
     return [*lines, f"  {kept} of {len(done.table)} weights stay as they are"]
+
+
+def fit_lines(done: Applied) -> list[str]:
+    """What fits to a text lost, as people read it."""
+    lines = []
+    for operation, fit in zip(done.operations, done.fits, strict=True):
+        if fit:
+            place = max(fit, key=lambda one: fit[one])
+            mean = sum(fit.values()) / len(fit)
+            lines.append(f"{operation.NAME}: of what is fitted {mean:.1%} is lost, at most {fit[place]:.1%} ({place})")
+    return ["", *lines] if lines else []
 
 
 def verdict_lines(verdict: Verdict) -> list[str]:

@@ -31,6 +31,13 @@ def principal(gram: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return down * scale, up / scale
 
 
+def lost(gram: Tensor, root: Tensor, down: Tensor, up: Tensor) -> tuple[float, float]:
+    """(C, what it would be without any features): gram (S, S), root (S, N), down (k, S), up (S, k)."""
+    rest = torch.eye(len(gram), dtype=gram.dtype) - up @ down
+    missed = root.T @ rest
+    return float((missed @ gram * missed).sum()), float((root.T @ gram * root.T).sum())
+
+
 def root_of(matrix: Tensor) -> Tensor:
     """(..., D, D) positive -> W with W W^T = R."""
     values, vectors = torch.linalg.eigh(matrix)

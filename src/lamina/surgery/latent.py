@@ -10,6 +10,7 @@ of tokens that are near: the constant in place of the phase that errs least ther
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -23,7 +24,7 @@ from lamina.layers.rotary import table
 from lamina.model import ModelSpec
 from lamina.specs import Spec
 from lamina.surgery.calibration import Calibration, Texts, check_text
-from lamina.surgery.fitting import one_key, pairs, principal, root_of
+from lamina.surgery.fitting import lost, one_key, pairs, principal, root_of
 from lamina.surgery.moments import affine, check_fit
 from lamina.surgery.operation import Changed, FittedOperation, Promise
 from lamina.surgery.places import EVERYWHERE, Place, edited, places
@@ -60,6 +61,7 @@ class LatentOperation(FittedOperation):
         calibration = Calibration(spec, weights, lambda: texts(self.text), [place.path for place in found])
         made: dict[str, Made] = {}
         gone: list[str] = []
+        fits: dict[str, float] = {}
         exact = True
         for place in found:
             part = place.part
@@ -72,7 +74,7 @@ class LatentOperation(FittedOperation):
                 raise LaminaError(f"rank={self.rank} at {place.shown}: its keys and values have {most} features")
             exact &= self.rank >= min(whole(part), spec.width + (part.bias != "none"))
             exact &= part.rotary is None or part.key_heads == 1
-            made |= _made(place, weights, calibration, self.rank)
+            made |= _made(place, weights, calibration, self.rank, fits)
             gone += [name for one in "qkv" if (name := place.weight(f"{one}.bias")) in weights]
         chosen = {place.path for place in found}
 
@@ -86,7 +88,7 @@ class LatentOperation(FittedOperation):
             if any(place.part.rotary is not None for place in found)
             else Promise("lossy", f"of keys and values {self.rank} features are kept")
         )
-        return Changed(edited(spec, change), Weights(weights, made, gone), promise)
+        return Changed(edited(spec, change), Weights(weights, made, gone), promise, None, fits)
 
 
 def latent(part: AttentionSpec, rank: int) -> LatentAttentionSpec:
@@ -130,7 +132,11 @@ def standstill(part: AttentionSpec, length: int = NEAR) -> Tensor:
 
 
 def _made(
-    place: Place[AttentionSpec], weights: Mapping[str, Tensor], calibration: Calibration, rank: int
+    place: Place[AttentionSpec],
+    weights: Mapping[str, Tensor],
+    calibration: Calibration,
+    rank: int,
+    fits: dict[str, float],
 ) -> dict[str, Made]:
     part = place.part
     heads, size, each = part.key_heads, part.head_dim, part.heads // part.key_heads
@@ -148,7 +154,8 @@ def _made(
         output = weights[place.weight("o.weight")].double().unflatten(1, (heads, each, size))
         use = torch.einsum("wghd,wghe->gde", output, output)
         still, turns = torch.eye(size, dtype=seen.dtype).repeat(heads, 1, 1), seen.new_zeros(heads, turned, size)
-        shared = key[:0]
+        shared, phases = key[:0], 0.0
+        all_of_it = _energy(key, seen, read) + _energy(value, seen, use)
         if turned:
             gram = (key @ seen @ key.T).unflatten(0, (heads, size)).unflatten(2, (heads, size))
             down, up = one_key(gram, read, part.rotary)
@@ -157,11 +164,14 @@ def _made(
             key = key - up.flatten(0, 1) @ shared
             turns = up.mT
             mean = standstill(part)
+            phases = _phases(key, seen, read, mean, a, b)
             still[:, a, a], still[:, a, b] = mean.real, mean.imag  # q conj(m)
             still[:, b, a], still[:, b, b] = -mean.imag, mean.real
         both = torch.cat([key, value])
         root = torch.block_diag(*root_of(still @ read @ still.mT), *root_of(use))
-        down, up = principal(both @ seen @ both.T, root, rank)
+        gram = both @ seen @ both.T
+        down, up = principal(gram, root, rank)
+        fits[place.shown] = math.sqrt(max(phases + lost(gram, root, down, up)[0], 0.0) / max(all_of_it, 1e-300))
         own = up.unflatten(0, (2, heads, size))
         query_map = torch.cat([still, turns], dim=1)
         return {"down": torch.cat([down @ both, shared]), "k": own[0], "v": own[1], "q": query_map}
@@ -194,6 +204,21 @@ def _made(
             width = calibration.spec.width
             made[out] = Made((bias,), "zeros", lambda x: x.new_zeros(width))
     return made
+
+
+def _energy(features: Tensor, seen: Tensor, read: Tensor) -> float:
+    """E f^T R f over the heads."""
+    heads = features.unflatten(0, (len(read), -1))
+    return float((heads @ seen @ heads.mT * read).sum())
+
+
+def _phases(key: Tensor, seen: Tensor, read: Tensor, mean: Tensor, a: Tensor, b: Tensor) -> float:
+    """What a constant in place of its phase loses of what no longer turns: E |exp(i w d) - m|^2 = 1 - |m|^2, pair by
+    pair, times the energies of keys and queries."""
+    heads = key.unflatten(0, (len(read), -1))
+    own, used = (one.diagonal(dim1=1, dim2=2) for one in (heads @ seen @ heads.mT, read))
+    energy = (own[:, a] + own[:, b]) * (used[:, a] + used[:, b]) / 2
+    return float((energy * (1 - mean.abs().square()).clamp(min=0)).sum())
 
 
 def _typed(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -67,6 +67,9 @@ class Applied:
     weights: Mapping[str, Tensor]
     table: tuple[Weight, ...]
     undo: tuple[Operation, ...] | None
+    fits: tuple[dict[str, float], ...] = ()
+    """Of each operation, what its fit lost by place: the root of the squared error of what is read, by all of it. It is
+    known when its weights have been made."""
 
     @property
     def kept(self) -> Kept:
@@ -122,6 +125,7 @@ def apply(
     now = Changed(spec, weights, Promise("exact", "nothing was changed", bits=True), ())
     texts = random_texts(spec) if texts is None else texts
     promises: list[Promise] = []
+    fits: list[dict[str, float]] = []
     undo: tuple[Operation, ...] | None = ()
     for number, operation in enumerate(operations):
         try:
@@ -132,9 +136,10 @@ def apply(
         except LaminaError as error:
             raise type(error)(f"operation {number + 1} ({operation.NAME}): {error}") from None
         promises.append(now.promise)
+        fits.append(now.fits)
         undo = None if undo is None or now.undo is None else (*now.undo, *undo)
     table = _table(now.spec, now.weights)
-    return Applied(tuple(operations), tuple(promises), spec, now.spec, now.weights, table, undo)
+    return Applied(tuple(operations), tuple(promises), spec, now.spec, now.weights, table, undo, tuple(fits))
 
 
 def _table(spec: ModelSpec, weights: Mapping[str, Tensor]) -> tuple[Weight, ...]:

@@ -110,22 +110,33 @@ class Prune(FittedOperation):
         downs = [place.weight("down") for place in found]
         calibration = Calibration(spec, weights, lambda: texts(self.text), downs, measure=energy)
         made: dict[str, Made] = {}
+        fits: dict[str, float] = {}
         for place in found:
             if place.part.hidden < self.hidden:
                 raise LaminaError(
                     f"{place.shown} has {place.part.hidden} hidden units; widen makes them more than that"
                 )
             how = f"{self.hidden} of {place.part.hidden} units, by {self.by}"
-            kept = partial(self._kept, place, weights, calibration)
+            kept = partial(self._kept, place, weights, calibration, fits)
             if self.by != "copies":
                 kept = lru_cache(maxsize=1)(kept)
             for name, part in _parts(place, weights):
                 made[name] = Made((name,), how, in_float32(partial(self._fewer, kept=kept, dim=int(part == "down"))))
         return Changed(
-            _of_width(spec, found, self.hidden), Weights(weights, made), Promise("lossy", "what other units do goes")
+            _of_width(spec, found, self.hidden),
+            Weights(weights, made),
+            Promise("lossy", "what other units do goes"),
+            None,
+            fits,
         )
 
-    def _kept(self, place: Place[FeedForwardSpec], weights: Mapping[str, Tensor], calibration: Calibration) -> Tensor:
+    def _kept(
+        self,
+        place: Place[FeedForwardSpec],
+        weights: Mapping[str, Tensor],
+        calibration: Calibration,
+        fits: dict[str, float],
+    ) -> Tensor:
         """The units that stay, (hidden,), in their order."""
         out = weights[place.weight("down.weight")].double().norm(dim=0)
         if self.by == "energy":
@@ -137,7 +148,10 @@ class Prune(FittedOperation):
                 rows = [weights[name].double() for name in names if name in weights]
                 if rows:
                     score = score * torch.cat([row.view(len(row), -1) for row in rows], dim=1).norm(dim=1)
-        return score.topk(self.hidden).indices.sort().values
+        best = score.topk(self.hidden)
+        if self.by == "energy":
+            fits[place.shown] = float((1 - best.values.square().sum() / score.square().sum()).clamp(min=0).sqrt())
+        return best.indices.sort().values
 
     def _fewer(self, x: Tensor, kept: Callable[[], Tensor], dim: int) -> Tensor:
         if self.by != "copies":
