@@ -122,6 +122,8 @@ def tests_of(file: str) -> tuple[str, ...]:
         own |= {one: one for one in ("depth", "rope", "norms", "tokens")}
         own |= {"encoders": "grafts", "mixture": "merging"}
         own |= {one: one for one in ("grafts", "reading", "merging")}
+        own |= dict.fromkeys(("calibration", "fitting", "moments"), "fitting")
+        own |= {one: one for one in ("latent", "longformer", "upcycle", "width")}
         return (f"tests/surgery/test_{own.get(name, 'operations')}.py",)
     if folder == "catalogue":
         return ("tests/test_catalogue.py",)

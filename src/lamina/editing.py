@@ -198,6 +198,9 @@ def write(
         force=force,
         shard_size=shard_size,
     )
+    if any(done.fits):  # known now that the weights have been made
+        line["fits"] = list(done.fits)
+        write_file(Path(directory) / HISTORY, (json.dumps(history, indent=2) + "\n").encode())
     return line
 
 
@@ -260,6 +263,7 @@ def _origin(model: Model, done: Applied, state: Mapping[str, Tensor], verdict: V
     line = entry(done, str(located.name or located.path), digest(state), model.origin.history) | {
         "verdict": verdict.to_dict()
     }
+    line |= {"fits": list(done.fits)} if any(done.fits) else {}
     return dataclasses.replace(model.origin, history=[*model.origin.history, line])
 
 

@@ -167,6 +167,7 @@ def _latent(spec: LatentAttentionSpec) -> str:
     parts += [f"queries from {spec.query_rank}"] if spec.query_rank is not None else []
     parts += [say(spec.pattern), "no positions" if spec.rotary is None else say(spec.rotary)]
     parts += [f"scale {spec.scale:g}"] if spec.scale is not None else []
+    parts += ["no norms"] if spec.norm is None else []
     parts += ["biases"] if spec.bias else []
     return ", ".join(parts + ([f"dropout {spec.dropout:g}"] if spec.dropout else []))
 

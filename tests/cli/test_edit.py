@@ -58,7 +58,8 @@ def test_what_is_written_is_judged_remembered_and_undone(lam, source, tmp_path):
     assert found["format"] == "hf" and lamina.load(out).origin.family.model_type == "mixtral"
     history = json.loads((out / "history.json").read_text())
     assert history[-1]["verdict"] == found["verdict"] and history[-1]["plan"] == [
-        {"op": "experts", "experts": 2, "chosen": 2, "noise": 0.0, "seed": 0, "at": ["*"]}
+        {"op": "experts", "experts": 2, "chosen": 2, "slices": 1, "shared": 0, "normalise": True}
+        | {"capacity": None, "losses": None, "noise": 0.0, "redrawn": 0.0, "seed": 0, "at": ["*"]}
     ]
     assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     text = lam("edit", out, "--undo", "-o", back)

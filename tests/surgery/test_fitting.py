@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 import lamina
+from lamina import editing
+from lamina.cli.edit import fit_lines
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import RMSNormSpec
 from lamina.model import Model
@@ -16,7 +19,9 @@ from lamina.packaged import packaged_path
 from lamina.patterns import Causal
 from lamina.surgery import apply, read_plan
 from lamina.surgery.calibration import Calibration, energy, random_texts
-from lamina.surgery.fitting import one_key
+from lamina.surgery.fitting import lost, one_key, root_of
+from lamina.surgery.moments import moments
+from lamina.surgery.places import Place
 from tests import small, tiny
 from tests.surgery.test_operations import SHAPES, ids_of, operated, run, works
 
@@ -95,12 +100,16 @@ def test_it_is_the_best_of_its_rank(seed: int):
     v = torch.randn(3, 4, 9, generator=draw, dtype=torch.float64)
     o = torch.randn(3, 2, 9, 4, generator=draw, dtype=torch.float64)  # two query heads read each
     gram = torch.einsum("gdx,xy,hey->gdhe", v, x.T @ x, v)
-    down, up = one_key(gram, torch.einsum("ghwd,ghwe->gde", o, o), None)
+    read = torch.einsum("ghwd,ghwe->gde", o, o)
+    down, up = one_key(gram, read, None)
     whole = torch.cat([x @ v[g].T @ o[g, h].T for g in range(3) for h in range(2)], dim=1)
     few = torch.einsum("ngd,gdx,tx->tn", down, v, x)
     got = torch.cat([few @ up[g].T @ o[g, h].T for g in range(3) for h in range(2)], dim=1)
     left = torch.linalg.svdvals(whole)[4:].square().sum()
     assert float((whole - got).square().sum()) == pytest.approx(float(left), rel=1e-8)
+    root = torch.block_diag(*root_of(read))
+    said = lost(gram.flatten(2).flatten(0, 1), root, down.flatten(1), up.flatten(0, 1))
+    assert said == pytest.approx((float(left), float(whole.square().sum())), rel=1e-8)
     assert float(few.square().mean()) == pytest.approx(float((x @ v.flatten(0, 1).T).square().mean()), rel=1e-8)
 
 
@@ -138,6 +147,40 @@ def test_keys_that_turn_are_the_best_pair_by_pair():
                 else:
                     tensor[head] += real
         assert lost(*other) >= best * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "t5"])
+def test_the_moments_of_heads_are_those_of_what_the_layer_makes(shape: str):
+    """Keys, values and queries as the layer has them, biases too; the columns of o in naive loops."""
+    base = tiny.model(SHAPES[shape], scale=1.0).requires_grad_(False)
+    for attention in attentions(base):
+        for part in (attention.q, attention.k, attention.v):
+            if part.bias is not None:
+                part.bias.normal_(generator=torch.Generator().manual_seed(1))
+    attention = attentions(base)[-1]  # in T5 what reads the encoder
+    ids = ids_of(base, rows=1)
+    state, spec = dict(base.named_parameters()), attention.spec
+    calibration = Calibration(base.spec, state, lambda: ids.tolist(), [attention.path])
+    found = moments(Place(attention.path, spec), state, calibration)
+    seen: dict[str, Tensor] = {}
+    for name in "qkv":
+        getattr(attention, name).register_forward_hook(
+            lambda _, given, out, name=name: seen.__setitem__(name, out[0].double().unflatten(-1, (-1, spec.head_dim)))
+        )
+    half = ids.shape[1] // 2
+    begun = torch.cat([torch.full((1, 1), base.spec.special.decoder_start or 0), ids[:, half:-1]], dim=1)
+    base(ids[:, :half], decoder_input_ids=begun) if base.spec.two_stacks else base(ids)
+    each, size = spec.heads // spec.key_heads, spec.head_dim
+    for name, got in (("k", found.key), ("v", found.value)):
+        torch.testing.assert_close(got, torch.einsum("tgd,the->gdhe", seen[name], seen[name]), rtol=1e-4, atol=1e-5)
+    for head in range(spec.key_heads):
+        query, output = torch.zeros(size, size).double(), torch.zeros(size, size).double()
+        for one in range(head * each, (head + 1) * each):
+            query += seen["q"][:, one].T @ seen["q"][:, one]
+            columns = attention.o.weight[:, one * size : (one + 1) * size].double()
+            output += columns.T @ columns
+        torch.testing.assert_close(found.query[head], query, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.output[head], output, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -205,6 +248,25 @@ def test_the_model_that_comes_out_works(tmp_path: Any):
         works(model, ids_of(model), tmp_path / shape)
 
 
+def test_what_a_fit_lost_is_said(tmp_path: Any):
+    """In the history of what is written: nothing of planted heads, more of others, and never more than all."""
+    figures = []
+    for name, base in (("planted", planted(tiny.model(scale=1.0))), ("random", tiny.model())):
+        lamina.save(base, tmp_path / name)
+        tiny.tokenizer().save(tmp_path / name)
+        opened, done = editing.planned(tmp_path / name, [FIT, {"op": "window", "back": 9}])
+        assert done.fits == ({}, {})
+        editing.write(opened, done, tmp_path / f"{name}-one")
+        line = json.loads((tmp_path / f"{name}-one" / "history.json").read_text())[-1]
+        assert set(line["fits"][0]) == {f"decoder.layers.{i}.attention" for i in range(2)} and line["fits"][1] == {}
+        figures.append(max(line["fits"][0].values()))
+        model, _ = lamina.edit(lamina.load(tmp_path / name), [FIT], texts=[[1, 2, 3]])
+        assert model.origin.history[-1]["fits"][0] == pytest.approx(line["fits"][0], abs=1e-6)
+    assert figures[0] < 1e-5 and 0.05 < figures[1] < 1
+    said = fit_lines(done)
+    assert said[1].startswith("key_heads: of what is fitted ") and "at most" in said[1] and len(said) == 2
+
+
 def test_nothing_is_read_before_a_weight_is_asked_for():
     class Closed(dict[str, Tensor]):
         def __getitem__(self, key: str) -> Tensor:
@@ -242,13 +304,13 @@ def test_what_lies_between_projections_and_scores_is_refused():
 
 @pytest.mark.slow
 def test_smollm2_keeps_much_more_than_by_the_mean():
-    """Three key heads to one, in half of its layers, fitted to the packaged sample; the verdict is on another text."""
+    """Three key heads to one in its first layers, fitted to the packaged sample; the verdict is on another text."""
     if packaged_path("smollm2-135m") is None:
         pytest.skip("smollm2-135m is not here: lamina fetch smollm2-135m")
     model = lamina.load("smollm2-135m")
     text = "The river had been rising since noon, and by evening the bridge was closed. Nobody in the village slept."
     ids = [lamina.tokenizer("smollm2-135m").encode(text)]
-    at = [f"decoder.layers.{i}" for i in range(0, 30, 2)]
+    at = [f"decoder.layers.{i}" for i in range(6)]
     found = {
         by: lamina.edit(model, [{"op": "key_heads", "heads": 1, "by": by, "at": at}], texts=ids)[1].divergence
         for by in ("mean", "least_squares")

@@ -77,7 +77,8 @@ def edit(
     layout = layout or exporting.layout(done.spec, opened.origin.family)
     out.note(f"writing {output}")
     editing.write(opened, done, output, layout, seed=seed, force=force, shard_size=shard_size)
-    document |= {"directory": str(output), "format": layout}
+    document |= {"directory": str(output), "format": layout, "fits": list(done.fits)}
+    lines += fit_lines(done)
     if not no_verdict and editing.reads_other_tokens(done):
         out.note("no verdict: the new model reads other tokens; lamina evaluate FILE gives the bits per byte of both")
     elif not no_verdict:
@@ -137,6 +138,17 @@ def _plan_lines(done: Applied, cost: Costs) -> list[str]:
             lines += wrapped(f"{names[0]}{more}: {', '.join(how)}", first="  ", indent=4)
     kept = len(done.table) - sum(map(len, kinds.values()))
     return [*lines, f"  {kept} of {len(done.table)} weights stay as they are"]
+
+
+def fit_lines(done: Applied) -> list[str]:
+    """What fits to a text lost, as people read it."""
+    lines = []
+    for operation, fit in zip(done.operations, done.fits, strict=True):
+        if fit:
+            place = max(fit, key=lambda one: fit[one])
+            mean = sum(fit.values()) / len(fit)
+            lines.append(f"{operation.NAME}: of what is fitted {mean:.1%} is lost, at most {fit[place]:.1%} ({place})")
+    return ["", *lines] if lines else []
 
 
 def verdict_lines(verdict: Verdict) -> list[str]:

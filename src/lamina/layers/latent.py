@@ -38,21 +38,25 @@ class LatentAttentionSpec(Spec):
     query_rank: int | None = None  # queries from a small vector too: 1536; None in V2-Lite
     key_rank: int  # of the vector that is cached: 512
     nope_dim: int  # 128
-    rope_dim: int  # 64, one vector for all heads
+    rope_dim: int  # 64, one vector for all heads; 0 where nothing turns
     value_dim: int  # 128
     rotary: RotarySpec | None = None  # on the rope_dim features, interleaved in DeepSeek's files
     pattern: Pattern = field(default_factory=Causal)
-    norm: RMSNormSpec = field(default_factory=RMSNormSpec)  # of the small vectors
+    norm: RMSNormSpec | None = field(
+        default_factory=RMSNormSpec
+    )  # of the small vectors; None: what surgery makes of GQA
     scale: float | None = None  # None: (nope_dim + rope_dim)^-0.5, with YaRN times temperature(scale_all)^2
     bias: bool = False  # on the maps to the small vectors and on the output
     dropout: float = 0.0  # on the probabilities
 
     def check(self) -> None:
-        sizes = ("heads", "key_rank", "nope_dim", "rope_dim", "value_dim")
+        sizes = ("heads", "key_rank", "nope_dim", "value_dim")
         for name in (*sizes, *(["query_rank"] if self.query_rank is not None else [])):
             if getattr(self, name) < 1:
                 raise LaminaError(f"{name} is {getattr(self, name)}; it must be at least 1")
         turned = 0 if self.rotary is None else self.rotary.width or self.rope_dim
+        if self.rope_dim < 0 or (self.rotary is not None and self.rope_dim == 0):
+            raise LaminaError(f"rope_dim is {self.rope_dim}; it must be at least 1, or 0 with rotary=None")
         if turned > self.rope_dim or turned % 2:
             raise LaminaError(f"rotary.width={turned} must be even and at most rope_dim={self.rope_dim}")
         if not 0 <= self.dropout <= 1:
@@ -79,10 +83,10 @@ class LatentAttention(nn.Module):
             prepare(spec.rotary, spec.rope_dim)
         rank, size = spec.query_rank, spec.nope_dim + spec.rope_dim
         self.q_down = None if rank is None else Linear(width, rank, bias=spec.bias)
-        self.q_norm = None if rank is None else spec.norm.build(rank)
+        self.q_norm = None if rank is None or spec.norm is None else spec.norm.build(rank)
         self.q = Linear(width if rank is None else rank, spec.heads * size, bias=False)
         self.kv_down = Linear(width, spec.key_rank + spec.rope_dim, bias=spec.bias)
-        self.kv_norm = spec.norm.build(spec.key_rank)
+        self.kv_norm = None if spec.norm is None else spec.norm.build(spec.key_rank)
         self.k = Linear(spec.key_rank, spec.heads * spec.nope_dim, bias=False)
         self.v = Linear(spec.key_rank, spec.heads * spec.value_dim, bias=False)
         self.o = Linear(spec.heads * spec.value_dim, width, bias=spec.bias)
@@ -92,10 +96,12 @@ class LatentAttention(nn.Module):
         return retained(self.path, self.spec.pattern)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        small = x if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x))
+        small = x if self.q_down is None else self.q_down(x)
+        small = small if self.q_norm is None else self.q_norm(small)
         query = self._heads(self.q(small), self.spec.nope_dim + self.spec.rope_dim)  # (B, H, T, nope + rope)
         latent, shared = self.kv_down(x).split([self.spec.key_rank, self.spec.rope_dim], dim=-1)
-        key = torch.cat([self.kv_norm(latent), shared], dim=-1)[:, None]  # (B, 1, T, rank + rope)
+        latent = latent if self.kv_norm is None else self.kv_norm(latent)
+        key = torch.cat([latent, shared], dim=-1)[:, None]  # (B, 1, T, rank + rope)
         # The value is part of the key, so a cache keeps an empty one beside it.
         query, key, _, queries, keys = with_cache(
             self.path, call, query, key, key[..., :0], self.spec.rotary, self.spec.rope_dim

@@ -8,10 +8,12 @@ from lamina.surgery.depth import NewLayers, OrderLayers
 from lamina.surgery.encoders import CrossGraft, FreshEncoder
 from lamina.surgery.grafts import NeighbourEncoderSize, NewMemory, NewStep, Retrieval
 from lamina.surgery.heads import KeyHeads, OrderHeads
+from lamina.surgery.latent import LatentOperation
+from lamina.surgery.longformer import LongformerOperation
 from lamina.surgery.merging import Merge, Merged
 from lamina.surgery.mixture import Mixture
 from lamina.surgery.norms import CentreOperation, FoldNorms
-from lamina.surgery.operation import Changed, Joining, Operation, Other, Others, Promise
+from lamina.surgery.operation import Changed, FittedOperation, Joining, Operation, Other, Others, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
 from lamina.surgery.plan import OPERATIONS, Applied, Plan, apply, read_plan, said
 from lamina.surgery.positions import PositionsOperation
@@ -23,6 +25,7 @@ from lamina.surgery.upcycle import PickExpert, Upcycle
 from lamina.surgery.verdict import Drift, Side, Verdict, compare, pieces
 from lamina.surgery.vocabulary import TieHead, VocabularyOperation
 from lamina.surgery.weights import Beside, Made, Weights
+from lamina.surgery.width import Gated, Plain, Prune, Widen
 
 SURGERIES = {"retrofit": retrofit}
 """By name. The first two arguments are a spec and what maps the names of its parameters to tensors."""
@@ -36,10 +39,14 @@ __all__ = [
     "Changed",
     "CrossGraft",
     "Drift",
+    "FittedOperation",
     "FoldNorms",
     "FreshEncoder",
+    "Gated",
     "Joining",
     "KeyHeads",
+    "LatentOperation",
+    "LongformerOperation",
     "Made",
     "Merge",
     "Merged",
@@ -54,9 +61,11 @@ __all__ = [
     "Other",
     "Others",
     "PickExpert",
+    "Plain",
     "Plan",
     "PositionsOperation",
     "Promise",
+    "Prune",
     "Reading",
     "Restore",
     "Retrieval",
@@ -69,6 +78,7 @@ __all__ = [
     "Verdict",
     "VocabularyOperation",
     "Weights",
+    "Widen",
     "WindowOperation",
     "apply",
     "begun",

@@ -50,9 +50,9 @@ def random_texts(spec: ModelSpec) -> Texts:
 class Calibration:
     """`calibration(path)`: `measure` of what the module at a path reads, in float64, over the tokens of a text.
 
-    The model runs when it is first asked, a layer at a time: in memory are the states of all tokens in float32 (tokens
-    x width, twice for an encoder-decoder), the weights of one layer, and what was measured in it. A layer before
-    the last one that was asked for makes the model begin anew. An encoder-decoder reads the first half of each text and
+    The model runs when it is first asked, a layer at a time: in memory are the states of all tokens in float32, tokens
+    x width, twice for an encoder-decoder; the weights of one layer; and what was measured in it. To be asked for a
+    layer before the last one makes the model begin anew. An encoder-decoder reads the first half of each text and
     writes the second; `path` + ".memory" is what a cross-attention reads of the encoder.
     """
 
@@ -64,9 +64,6 @@ class Calibration:
         paths: Sequence[str],
         measure: Callable[[Tensor], Tensor] = moment,
     ) -> None:
-        stacks = [stack for stack in (spec.encoder, spec.decoder) if stack is not None]
-        if spec.stem is not None or any(stack.recurrence is not None for stack in stacks):
-            raise UnsupportedError("a text is for models of plain stacks that read ids, without a stem or a recurrence")
         self.spec, self.weights, self.texts, self.measure = spec, weights, texts, measure
         self.paths = frozenset(paths)
         self.found: dict[str, Tensor] = {}
@@ -170,11 +167,13 @@ class Calibration:
         return chosen
 
 
-def checked(text: str | None) -> str | None:
-    """The path of a text, which is there. Raises LaminaError where it is not."""
+def check_text(spec: ModelSpec, text: str | None) -> None:
+    """Raise LaminaError for a text that is not there, UnsupportedError for a model that cannot be run on one here."""
+    stacks = [stack for stack in (spec.encoder, spec.decoder) if stack is not None]
+    if spec.stem is not None or any(stack.recurrence is not None for stack in stacks):
+        raise UnsupportedError("a text is for models of plain stacks that read ids, without a stem or a recurrence")
     if text is not None and not Path(text).is_file():
         raise LaminaError(f"text={text!r}: no such file")
-    return text
 
 
 def _halves(texts: list[list[int]], start: int) -> list[list[list[int]]]:

@@ -1,12 +1,13 @@
 """Few features in place of many, so that what reads them notices least: the closed form that fitted operations share.
 
-Features f (S,) are read by matrices, of which R = the sum of r r^T is all that counts: what is lost by f ~ U D f with
-k features D f is E (f - U D f)^T R (f - U D f). With W W^T = R, g = W^T f and its gram A = W^T E[f f^T] W, the best is
-the projection of g on the first k eigenvectors E of A (Eckart and Young): D = E^T W^T, U = E[f f^T] W E / eigenvalues.
+Features f (S,) are read by vectors r, of which R = sum r r^T is all that counts: what is lost by f ~ U D f, with k
+features D f, is C = E (f - U D f)^T R (f - U D f). With W W^T = R, g = W^T f has the moments A = W^T G W, G = E f f^T,
+and C is least where g is projected on the first k eigenvectors V of A (Eckart and Young):
+D = (W V)^T, U = G W V / eigenvalues.
 
 Keys that turn (arXiv:2104.09864) are complex numbers, one a pair, and only products with complex numbers turn along:
-the same form for each pair by itself, over the heads. That queries, keys and their distance are independent is assumed
-there, and of values that heads read what the layer reads, not means of it.
+the same form for each pair by itself, over the heads. Assumed is that queries, keys and their distances are
+independent, and of values that heads read what the layer reads, and not means of it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ def principal(gram: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return down * scale, up / scale
 
 
+def lost(gram: Tensor, root: Tensor, down: Tensor, up: Tensor) -> tuple[float, float]:
+    """(C, what it would be without any features): gram (S, S), root (S, N), down (k, S), up (S, k)."""
+    rest = torch.eye(len(gram), dtype=gram.dtype) - up @ down
+    missed = root.T @ rest
+    return float((missed @ gram * missed).sum()), float((root.T @ gram * root.T).sum())
+
+
 def root_of(matrix: Tensor) -> Tensor:
     """(..., D, D) positive -> W with W W^T = R."""
     values, vectors = torch.linalg.eigh(matrix)
@@ -48,8 +56,8 @@ def pairs(rotary: RotarySpec | None, head_dim: int) -> tuple[Tensor, Tensor, Ten
 def one_key(gram: Tensor, read: Tensor, rotary: RotarySpec | None) -> tuple[Tensor, Tensor]:
     """One key in place of those of s heads: gram (s, D, s, D) of the keys, read (s, D, D) the queries' of each.
 
-    -> down (D, s, D) to the new key, up (s, D, D) from it. What turns goes pair by pair, the rest together; so do
-    values, of which nothing does.
+    -> down (D, s, D) to the new key, up (s, D, D) from it. What turns goes pair by pair, the rest together, as do
+    values, of which nothing turns.
     """
     heads, size = gram.shape[:2]
     down, up = gram.new_zeros(size, heads, size), gram.new_zeros(heads, size, size)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal
@@ -15,8 +16,8 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import AttentionSpec, CrossAttentionSpec, StackSpec
 from lamina.model import ModelSpec
 from lamina.specs import Spec
-from lamina.surgery.calibration import Calibration, Texts, checked
-from lamina.surgery.fitting import one_key
+from lamina.surgery.calibration import Calibration, Texts, check_text
+from lamina.surgery.fitting import lost, one_key, root_of
 from lamina.surgery.moments import Attending, check_fit, moments
 from lamina.surgery.operation import Changed, FittedOperation, Operation, Promise
 from lamina.surgery.places import EVERYWHERE, Place, edited, places
@@ -49,12 +50,14 @@ class KeyHeads(FittedOperation):
     def fit(self, spec: ModelSpec, weights: Mapping[str, Tensor], texts: Texts) -> Changed:
         found = places(spec, (AttentionSpec, CrossAttentionSpec), self.at)
         made: dict[str, Made] = {}
-        path = checked(self.text)
-        calibration = Calibration(spec, weights, lambda: texts(path), [place.path for place in found])
+        if self.by == "least_squares":
+            check_text(spec, self.text)
+        calibration = Calibration(spec, weights, lambda: texts(self.text), [place.path for place in found])
+        fits: dict[str, float] = {}
         for place in found:
             _check(place, self.heads)
             if self.by == "least_squares" and place.part.key_heads > self.heads:
-                made |= _fitted(place, weights, calibration, self.heads)
+                made |= _fitted(place, weights, calibration, self.heads, fits)
             elif self.by == "similar" and place.part.key_heads > self.heads:
                 made |= self._regrouped(spec, place, weights)
             else:
@@ -72,7 +75,7 @@ class KeyHeads(FittedOperation):
             else Promise("exact", "each key head is a copy of the one that its queries read", bits=True)
         )
         undo = None if fewer or len(before) > 1 else (KeyHeads(heads=before.pop(), by="first", at=self.at),)
-        return Changed(edited(spec, change), Weights(weights, made), promise, undo)
+        return Changed(edited(spec, change), Weights(weights, made), promise, undo, fits)
 
     def _beside(self, place: Place[Attending], weights: Mapping[str, Tensor]) -> dict[str, Made]:
         old, new = place.part.key_heads, self.heads
@@ -170,7 +173,11 @@ class OrderHeads(Operation):
 
 
 def _fitted(
-    place: Place[Attending], weights: Mapping[str, Tensor], calibration: Calibration, heads: int
+    place: Place[Attending],
+    weights: Mapping[str, Tensor],
+    calibration: Calibration,
+    heads: int,
+    fits: dict[str, float],
 ) -> dict[str, Made]:
     """The projections of an attention with `heads` key heads, each the best one on a text for those beside it."""
     part = place.part
@@ -185,6 +192,11 @@ def _fitted(
         spans = [slice(start, start + size) for start in range(0, part.key_heads, size)]
         key = [one_key(seen.key[span][:, :, span], seen.query[span], rotary) for span in spans]
         value = [one_key(seen.value[span][:, :, span], seen.output[span], None) for span in spans]
+        fits[place.shown] = _error(
+            (gram[span][:, :, span].flatten(2).flatten(0, 1), read[span], *maps)
+            for gram, read, found in ((seen.key, seen.query, key), (seen.value, seen.output, value))
+            for span, maps in zip(spans, found, strict=True)
+        )
         down = [torch.stack([one for one, _ in found]) for found in (key, value)]
         up = [torch.cat([one for _, one in found]) for found in (key, value)]
         return dict(zip("kvqo", (*down, *up), strict=True))
@@ -206,6 +218,14 @@ def _fitted(
     made |= {name: Made((name,), turned, queries) for name in _named(place, weights, "q")}
     made[place.weight("o.weight")] = Made((place.weight("o.weight"),), turned, outputs)
     return made
+
+
+def _error(fits: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> float:
+    """Of several (gram, what reads it, down, up): the root of what is lost by all that there is."""
+    found = [
+        lost(gram, torch.block_diag(*root_of(read)), down.flatten(1), up.flatten(0, 1)) for gram, read, down, up in fits
+    ]
+    return math.sqrt(max(sum(one for one, _ in found), 0.0) / max(sum(all for _, all in found), 1e-300))
 
 
 def alike(similarity: Tensor, size: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,28 +27,28 @@ class Moments:
     output: Tensor  # (G, D, D), of the columns of o that read its values
 
 
-def moments(place: Place[Attending], weights: Mapping[str, Tensor], calibration: Calibration) -> Moments:
+def moments(place: Place[Any], weights: Mapping[str, Tensor], calibration: Calibration) -> Moments:
     """Those of one attention, which is what reads its heads, too."""
     part = place.part
     own = calibration(place.path)
     read = own if isinstance(part, AttentionSpec) else calibration(f"{place.path}.memory")
     size = (part.key_heads, part.head_dim)
     key, value = (
-        (w @ read @ w.T).unflatten(0, size).unflatten(2, size) for w in (_affine(place, weights, one) for one in "kv")
+        (w @ read @ w.T).unflatten(0, size).unflatten(2, size) for w in (affine(place, weights, one) for one in "kv")
     )
-    query = _affine(place, weights, "q").unflatten(0, (part.key_heads, -1, part.head_dim))
+    query = affine(place, weights, "q").unflatten(0, (part.key_heads, -1, part.head_dim))
     output = weights[place.weight("o.weight")].double().unflatten(1, (part.key_heads, -1, part.head_dim))
     return Moments(key, value, (query @ own @ query.mT).sum(dim=1), torch.einsum("wghd,wghe->gde", output, output))
 
 
-def check_fit(place: Place[Attending]) -> None:
+def check_fit(place: Place[Any]) -> None:
     """Raise UnsupportedError where scores are no product of what the projections give."""
     for name in ("qk_norm", "relative"):
         if getattr(place.part, name) is not None:
             raise UnsupportedError(f"{place.shown}: its {name} lies between its projections and its scores")
 
 
-def _affine(place: Place[Attending], weights: Mapping[str, Tensor], part: str) -> Tensor:
+def affine(place: Place[Any], weights: Mapping[str, Tensor], part: str) -> Tensor:
     """(out, in + 1): weight and bias."""
     weight, bias = weights[place.weight(f"{part}.weight")].double(), place.weight(f"{part}.bias")
     column = weights[bias].double()[:, None] if bias in weights else weight.new_zeros(len(weight), 1)

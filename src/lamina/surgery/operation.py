@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -35,6 +35,7 @@ class Changed:
     weights: Mapping[str, Tensor]  # names that the spec asks for and that are not here are new
     promise: Promise
     undo: tuple[Operation, ...] | None = None  # what leads back, where the way back is exact
+    fits: dict[str, float] = field(default_factory=dict)  # what a fit lost, by place, from when its weights are made
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from lamina.patterns import Causal, Everything, Global, Pattern, Sinks, Window
 from lamina.specs import Spec
 from lamina.surgery.operation import Changed, Operation, Promise
 from lamina.surgery.places import EVERYWHERE, edited, places
-from lamina.surgery.weights import Weights
+from lamina.surgery.weights import Made, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,8 @@ class WindowOperation(Operation):
 
 @dataclass(frozen=True, kw_only=True)
 class Restore(Operation):
-    """The spec as it was, where an operation left its weights alone. What it has no place for goes."""
+    """The spec as it was, where an operation left its weights alone but for what it added: weights that the spec has no
+    place for go, and of those that grew at their ends the part stays that was there."""
 
     NAME = "restore"
 
@@ -73,13 +75,21 @@ class Restore(Operation):
 
     def change(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Changed:
         old = ModelSpec.from_json(self.spec)
-        wanted, asked = ([name for name, _ in one.build(device="meta").named_parameters()] for one in (old, spec))
-        absent = [name for name in wanted if name not in weights and name not in asked]  # others are new, now and then
+        now, then = (dict(one.build(device="meta").named_parameters()) for one in (spec, old))
+        absent = [name for name in then if name not in weights and name not in now]  # others are new, now and then
         if absent:
             raise LaminaError(f"the spec to restore asks for {absent[0]}, which this model does not have")
-        gone = set(weights) - set(wanted)
-        if gone:
-            return Changed(
-                old, Weights(weights, {}, sorted(gone)), Promise("lossy", "what was new goes with what it learned")
-            )
+        made = {
+            name: Made((name,), "the part that was there", partial(_part, shape=tuple(then[name].shape)))
+            for name in weights
+            if name in then and name in now and now[name].shape != then[name].shape
+        }
+        gone = [name for name in weights if name not in then]
+        if made or gone:
+            why = "what was new goes with what it learned"
+            return Changed(old, Weights(weights, made, gone), Promise("lossy", why))
         return Changed(old, weights, Promise("exact", "the model before", bits=True), (Restore(spec=spec.to_json()),))
+
+
+def _part(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return x[tuple(slice(size) for size in shape)].contiguous()

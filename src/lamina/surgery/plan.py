@@ -19,6 +19,8 @@ from lamina.surgery.depth import NewLayers, OrderLayers
 from lamina.surgery.encoders import CrossGraft
 from lamina.surgery.grafts import NewMemory, NewStep, Retrieval
 from lamina.surgery.heads import KeyHeads, OrderHeads
+from lamina.surgery.latent import LatentOperation
+from lamina.surgery.longformer import LongformerOperation
 from lamina.surgery.merging import Merge
 from lamina.surgery.mixture import Mixture
 from lamina.surgery.norms import CentreOperation, FoldNorms
@@ -32,15 +34,22 @@ from lamina.surgery.tokens import SwapTokenizer
 from lamina.surgery.upcycle import PickExpert, Upcycle
 from lamina.surgery.vocabulary import TieHead, VocabularyOperation
 from lamina.surgery.weights import origin
+from lamina.surgery.width import Gated, Plain, Prune, Widen
 
 OPERATIONS: dict[str, type[Operation]] = {
     kind.NAME: kind
     for kind in (
         KeyHeads,
         OrderHeads,
+        LatentOperation,
+        LongformerOperation,
         WindowOperation,
         Upcycle,
         PickExpert,
+        Widen,
+        Prune,
+        Gated,
+        Plain,
         OrderLayers,
         NewLayers,
         RopeOperation,
@@ -90,6 +99,9 @@ class Applied:
     """Weights that are not the old ones, or that belong to a part whose spec is another: what healing trains."""
     undo: tuple[Operation, ...] | None
     others: Mapping[str, Other]  # other models that weights come from, by SOURCE
+    fits: tuple[dict[str, float], ...] = ()
+    """Of each operation, what its fit lost by place: the root of the squared error of what is read, by all of it. It is
+    known when its weights have been made."""
 
     @property
     def kept(self) -> Kept:
@@ -145,6 +157,7 @@ def apply(
     now = Changed(spec, weights, Promise("exact", "nothing was changed", bits=True), ())
     texts = random_texts(spec) if texts is None else texts
     promises: list[Promise] = []
+    fits: list[dict[str, float]] = []
     undo: tuple[Operation, ...] | None = ()
     opened: dict[str, Other] = {}
 
@@ -165,10 +178,12 @@ def apply(
         except LaminaError as error:
             raise type(error)(f"operation {number + 1} ({operation.NAME}): {error}") from None
         promises.append(now.promise)
+        fits.append(now.fits)
         undo = None if undo is None or now.undo is None else (*now.undo, *undo)
     table = _table(now.spec, now.weights)
     changed = _changed(spec, now.spec, table)
-    return Applied(tuple(operations), tuple(promises), spec, now.spec, now.weights, table, changed, undo, opened)
+    state = now.spec, now.weights, table, changed
+    return Applied(tuple(operations), tuple(promises), spec, *state, undo, opened, tuple(fits))
 
 
 def _table(spec: ModelSpec, weights: Mapping[str, Tensor]) -> tuple[Weight, ...]:

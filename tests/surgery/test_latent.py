@@ -1,0 +1,143 @@
+"""Latent attention made of grouped: exact where it is promised, the best low rank elsewhere, and it works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lamina.errors import LaminaError, UnsupportedError
+from lamina.layers import RMSNormSpec, RotarySpec
+from lamina.layers.rotary import table
+from lamina.patterns import Causal, Everything
+from lamina.surgery import apply, build, read_plan
+from lamina.surgery.latent import standstill
+from tests import small, tiny
+from tests.surgery.test_fitting import attentions
+from tests.surgery.test_operations import ids_of, operated, run, works
+
+WHOLE = {
+    "gpt2": (tiny.GPT2, 33),  # the layer reads 32 features, and has biases
+    "bert": (tiny.BERT, 33),
+    "t5": (tiny.T5, 32),
+    "llama with one key head": (tiny.LLAMA | {"num_key_value_heads": 1}, 8),  # its values; its key is what turns
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_it_is_exact_at_full_rank(name: str, tmp_path: Path):
+    config, rank = WHOLE[name]
+    base = tiny.model(config, scale=1.0)
+    small.shake(base)  # biases that matter
+    ids = ids_of(base)
+    mask = torch.ones_like(ids)
+    mask[0, :3], mask[1, -2:] = 0, 0
+    plan = {"op": "latent", "rank": rank}
+    model, new = operated(base.double(), plan)
+    for given in (None, mask):
+        rows = torch.ones_like(ids).bool() if given is None or base.spec.two_stacks else mask.bool()
+        expected, got = run(base, ids, given)[rows], run(model, ids, given)[rows]
+        assert float((got - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
+    state = {key: p.detach() for key, p in base.named_parameters()}
+    assert not new and apply(read_plan([plan]), base.spec, state).promises[0].kept == "exact"
+    less, _ = operated(base, plan | {"rank": rank // 2})
+    assert float((run(less, ids) - run(base, ids)).abs().max()) > 1e-4
+    works(model.float(), ids, tmp_path)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_in_float32(name: str):
+    config, rank = WHOLE[name]
+    base = tiny.model(config, scale=1.0)
+    model, _ = operated(base, {"op": "latent", "rank": rank})
+    expected = run(base, ids_of(base))
+    assert float((run(model, ids_of(base)) - expected).abs().max() / expected.abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("scheme", ["rotary", "interleaved"])
+@pytest.mark.parametrize("bias", ["none", "qkv"])
+def test_heads_that_turn_alike_lose_nothing(scheme: str, bias: str, tmp_path: Path):
+    """Keys of all heads are multiples of the first one's where they turn: that is all that a cache has to keep turning.
+    Four of eight features turn in "rotary", all in "interleaved"."""
+    base = small.build(small.decoder([Causal(), Causal()], scheme, heads=6, key_heads=3, bias=bias).replace(context=40))
+    for attention in attentions(base):
+        with torch.no_grad():
+            for tensor in (attention.k.weight, attention.k.bias):
+                if tensor is not None:
+                    heads, turned = tensor.view(3, 8, -1), 4 if scheme == "rotary" else 8
+                    heads[1, :turned], heads[2, :turned] = 0.5 * heads[0, :turned], -3 * heads[0, :turned]
+    ids = small.ids(2, 13)
+    model, _ = operated(base, {"op": "latent", "rank": 48})
+    torch.testing.assert_close(run(model, ids), run(base, ids), rtol=0, atol=1e-5)
+    works(model.float(), ids, tmp_path)
+
+
+def test_what_is_lost_falls_with_the_rank():
+    base = tiny.model(tiny.GPT2, scale=1.0)
+    ids = ids_of(base)
+    lost = [
+        float((run(operated(base, {"op": "latent", "rank": rank})[0], ids) - run(base, ids)).norm())
+        for rank in (2, 8, 24, 32)
+    ]
+    assert lost == sorted(lost, reverse=True) and lost[0] > 100 * lost[3]
+
+
+def test_what_is_lost_is_said():
+    """Nothing at full rank; with a key that turns for several heads, something at any rank."""
+    for config, ranks in ((tiny.GPT2, (4, 16, 33)), (tiny.LLAMA, (4, 16, 32))):
+        base, found = tiny.model(config, scale=1.0), []
+        for rank in ranks:
+            state = {key: p.detach() for key, p in base.named_parameters()}
+            done = apply(read_plan([{"op": "latent", "rank": rank}]), base.spec, state)
+            build(done.spec, done.weights)
+            found.append(max(done.fits[0].values()))
+        assert 1 > found[0] > found[1] > found[2] >= 0
+        assert (found[2] < 1e-5) == (config is tiny.GPT2)
+
+
+def test_the_cache_is_as_small_as_it_says():
+    base = tiny.model(tiny.LLAMA | {"num_key_value_heads": 4})
+    model, _ = operated(base, {"op": "latent", "rank": 10})
+    ids = ids_of(base)
+    sizes = []
+    for one in (base, model):
+        cache = one.new_cache(batch=2)
+        one(ids, cache=cache)
+        sizes.append(sum(slot.key.numel() + slot.value.numel() for slot in cache.slots.values()))
+    assert sizes[1] * 2 * 4 * 8 == sizes[0] * (10 + 8)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_constant_in_place_of_a_phase_errs_least(ahead: bool):
+    """The mean of the phases over all pairs that see each other, pair by pair."""
+    rotary = RotarySpec(base=50.0)
+    part = small.attention(rotary=rotary)
+    if ahead:
+        part = part.replace(pattern=Everything())
+    values, _ = table(rotary, 8)
+    found = standstill(part, 9)
+    for pair, frequency in enumerate(values):
+        angles = torch.tensor(
+            [frequency * (key - query) for query in range(9) for key in range(9) if ahead or key <= query]
+        )
+        assert float(found[pair].real) == pytest.approx(float(angles.cos().mean()), abs=1e-6)
+        assert float(found[pair].imag) == pytest.approx(float(angles.sin().mean()), abs=1e-6)
+        phase = torch.complex(angles.cos(), angles.sin())
+        assert float((phase - found[pair]).abs().square().mean()) == pytest.approx(1 - float(found[pair].abs()) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "said"),
+    [
+        ({"softcap": 9.0}, UnsupportedError, "latent attention has no softcap"),
+        ({"sink": True}, UnsupportedError, "latent attention has no sink"),
+        ({"qk_norm": RMSNormSpec()}, UnsupportedError, "its qk_norm lies between"),
+        ({}, LaminaError, "its keys and values have 32 features"),
+    ],
+)
+def test_what_it_cannot_be_made_of(fields: dict[str, Any], error: type[LaminaError], said: str):
+    base = small.build(small.decoder([Causal()], **fields), torch.float32)
+    with pytest.raises(error, match=said):
+        operated(base, {"op": "latent", "rank": 33})
