@@ -167,10 +167,11 @@ def test_fewer_key_heads_in_naive_loops(by: str):
     config = tiny.LLAMA | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6, "num_hidden_layers": 1}
     base = tiny.model(config)
     attention = base.decoder.layers[0].attention.op
+    random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for part in (attention.k.weight, attention.v.weight):
             heads = part.view(4, 6, 32)
-            heads[2], heads[3] = heads[0] + 1e-3 * torch.randn(6, 32), heads[1] + 1e-3 * torch.randn(6, 32)
+            heads[2:] = heads[:2] + 1e-4 * torch.randn(2, 6, 32, generator=random)
     model, _ = operated(base, {"op": "key_heads", "heads": 2, "by": by})
     new = model.decoder.layers[0].attention.op
     old = attention.k.weight.detach().view(4, 6, 32)
