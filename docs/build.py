@@ -445,6 +445,51 @@ def data_figures() -> str:
     )
 
 
+def surgery_figures() -> str:
+    """What benchmarks/surgery.py found, as far as it has been run."""
+    if not (ROOT / "benchmarks/results/surgery.json").is_file():
+        return ""
+    found, parts = results("surgery"), []
+    rows = [
+        (
+            name,
+            one["promises"][0]["kept"],
+            one["found"],
+            f"{one['divergence']:.2g}",
+            f"{100 * one['agreement']:.1f} %",
+            *(_pair(one, figure, "{:.2f}", 1) for figure in ("perplexity",)),
+            *(_pair(one, figure, "{:.1f}", 2**20) for figure in ("cache_bytes",)),
+            *(_pair(one, figure, "{:.0f}", 1e6) for figure in ("parameters",)),
+        )
+        for name, one in found["plans"].items()
+    ]
+    header = ("plan", "promise", "verdict", "KL", "same next token", "perplexity", "cache, MiB", "million parameters")
+    if rows:
+        parts.append(_table(header, rows))
+    if "large" in found:
+        large = found["large"]["rows"]
+        rows = [
+            (
+                f"`{name}`",
+                f"{one['written_bytes'] / 1e9:.1f} GB",
+                f"{one['own_bytes'] / 2**20:,.0f} MiB",
+                f"{one['all_bytes'] / 2**20:,.0f} MiB",
+                f"{one['seconds']:.0f} s",
+            )
+            for name, one in large.items()
+        ]
+        said = f"""Streaming: the 30 layers {found["large"]["times"]} times (`layers`), and operations on what that gave, each
+        in a process of its own; memory is the most beyond that of a process that has imported the same, its own and with
+        the pages of files that it has mapped:"""
+        parts += [filled(said), _table(("operation", "written", "memory", "with mapped pages", "time"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _pair(one: dict[str, Any], figure: str, form: str, unit: float) -> str:
+    before, after = (one[side][figure] for side in ("before", "after"))
+    return "-" if before is None else f"{form.format(before / unit)} to {form.format(after / unit)}"
+
+
 GRID = {
     "cached": ("cached decoding", "a padded row decodes", "decoding with neighbours", "the compiled step"),
     "written": ("generating twice", "what was generated", "beams with"),
@@ -523,6 +568,7 @@ def pages() -> dict[Path, str]:
         "memory-tokens": ("tokens", tokens_figures),
         "retro": ("retro", retro_figures),
         "conformance": ("grid", grid),
+        "surgery": ("plans", surgery_figures),
     }
     memories = {
         path: placed(path.read_text(encoding="utf-8"), mark, figures())
