@@ -478,9 +478,9 @@ def surgery_figures() -> str:
             )
             for name, one in large.items()
         ]
-        said = f"""Streaming: the 30 layers {found["large"]["times"]} times (`layers`), and operations on what that gave, each
-        in a process of its own; memory is the most beyond that of a process that has imported the same, its own and with
-        the pages of files that it has mapped:"""
+        said = f"""Streaming: the 30 layers {found["large"]["times"]} times (`layers`), and operations on what that
+        gave, each in a process of its own; memory is the most beyond that of a process that has imported the same, its
+        own and with the pages of files that it has mapped:"""
         parts += [filled(said), _table(("operation", "written", "memory", "with mapped pages", "time"), rows)]
     return "\n\n".join(parts) + "\n"
 
