@@ -10,7 +10,16 @@ from torch import Tensor
 
 import lamina
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.layers import Call, ProductKeySpec, neighbour_encoder
+from lamina.layers import (
+    BranchSpec,
+    Call,
+    LayerNormSpec,
+    LayerSpec,
+    ProductKeySpec,
+    StepSpec,
+    SumSpec,
+    neighbour_encoder,
+)
 from lamina.model import Model
 from lamina.reading import read
 from lamina.surgery import apply, build, read_plan, retrofit, said
@@ -18,6 +27,13 @@ from tests import small, tiny
 from tests.families import ALBERT
 from tests.surgery.test_operations import ids_of, operated, run, works
 
+QWEN_SHARED = tiny.LLAMA | {
+    "model_type": "qwen2_moe",
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 22,
+    "shared_expert_intermediate_size": 26,
+}
 DEEP = {
     "gpt2": tiny.GPT2 | {"n_layer": 5},
     "llama": tiny.LLAMA | {"num_hidden_layers": 5},
@@ -172,6 +188,19 @@ def test_a_table_that_layers_share_stays_one():
     assert torch.equal(run(gated, ids), run(model, ids))
 
 
+def test_a_branch_without_an_output_projection_cannot_begin_at_zero():
+    spec = tiny.spec(tiny.GPT2)
+    keys = ProductKeySpec(heads=2, keys=4, key_dim=6, chosen=3)
+    branches = tuple(
+        BranchSpec(name=step.name, op=keys if step.name == "feedforward" else step.op)
+        for step in spec.decoder.layers[0].steps
+    )
+    step = StepSpec(name="parallel", op=SumSpec(branches=branches), pre=LayerNormSpec())
+    model = small.build(spec.replace(decoder=spec.decoder.replace(layers=(LayerSpec(steps=(step,)),))))
+    with pytest.raises(UnsupportedError, match="decoder.layers.0.parallel has no output projection"):
+        operated(model, {"op": "new_layers", "after": [0]})
+
+
 def test_parallel_layers_and_experts_begin_at_zero_too():
     for config in (
         {
@@ -185,6 +214,7 @@ def test_parallel_layers_and_experts_begin_at_zero_too():
         },
         tiny.LLAMA
         | {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": None},
+        QWEN_SHARED,
     ):
         base = tiny.model(config)
         model, _ = operated(base, {"op": "new_layers", "after": [0, 1]})
