@@ -114,7 +114,7 @@ def tests_of(file: str) -> tuple[str, ...]:
         return ("tests/adapters/test_lora.py", "tests/adapters/test_peft.py")
     if folder == "surgery":
         own = {"retrofit": "retrofit", "build": "retrofit", "verdict": "verdict"}
-        own |= {"encoders": "grafts", "mixture": "merging"}
+        own |= {"encoders": "grafts", "mixture": "merging", "adapter": "merging"}
         own |= {one: one for one in ("grafts", "reading", "merging")}
         return (f"tests/surgery/test_{own.get(name, 'operations')}.py",)
     if folder == "catalogue":

@@ -3,6 +3,7 @@ and the verdict on what was kept."""
 
 from __future__ import annotations
 
+from lamina.surgery.adapter import MergeAdapter
 from lamina.surgery.build import begun, build
 from lamina.surgery.encoders import CrossGraft, FreshEncoder
 from lamina.surgery.grafts import NeighbourEncoderSize, NewMemory, NewStep, Retrieval
@@ -34,6 +35,7 @@ __all__ = [
     "KeyHeads",
     "Made",
     "Merge",
+    "MergeAdapter",
     "Merged",
     "Mixture",
     "NeighbourEncoderSize",

@@ -14,6 +14,7 @@ from lamina.document import Node, decode, encode, open_document
 from lamina.errors import LaminaError
 from lamina.model import ModelSpec
 from lamina.specs import unknown
+from lamina.surgery.adapter import MergeAdapter
 from lamina.surgery.encoders import CrossGraft
 from lamina.surgery.grafts import NewMemory, NewStep, Retrieval
 from lamina.surgery.heads import KeyHeads, OrderHeads
@@ -41,6 +42,7 @@ OPERATIONS: dict[str, type[Operation]] = {
         Reading,
         Merge,
         Mixture,
+        MergeAdapter,
     )
 }
 """By the name that a plan has for them."""
