@@ -120,7 +120,7 @@ def tests_of(file: str) -> tuple[str, ...]:
         own = {"retrofit": "retrofit", "build": "retrofit", "verdict": "verdict", "stream": "depth"}
         own |= {"positions": "tables", "vocabulary": "tables"}
         own |= {one: one for one in ("depth", "rope", "norms", "tokens")}
-        own |= {"encoders": "grafts", "mixture": "merging"}
+        own |= {"encoders": "grafts", "mixture": "merging", "adapter": "merging"}
         own |= {one: one for one in ("grafts", "reading", "merging")}
         own |= dict.fromkeys(("calibration", "fitting", "moments"), "fitting")
         own |= {one: one for one in ("latent", "longformer", "upcycle", "width")}

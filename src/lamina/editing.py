@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from lamina.accounting import Account, account
+from lamina.adapters import adapted, peft
+from lamina.adapting import read_adapter
 from lamina.durable import write_file
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.exporting import save_weights
@@ -120,11 +122,29 @@ def others(own: Located | None) -> Others:
         located = locate(source)
         if located.kind == "published":
             raise LaminaError(f"{source!r} is a published architecture and has no weights here; name a checkpoint")
+        if (located.path / peft.CONFIG).is_file():
+            return _adapter(source, own)
         opened = open_source(located)
         ids = [None if one is None else _ids(one) for one in (own, located)]
         return Other(opened.spec, Stored(opened), None if None in ids else ids[0] == ids[1])
 
     return open_other
+
+
+def _adapter(source: str, own: Located | None) -> Other:
+    """The change of each layer of the model at `own`, of a LoRA that peft wrote: A, B and the scale."""
+    if own is None:
+        raise LaminaError(f"{source} is an adapter, and names layers as files do; this model was not read from one")
+    opened = open_source(own)
+    model = opened.spec.build(device="meta")
+    model.origin = opened.origin
+    read_adapter(model, source)
+    weights: dict[str, Tensor] = {}
+    for name, layer in adapted(model).items():
+        scale = torch.tensor(layer.scale, dtype=torch.float64)
+        weights |= {f"{name}.lora_a": layer.lora_a.detach(), f"{name}.lora_b": layer.lora_b.detach()}
+        weights[f"{name}.scale"] = scale
+    return Other(opened.spec, weights)
 
 
 def _ids(located: Located) -> dict[str, int] | None:

@@ -367,3 +367,12 @@ def test_a_table_of_its_own_is_for_an_encoder_beside_a_decoder():
     counted = lamina.account(other.spec, context=16)
     assert counted.parameters == sum(one.numel() for one in other.parameters())
     assert any("stem" in line for line in text_twin(other.spec))
+
+
+def test_layers_are_those_of_the_model_and_not_of_an_encoder_inside_them():
+    base = tiny.model(scale=1.0)
+    retrieval = GRAFTS["retrieval"][0][0]
+    model, new = operated(base, retrieval, {"op": "step", "name": "adapter", "part": ADAPTER})
+    added = [key for key in new if ".adapter." in key]
+    assert added and all(key.startswith(("decoder.layers.0.adapter.", "decoder.layers.1.adapter.")) for key in added)
+    assert model.spec.retrieval == operated(base, retrieval)[0].spec.retrieval

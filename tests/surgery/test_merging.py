@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+import lamina
+from lamina.adapters import LoRASpec, attach
+from lamina.adapting import write_adapter
 from lamina.errors import LaminaError
 from lamina.layers import Record
 from lamina.model import Model
@@ -148,7 +152,7 @@ def test_a_model_and_itself_are_itself_to_the_bit(shape: str, method: str, tmp_p
     assert all(torch.equal(weights[name], one) for name, one in base.named_parameters())
     model, new = build(done.spec, done.weights)
     assert not new
-    if method == "linear":
+    if method == "linear" and shape == "t5":
         works(model, ids_of(base), tmp_path)
 
 
@@ -260,6 +264,60 @@ def test_experts_are_merged_expert_by_expert():
     assert float(weights[name][1].norm()) > 1.02 * float(halved.norm())
 
 
+# Adapters.
+
+
+def adapter(tmp_path: Path, config: dict[str, Any]) -> tuple[Path, Path]:
+    """A checkpoint, and a LoRA of rank 3 for it that changes what it computes."""
+    tiny.checkpoint(tmp_path / "base", config)
+    model = lamina.load(tmp_path / "base")
+    random = torch.Generator().manual_seed(0)
+    for _, one in attach(model, LoRASpec(rank=3, alpha=5.0)):
+        with torch.no_grad():
+            one.normal_(generator=random)
+    write_adapter(model, tmp_path / "lora")
+    return tmp_path / "base", tmp_path / "lora"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_adapter_is_merged_as_load_merges_it(shape: str, tmp_path: Path):
+    """Bit for bit, and W + s B A of the file's own tensors; GPT-2 packs q, k and v into one."""
+    base, lora = adapter(tmp_path, SHAPES[shape])
+    own, expected = lamina.load(base), lamina.load(base, adapter=lora)
+    model, verdict = lamina.edit(own, [{"op": "adapter", "source": str(lora)}], texts=[list(range(4, 20))])
+    assert verdict.found == "changed"
+    assert all(torch.equal(one, expected.get_parameter(name)) for name, one in model.named_parameters())
+    changed = [name for name, one in own.named_parameters() if not torch.equal(one, model.get_parameter(name))]
+    assert changed and all(".attention." in name or ".cross." in name for name in changed)
+    assert str(lora) in model.origin.history[-1]["others_sha256"]
+    if shape == "llama":
+        file = load_file(lora / "adapter_model.safetensors")
+        first, second = (
+            file[f"base_model.model.model.layers.1.self_attn.q_proj.lora_{letter}.weight"] for letter in "AB"
+        )
+        name = "decoder.layers.1.attention.op.q.weight"
+        wanted = own.get_parameter(name) + 5 / 3 * second @ first
+        torch.testing.assert_close(model.get_parameter(name), wanted, rtol=0, atol=1e-5)
+
+
+def test_adapters_that_do_not_fit_are_refused(tmp_path: Path):
+    base, lora = adapter(tmp_path, tiny.LLAMA)
+    own = lamina.load(base)
+    merge = {"op": "adapter", "source": str(lora)}
+    for plan, why in (
+        (
+            [{"op": "key_heads", "heads": 1}, merge],
+            r"changes decoder.layers.0.attention.op.k.weight of shape \[16, 32\]",
+        ),
+        ([{"op": "reading", "to": "bidirectional"}, merge], "the model has none such"),
+        ([{"op": "adapter", "source": str(base)}], "is a whole model, and no adapter"),
+    ):
+        with pytest.raises(LaminaError, match=why):
+            lamina.edit(own, plan, texts=[[1, 2]])
+    with pytest.raises(LaminaError, match="this model was not read from one"):
+        lamina.edit(tiny.model(), [merge], texts=[[1, 2]])
+
+
 # Several models as experts.
 
 
@@ -272,7 +330,8 @@ def test_experts_of_equal_models_are_that_model(shape: str, tmp_path: Path):
     ids = ids_of(base)
     expected = run(base, ids)
     assert float((run(model, ids) - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
-    works(model, ids, tmp_path)
+    if shape == "gpt2":
+        works(model, ids, tmp_path)
 
 
 def test_experts_of_several_models_are_their_networks():
@@ -357,7 +416,8 @@ def test_other_specs_and_other_tokens_are_refused():
     ):
         with pytest.raises(LaminaError, match=why):
             merged(own, plan, {"x": other})
-    chat = tiny.model(tiny.LLAMA | {"eos_token_id": 3, "max_position_embeddings": 99, "initializer_range": 0.5})
+    changed = {"eos_token_id": 3, "max_position_embeddings": 99, "initializer_range": 0.5, "attention_dropout": 0.1}
+    chat = tiny.model(tiny.LLAMA | changed)
     assert merged(own, plan, {"x": chat})[0].spec == own.spec
     with pytest.raises(LaminaError, match="x has other tokens"):
         merged(own, plan, {"x": own}, same_tokens=False)

@@ -368,4 +368,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("mixture: how many a token uses", "chosen=self.chosen), expert=part)", "chosen=2), expert=part)"),
         ("mixture: the same spec", "check_same(source, other, spec)", "pass"),
     ],
+    "surgery/adapter.py": [
+        ("adapter: its scale", "lora_b, float(scale))", "lora_b, 1.0)"),
+        ("adapter: layers that are not there", "if shapes.get(name) != change:", "if False:"),
+    ],
 }

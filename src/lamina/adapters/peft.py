@@ -243,6 +243,7 @@ def _factors(
         if not bool(torch.isfinite(factors[letter]).all()):
             raise CheckpointError(f"{file.path}: {key} holds values that are not finite")
     device = model.embedding.weight.device
+    device = torch.device("cpu") if device.type == "meta" else device  # of a model without weights, to be merged later
     parts = place.outputs.load([factors["B"]], [(shape[0], rank) for shape in shapes])
     size = scale(alpha, rank, spec.rslora)
     return {

@@ -3,6 +3,7 @@ and the verdict on what was kept."""
 
 from __future__ import annotations
 
+from lamina.surgery.adapter import MergeAdapter
 from lamina.surgery.build import begun, build
 from lamina.surgery.depth import NewLayers, OrderLayers
 from lamina.surgery.encoders import CrossGraft, FreshEncoder
@@ -49,6 +50,7 @@ __all__ = [
     "LongformerOperation",
     "Made",
     "Merge",
+    "MergeAdapter",
     "Merged",
     "Mixture",
     "NeighbourEncoderSize",

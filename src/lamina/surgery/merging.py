@@ -24,7 +24,9 @@ from lamina.surgery.places import places
 from lamina.surgery.weights import Beside, Made, Weights, in_float32, own_generator
 
 FREE = ("initial", "special", "context", "embedding.padding")
-"""Fields of a spec that no weight and no output depends on: they may differ, and stay those of the first model."""
+"""Fields of a spec that no weight and no output depends on: they may differ, and stay those of the model itself."""
+RATES = ("dropout", "drop_branch")
+"""Ends of fields that count in training alone, and may differ too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +173,7 @@ def ties(changes: list[Tensor], w: list[float]) -> Tensor:
 
 def check_same(source: str, other: Other, spec: ModelSpec) -> None:
     """Raise LaminaError where a model has another spec than this one, or other tokens."""
-    differing = [row for row in diff(spec, other.spec) if not row[0].startswith(FREE)]
+    differing = [row for row in diff(spec, other.spec) if not (row[0].startswith(FREE) or row[0].endswith(RATES))]
     if differing:
         path, here, there = differing[0]
         raise LaminaError(f"{source}: {path} is {there!r}, and here {here!r}; only models of one spec can be merged")

@@ -14,6 +14,7 @@ from lamina.document import Node, decode, encode, open_document
 from lamina.errors import LaminaError
 from lamina.model import ModelSpec
 from lamina.specs import Spec, unknown
+from lamina.surgery.adapter import MergeAdapter
 from lamina.surgery.calibration import Texts, random_texts
 from lamina.surgery.depth import NewLayers, OrderLayers
 from lamina.surgery.encoders import CrossGraft
@@ -68,6 +69,7 @@ OPERATIONS: dict[str, type[Operation]] = {
         Reading,
         Merge,
         Mixture,
+        MergeAdapter,
     )
 }
 """By the name that a plan has for them."""
