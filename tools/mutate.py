@@ -113,7 +113,7 @@ def tests_of(file: str) -> tuple[str, ...]:
     if folder == "adapters":
         return ("tests/adapters/test_lora.py", "tests/adapters/test_peft.py")
     if folder == "surgery":
-        own = dict.fromkeys(("calibration", "fitting", "moments"), "fitting") | {"build": "retrofit"}
+        own = dict.fromkeys(("calibration", "fitting", "least_squares", "moments"), "fitting") | {"build": "retrofit"}
         own |= {one: one for one in ("retrofit", "verdict", "latent", "longformer", "upcycle", "width")}
         return (f"tests/surgery/test_{own.get(name, 'operations')}.py",)
     if folder == "catalogue":
