@@ -165,7 +165,7 @@ def test_fewer_key_heads_in_naive_loops(by: str):
     with torch.no_grad():
         for part in (attention.k.weight, attention.v.weight):
             heads = part.view(4, 6, 32)
-            heads[2], heads[3] = heads[0] + 1e-3 * torch.randn(6, 32), heads[1] + 1e-3 * torch.randn(6, 32)
+            heads[2:] = heads[:2] + 1e-3 * torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
     model, _ = operated(base, {"op": "key_heads", "heads": 2, "by": by})
     new = model.decoder.layers[0].attention.op
     old = attention.k.weight.detach().view(4, 6, 32)
