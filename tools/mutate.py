@@ -122,7 +122,7 @@ def tests_of(file: str) -> tuple[str, ...]:
         own |= {one: one for one in ("depth", "rope", "norms", "tokens")}
         own |= {"encoders": "grafts", "mixture": "merging", "adapter": "merging"}
         own |= {one: one for one in ("grafts", "reading", "merging")}
-        own |= dict.fromkeys(("calibration", "fitting", "moments"), "fitting")
+        own |= dict.fromkeys(("calibration", "fitting", "least_squares", "moments"), "fitting")
         own |= {one: one for one in ("latent", "longformer", "upcycle", "width")}
         return (f"tests/surgery/test_{own.get(name, 'operations')}.py",)
     if folder == "catalogue":

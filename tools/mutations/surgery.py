@@ -140,6 +140,10 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("fitting: keys turn by complex numbers", "(b, a, thin.imag, wide.imag),", "(b, a, -thin.imag, wide.imag),"),
         ("fitting: pairs beside each other", "if rotary is not None and rotary.interleaved:", "if False:"),
     ],
+    "surgery/least_squares.py": [
+        ("least squares: keys turn", "seen.query[span], rotary)", "seen.query[span], None)"),
+        ("least squares: what is lost is said", "sum(one for one, _ in found)", "0 * sum(one for one, _ in found)"),
+    ],
     "surgery/moments.py": [
         (
             "moments: biases",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal
@@ -17,8 +16,8 @@ from lamina.layers import AttentionSpec, CrossAttentionSpec, StackSpec
 from lamina.model import ModelSpec
 from lamina.specs import Spec
 from lamina.surgery.calibration import Calibration, Texts, check_text
-from lamina.surgery.fitting import lost, one_key, root_of
-from lamina.surgery.moments import Attending, check_fit, moments
+from lamina.surgery.least_squares import least_squares
+from lamina.surgery.moments import Attending, named
 from lamina.surgery.operation import Changed, FittedOperation, Operation, Promise
 from lamina.surgery.places import EVERYWHERE, Place, edited, places
 from lamina.surgery.weights import Made, Weights, in_float32
@@ -57,7 +56,7 @@ class KeyHeads(FittedOperation):
         for place in found:
             _check(place, self.heads)
             if self.by == "least_squares" and place.part.key_heads > self.heads:
-                made |= _fitted(place, weights, calibration, self.heads, fits)
+                made |= least_squares(place, weights, calibration, self.heads, fits)
             elif self.by == "similar" and place.part.key_heads > self.heads:
                 made |= self._regrouped(spec, place, weights)
             else:
@@ -86,7 +85,7 @@ class KeyHeads(FittedOperation):
             function = in_float32(partial(_pooled, count=new, size=old // new, first=self.by == "first"))
         else:
             how, function = f"each head {new // old} times", partial(_spread, count=old, times=new // old)
-        return {name: Made((name,), how, function) for name in _named(place, weights, "kv")}
+        return {name: Made((name,), how, function) for name in named(place, weights, "kv")}
 
     def _regrouped(self, spec: ModelSpec, place: Place[Attending], weights: Mapping[str, Tensor]) -> dict[str, Made]:
         part = place.part
@@ -108,9 +107,9 @@ class KeyHeads(FittedOperation):
             return _taken(x, heads, part.heads, dim)
 
         how = f"mean of {size} heads that are alike"
-        made = {name: Made((name,), how, in_float32(keys)) for name in _named(place, weights, "kv")}
+        made = {name: Made((name,), how, in_float32(keys)) for name in named(place, weights, "kv")}
         moved = "query heads beside those that are alike"
-        made |= {name: Made((name,), moved, partial(queries, dim=0)) for name in _named(place, weights, "q")}
+        made |= {name: Made((name,), moved, partial(queries, dim=0)) for name in named(place, weights, "q")}
         made[place.weight("o.weight")] = Made((place.weight("o.weight"),), moved, partial(queries, dim=1))
         return made
 
@@ -138,8 +137,8 @@ class OrderHeads(Operation):
             changes: list[tuple[str, Callable[[Tensor], Tensor]]] = []
             query = partial(_taken, heads=torch.tensor(self.keep), count=place.part.heads)
             key = partial(_taken, heads=torch.tensor(groups), count=place.part.key_heads)
-            changes += [(name, partial(query, dim=0)) for name in _named(place, weights, "q")]
-            changes += [(name, partial(key, dim=0)) for name in _named(place, weights, "kv")]
+            changes += [(name, partial(query, dim=0)) for name in named(place, weights, "q")]
+            changes += [(name, partial(key, dim=0)) for name in named(place, weights, "kv")]
             changes += [(place.weight("o.weight"), partial(query, dim=1))]
             if place.weight("sink") in weights:
                 changes += [(place.weight("sink"), partial(query, dim=0))]
@@ -170,62 +169,6 @@ class OrderHeads(Operation):
                 " head, beside each other"
             )
         return groups
-
-
-def _fitted(
-    place: Place[Attending],
-    weights: Mapping[str, Tensor],
-    calibration: Calibration,
-    heads: int,
-    fits: dict[str, float],
-) -> dict[str, Made]:
-    """The projections of an attention with `heads` key heads, each the best one on a text for those beside it."""
-    part = place.part
-    check_fit(place)
-    rotary = part.rotary if isinstance(part, AttentionSpec) else None
-
-    @lru_cache(maxsize=1)
-    def maps() -> dict[str, Tensor]:
-        """Of k and v (heads, D, s, D), of q and o (G, D, D): what becomes of the features of each old head."""
-        seen = moments(place, weights, calibration)
-        size = part.key_heads // heads
-        spans = [slice(start, start + size) for start in range(0, part.key_heads, size)]
-        key = [one_key(seen.key[span][:, :, span], seen.query[span], rotary) for span in spans]
-        value = [one_key(seen.value[span][:, :, span], seen.output[span], None) for span in spans]
-        fits[place.shown] = _error(
-            (gram[span][:, :, span].flatten(2).flatten(0, 1), read[span], *maps)
-            for gram, read, found in ((seen.key, seen.query, key), (seen.value, seen.output, value))
-            for span, maps in zip(spans, found, strict=True)
-        )
-        down = [torch.stack([one for one, _ in found]) for found in (key, value)]
-        up = [torch.cat([one for _, one in found]) for found in (key, value)]
-        return dict(zip("kvqo", (*down, *up), strict=True))
-
-    def joined(x: Tensor, one: str) -> Tensor:
-        old = x.double().unflatten(0, (heads, -1, part.head_dim))
-        return torch.einsum("gnsd,gsd...->gn...", maps()[one], old).flatten(0, 1).to(x.dtype)
-
-    def queries(x: Tensor) -> Tensor:
-        old = x.double().unflatten(0, (part.key_heads, -1, part.head_dim))
-        return torch.einsum("gdn,ghd...->ghn...", maps()["q"], old).flatten(0, 2).to(x.dtype)
-
-    def outputs(x: Tensor) -> Tensor:
-        old = x.double().unflatten(1, (part.key_heads, -1, part.head_dim))
-        return torch.einsum("gdn,wghd->wghn", maps()["o"], old).flatten(1).to(x.dtype)
-
-    how, turned = f"least squares of {part.key_heads // heads} heads", "turned to the new key heads"
-    made = {name: Made((name,), how, partial(joined, one=one)) for one in "kv" for name in _named(place, weights, one)}
-    made |= {name: Made((name,), turned, queries) for name in _named(place, weights, "q")}
-    made[place.weight("o.weight")] = Made((place.weight("o.weight"),), turned, outputs)
-    return made
-
-
-def _error(fits: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> float:
-    """Of several (gram, what reads it, down, up): the root of what is lost by all that there is."""
-    found = [
-        lost(gram, torch.block_diag(*root_of(read)), down.flatten(1), up.flatten(0, 1)) for gram, read, down, up in fits
-    ]
-    return math.sqrt(max(sum(one for one, _ in found), 0.0) / max(sum(all for _, all in found), 1e-300))
 
 
 def alike(similarity: Tensor, size: int) -> Tensor:
@@ -263,11 +206,6 @@ def _check_moves(spec: ModelSpec, place: Place[Attending]) -> None:
         raise UnsupportedError(
             f"{place.shown}: {stack.path}.score_bias belongs to its heads, which cannot change places"
         )
-
-
-def _named(place: Place[Attending], weights: Mapping[str, Tensor], parts: str) -> list[str]:
-    names = [place.weight(f"{part}.{kind}") for part in parts for kind in ("weight", "bias")]
-    return [name for name in names if name in weights]
 
 
 def _pooled(x: Tensor, count: int, size: int, first: bool) -> Tensor:

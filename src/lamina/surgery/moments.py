@@ -53,3 +53,9 @@ def affine(place: Place[Any], weights: Mapping[str, Tensor], part: str) -> Tenso
     weight, bias = weights[place.weight(f"{part}.weight")].double(), place.weight(f"{part}.bias")
     column = weights[bias].double()[:, None] if bias in weights else weight.new_zeros(len(weight), 1)
     return torch.cat([weight, column], dim=1)
+
+
+def named(place: Place[Any], weights: Mapping[str, Tensor], parts: str) -> list[str]:
+    """The names of the weights and biases of these projections, as far as there are any."""
+    names = [place.weight(f"{part}.{kind}") for part in parts for kind in ("weight", "bias")]
+    return [name for name in names if name in weights]
