@@ -10,8 +10,7 @@ import torch
 
 from lamina.attend import BACKENDS, Request, attend
 from lamina.conformance.report import Row, gap, judged, left_out
-from lamina.conformance.subject import TOKENS
-from lamina.conformance.trial import SelfAttentionSpec, attentions
+from lamina.conformance.trial import TOKENS, SelfAttentionSpec, attentions
 from lamina.errors import UnsupportedError
 from lamina.model import Model
 from lamina.patterns import Both, Either, Pattern

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from lamina.conformance.report import Difference, Row, judged, left_out
-from lamina.conformance.subject import TOKENS
-from lamina.conformance.trial import random_ids, read, text_length
+from lamina.conformance.trial import TOKENS, random_ids, read, text_length
 from lamina.layers import CrossAttention, Record
 from lamina.model import Model, ModelSpec
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from lamina.conformance.report import Row, alike
-from lamina.conformance.subject import TOKENS, Facts, Source, long, parameters, random_ids
+from lamina.conformance.subject import Facts, Source, long, parameters, random_ids
+from lamina.conformance.trial import TOKENS
 from lamina.errors import UnsupportedError
 
 FEW = 8  # ids of padding below this may be what positions are counted from

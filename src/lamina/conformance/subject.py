@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina.conformance.report import Row
-
-TOKENS = 16  # of each text that is read, where no window asks for more
+from lamina.conformance.trial import drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +130,6 @@ class Subject(Protocol):
 def random_ids(subject: Subject, batch: int, length: int, seed: int = 0) -> Tensor:
     """(batch, length) ids that the model reads."""
     return drawn(subject.facts.choices, batch, length, seed)
-
-
-def drawn(choices: Tensor, batch: int, length: int, seed: int = 0) -> Tensor:
-    """(batch, length) of the ids in `choices`, at random."""
-    generator = torch.Generator().manual_seed(seed)
-    return choices[torch.randint(len(choices), (batch, length), generator=generator).to(choices.device)]
 
 
 def positions(subject: Subject, *lengths: int, gap: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""A model of lamina in the checks: ids to read, what a forward gives for each token, the kinds of attention."""
+"""What is asked of a model in every check: ids to read, what a forward gives for each token, the kinds of attention."""
 
 from __future__ import annotations
 
@@ -7,17 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamina.conformance.subject import TOKENS, drawn
 from lamina.layers import AttentionSpec, BigBirdSpec, DifferentialSpec, LatentAttentionSpec, LongformerSpec
 from lamina.model import Model
 
 SelfAttentionSpec = AttentionSpec | DifferentialSpec | LatentAttentionSpec | LongformerSpec | BigBirdSpec
 
+TOKENS = 16  # of each text that is read, where no window asks for more
+
 
 def random_ids(model: Model, batch: int, length: int, seed: int = 0) -> Tensor:
     """(batch, length) ids of the model's vocabulary."""
-    vocabulary = torch.arange(model.spec.embedding.vocabulary, device=model.embedding.weight.device)
-    return drawn(vocabulary, batch, length, seed)
+    return drawn(
+        torch.arange(model.spec.embedding.vocabulary, device=model.embedding.weight.device), batch, length, seed
+    )
+
+
+def drawn(choices: Tensor, batch: int, length: int, seed: int = 0) -> Tensor:
+    """(batch, length) of the ids in `choices`, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    return choices[torch.randint(len(choices), (batch, length), generator=generator).to(choices.device)]
 
 
 def random_sources(model: Model, lengths: list[int], seed: int = 98) -> Tensor:
