@@ -528,7 +528,7 @@ def _worst(rows: list[dict[str, Any]]) -> str:
     verdicts = {row["verdict"] for row in rows}
     if "fails" in verdicts:
         return "**fails**"
-    worst = max((row["worst"] or 0.0 for row in rows), default=0.0)
+    worst = max((row.get("worst", 0.0) for row in rows), default=0.0)
     return "-" if verdicts <= {"not tried"} else f"{worst:.0e}" if worst else "0"
 
 

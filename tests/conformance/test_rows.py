@@ -69,6 +69,15 @@ def test_a_state_that_sticks():
     assert rows(state.memoryless, Ours(tiny.model()))[name].compared == "64 tokens again, after 3 and 72 others"
 
 
+def test_a_subject_of_any_library_can_be_handed_over():
+    """What answers for a model is asked in its place, and only what any model is asked."""
+    model = tiny.model(tiny.BERT).train()
+    subject = Bent(model, lambda self, ids, out, told: [each + 1e-3 * torch.rand(()) for each in out])
+    report = lamina.verify(subject)
+    wrong = {row.property for row in report.rows if row.verdict == "fails"}
+    assert "the same input gives the same bits" in wrong and model.training
+
+
 def test_one_that_sticks_beyond_the_trained_length_only():
     """As the phases of dynamic NTK in transformers."""
 

@@ -67,6 +67,12 @@ def test_theirs_is_asked_as_its_users_ask_it():
     assert model.config._attn_implementation == backend
 
 
+@torch.no_grad()
+def test_several_ends_are_all_left_out():
+    model = reference(row("llama"), eos_token_id=[96, 5])
+    assert not {5, 96} & set(subject_of(model).facts.choices.tolist())
+
+
 def test_positions_and_lengths():
     subject = subject_of(tiny.model())
     assert positions(subject, 3, 2).tolist() == [[0, 1, 2, 0, 1]]

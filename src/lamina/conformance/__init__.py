@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from lamina.conformance import attention, decoding, files, learning, own, refusals, state, tokens
+from lamina.conformance.opened import open_with_transformers
 from lamina.conformance.ours import Ours
-from lamina.conformance.pretrained import Pretrained, open_with_transformers
+from lamina.conformance.pretrained import Pretrained
 from lamina.conformance.report import FACTOR, RAISED, Report, Row, failed
 from lamina.conformance.retrieval import retrieval
 from lamina.conformance.subject import Subject
@@ -61,17 +62,18 @@ OWN: tuple[Callable[[Model], Iterator[Row]], ...] = (
 def verify(model: Any, *, progress: Callable[[Row], None] | None = None) -> Report:
     """Try every property on `model`, in evaluation mode. `progress` is called with each row as it comes.
 
-    `model` is of lamina, or any of transformers that reads ids; that one is asked what can be asked from outside.
+    `model` is of lamina, or any of transformers that reads ids; that one is asked what can be asked from outside. A
+    model of yet another library comes as a `Subject` that answers for it.
     A property that fails is a row of the report, and nothing is raised. The model is not changed.
     Raises LaminaError for what is no such model.
     """
-    clock, rows, training = time.perf_counter(), [], getattr(model, "training", False)
-    subject = subject_of(model)
-    model.eval()
+    clock, rows, subject = time.perf_counter(), [], subject_of(model)
+    training = subject.model.training
+    subject.model.eval()
     try:
         checks: Iterable[tuple[Callable[[Any], Iterator[Row]], Any]] = (
             *((check, subject) for check in CHECKS),
-            *((check, model) for check in (OWN if isinstance(subject, Ours) else ())),
+            *((check, subject.model) for check in (OWN if isinstance(subject, Ours) else ())),
         )
         for check, asked in checks:
             for row in _tried(check, asked):
@@ -79,12 +81,14 @@ def verify(model: Any, *, progress: Callable[[Row], None] | None = None) -> Repo
                 if progress is not None:
                     progress(row)
     finally:
-        model.train(training)
+        subject.model.train(training)
     return Report(tuple(rows), time.perf_counter() - clock)
 
 
-def subject_of(model: Any) -> Ours | Pretrained:
-    """What the checks ask of `model`."""
+def subject_of(model: Any) -> Subject:
+    """What answers the checks for `model`."""
+    if all(hasattr(type(model), name) for name in ("facts", "read", "new_cache", "trained")):
+        return model
     if isinstance(model, Model):
         return Ours(model)
     if isinstance(model, nn.Module) and all(

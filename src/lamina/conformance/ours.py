@@ -106,9 +106,9 @@ class Ours:
         return random_sources(self.model, lengths)
 
     def attention(self, ids: Tensor) -> tuple[list[Tensor], list[Tensor | None], int]:
-        record, ran = Record("*"), []
+        record, ran = Record("*"), set()
         handles = [
-            part.register_forward_hook(lambda module, given, out: ran.append(module))
+            part.register_forward_hook(lambda module, given, out: ran.add(module))
             for part in self.model.modules()
             if isinstance(part, CrossAttention) or isinstance(getattr(part, "spec", None), SelfAttentionSpec)
         ]
@@ -176,15 +176,12 @@ class Ours:
             optimizer.step()
 
     def _forward(self, model: Model, ids: Tensor, mask: Tensor | None = None) -> Any:
-        """A forward of training, in which both sides of an encoder-decoder read `ids`."""
+        """A forward of training; the encoder of an encoder-decoder reads a text as long as `ids`."""
         if not model.spec.two_stacks:
             return model(ids, mask)
-        if not model.spec.reads_ids:
-            return model(input_features=random_sources(model, [12] * len(ids)), decoder_input_ids=ids)
-        if model.spec.source_vocabulary != model.spec.embedding.vocabulary:
-            sources = random_sources(model, [ids.shape[1]] * len(ids))
-            return model(sources, mask, decoder_input_ids=ids, decoder_attention_mask=mask)
-        return model(ids, mask, decoder_input_ids=ids, decoder_attention_mask=mask)
+        content = random_sources(model, [64] * len(ids))[..., : ids.shape[1]]
+        seen = None if self.facts.hears else mask
+        return model(**{model.reads: content}, attention_mask=seen, decoder_input_ids=ids, decoder_attention_mask=mask)
 
     def router_loss(self, ids: Tensor, mask: Tensor | None = None, *, asked: bool = False) -> Tensor | str | None:
         weighed = [part for _, part in self.model.spec.walk() if isinstance(part, RouterLossSpec)]

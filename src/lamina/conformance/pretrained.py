@@ -1,7 +1,7 @@
 """A model of transformers as a subject. It is asked as its users ask it, and only through what all of them have.
 
-transformers is imported only where a folder is to be opened with it, or a run of its trainer is to be tried: a model of
-it that is handed over has brought it along.
+Of transformers nothing is imported but its trainer, when that is tried: a model that is handed over has brought along
+what it needs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import copy
 import importlib.util
 import inspect
-import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -26,8 +25,7 @@ from torch import Tensor, nn
 from lamina.conformance.report import Row, alike
 from lamina.conformance.subject import Facts, Source, long, parameters, random_ids
 from lamina.conformance.trial import TOKENS
-from lamina.errors import CheckpointError, UnsupportedError
-from lamina.locate import locate
+from lamina.errors import UnsupportedError
 
 FEW = 8  # ids of padding below this may be what positions are counted from
 
@@ -72,8 +70,9 @@ class Pretrained:
             return self.known
         config = self.model.config.get_text_config(decoder=True)
         context, window = getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None)
-        special = {value for name, value in config.to_dict().items() if name.endswith("token_id")}
-        ids = [i for i in range(config.vocab_size) if i not in special]
+        special = [value for name, value in config.to_dict().items() if name.endswith("token_id")]
+        apart = {i for value in special for i in (value if isinstance(value, list) else [value])}
+        ids = [i for i in range(config.vocab_size) if i not in apart]
         length, writes = max(TOKENS, min((window or 0) + 8, 64)), bool(self.model.can_generate())
         two_stacks = bool(self.model.config.is_encoder_decoder)
         plain = Facts(
@@ -286,26 +285,3 @@ def _innermost(module: nn.Module, word: str) -> Iterator[nn.Module]:
         inside = (each for each in part.modules() if each is not part)
         if word in type(part).__name__ and not any(word in type(each).__name__ for each in inside):
             yield part
-
-
-def open_with_transformers(source: str | os.PathLike[str], dtype: str | None = None, device: str = "cpu") -> Any:
-    """The model of a directory in the Hugging Face layout, opened by transformers as the class that its files name.
-
-    Raises UnsupportedError without transformers or for another kind of SOURCE, CheckpointError where it refuses.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise UnsupportedError("transformers is not here: pip install 'lamina[transformers]'") from error
-    located = locate(source)
-    if not (located.path / "config.json").is_file():
-        raise UnsupportedError(f"{source}: transformers opens directories with a config.json")
-    try:
-        config = transformers.AutoConfig.from_pretrained(located.path)
-        named = next(iter(config.architectures or ()), "")
-        opener = getattr(transformers, named, transformers.AutoModel)
-        model = opener.from_pretrained(located.path, dtype=dtype or "auto")
-    except (OSError, RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{source}: transformers cannot open it: {said}") from error
-    return model.to(device).eval()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina.conformance.report import Row
+from lamina.conformance.trial import drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +130,7 @@ class Subject(Protocol):
 
 def random_ids(subject: Subject, batch: int, length: int, seed: int = 0) -> Tensor:
     """(batch, length) ids that the model reads."""
-    generator, choices = torch.Generator().manual_seed(seed), subject.facts.choices
-    return choices[torch.randint(len(choices), (batch, length), generator=generator).to(choices.device)]
+    return drawn(subject.facts.choices, batch, length, seed)
 
 
 def positions(subject: Subject, *lengths: int, gap: int = 0) -> Tensor:

@@ -24,9 +24,15 @@ TOKENS = 16  # of each text that is read, where no window asks for more
 
 def random_ids(model: Model, batch: int, length: int, seed: int = 0) -> Tensor:
     """(batch, length) ids of the model's vocabulary."""
+    return drawn(
+        torch.arange(model.spec.embedding.vocabulary, device=model.embedding.weight.device), batch, length, seed
+    )
+
+
+def drawn(choices: Tensor, batch: int, length: int, seed: int = 0) -> Tensor:
+    """(batch, length) of the ids in `choices`, at random."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(model.spec.embedding.vocabulary, (batch, length), generator=generator)
-    return ids.to(model.embedding.weight.device)
+    return choices[torch.randint(len(choices), (batch, length), generator=generator).to(choices.device)]
 
 
 def random_sources(model: Model, lengths: list[int], seed: int = 98) -> Tensor:
