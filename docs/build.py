@@ -136,7 +136,7 @@ def families_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-SHARED = ("family", "gguf", "gguf_config", "ctranslate2", "rope", "undisclosed")
+SHARED = ("family", "gguf", "gguf_config", "gguf_writing", "ctranslate2", "rope", "undisclosed")
 """Files of families/ that are no family."""
 
 

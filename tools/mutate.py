@@ -63,6 +63,10 @@ def tests_of(file: str) -> tuple[str, ...]:
     folder = Path(file).parent.name
     if file in THROUGH_FAMILIES:
         return ()
+    if name == "auto_map" or folder == "remote":
+        return ("tests/test_auto_map.py",)
+    if name == "gguf_writing":
+        return ("tests/test_gguf_writing.py",)
     if folder == "layers":
         shared = {
             "router": "experts",

@@ -125,32 +125,9 @@ def distinct(stack: StackSpec) -> list[tuple[LayerSpec, list[int]]]:
     return list(places.items())
 
 
-def page(spec: ModelSpec, account: Any, title: str = "") -> str:
-    """A page with the picture and its table: one HTML file, no scripts, no requests."""
-
-    def rows(row: Any, depth: int) -> list[str]:
-        name = f"{row.name} x {row.repeat}" if row.repeat > 1 and depth == 0 else row.name
-        cells = [row.parameters, row.flops_per_token, row.cache_bytes]
-        numbers = "".join(f"<td>{cell:,}</td>" for cell in cells)
-        line = f'<tr><th style="padding-left:{1 + depth}em">{escape(name)}</th><td class="what">{escape(row.what)}</td>'
-        return [f"{line}{numbers}</tr>", *(inner for part in row.parts for inner in rows(part, depth + 1))]
-
-    head = f"<title>{escape(title or 'model')}</title>"
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em}"
-        "table{border-collapse:collapse}td,th{padding:.2em .6em;text-align:right;border-bottom:1px solid #d0d7de}"
-        "th,.what{text-align:left;font-weight:400}svg{max-width:100%;height:auto}"
-        "@media(prefers-color-scheme:dark){body{background:#0d1117;color:#e6edf3}}"
-    )
-    names = ("part", "what", "parameters", "FLOPs a token", f"cache bytes at {account.context:,} tokens")
-    table = "".join(f"<th>{name}</th>" for name in names)
-    body = "".join(line for row in account.rows for line in rows(row, 0))
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{head}<style>{style}</style></head>\n'
-        f"<body><h1>{escape(title or 'model')}</h1>\n"
-        f"<p>{escape(shape_of(spec))}; {account.parameters:,} parameters</p>\n"
-        f"{architecture(spec, account, title)}\n<table><tr>{table}</tr>{body}</table></body></html>\n"
-    )
+def steps_in_words(layer: LayerSpec) -> list[str]:
+    """What each step of a layer does, as the picture has it."""
+    return [_wiring(step) for step in layer.steps]
 
 
 def _stack(canvas: _Canvas, spec: ModelSpec, name: str, stack: StackSpec, counts: dict[str, str]) -> None:

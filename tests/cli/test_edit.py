@@ -161,3 +161,16 @@ def test_another_tokenizer_goes_with_the_model(lam, source, tmp_path):
 def test_a_tokenizer_that_is_nowhere(lam, source, tmp_path):
     path = plan(tmp_path, "- {op: tokenizer, folder: nowhere}\n")
     lam("edit", source, path, "-o", tmp_path / "out").refused("no source 'nowhere'")
+
+
+def test_a_page_of_what_was_done(lam, source, tmp_path):
+    path = plan(tmp_path, "- {op: key_heads, heads: 1, at: [decoder.layers.1]}\n- {op: window, back: 4}\n")
+    page = tmp_path / "page.html"
+    found = lam("edit", source, path, "-o", tmp_path / "out", "--tokens", "60", "--html", page, "--json").document
+    text = page.read_text(encoding="utf-8")
+    assert found["written"] == [str(page)] and found["format"] == "auto_map"
+    assert f"{found['verdict']['divergence']:.3g} nats a token" in text
+    assert all(one["why"] in text and one["kept"] in text for one in found["operations"])
+    assert "2 of 2 layers differ" in text
+    lam("edit", source, path, "--dry-run", "--html", page)
+    assert "Verdict" not in page.read_text(encoding="utf-8") and "What was done" in page.read_text(encoding="utf-8")

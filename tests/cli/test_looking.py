@@ -15,6 +15,7 @@ from lamina.layers import AlibiSpec
 from lamina.packaged import PACKAGED
 from lamina.pictures import architecture, text_twin
 from lamina.words import say, span
+from tests.pages import assert_complete
 
 
 def test_account_gives_the_fields_of_the_python_function(lam):
@@ -85,7 +86,8 @@ def test_show_draws(lam, tmp_path):
         assert float(box.get("x", 0)) + float(box.attrib["width"]) <= width
         assert float(box.get("y", 0)) + float(box.attrib["height"]) <= height
     page = html.read_text(encoding="utf-8")
-    assert "<script" not in page and "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert_complete(page)
+    assert "<script" not in page and "2,614,341,888" in page
 
 
 def test_pictures_carry_their_text_and_escape_what_they_are_told():
@@ -274,3 +276,13 @@ def test_doctor_fails_where_something_is_broken(lam, monkeypatch):
     monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
     done = lam("doctor")
     assert done.status == 1 and "no-such-package is not installed" in done.out
+
+
+def test_a_page_of_a_difference(lam, mistral, tmp_path):
+    path = tmp_path / "page.html"
+    done = lam("diff", "llama2/7b", "llama3/8b", "--html", path, "--json")
+    assert done.document["written"] == [str(path)]
+    text = path.read_text(encoding="utf-8")
+    assert all(f">{one['path']}<" in text for one in done.document["differences"])
+    assert text.count("<tr class=") == 32 and lam("diff", mistral, mistral, "--html", path).out.strip() == str(path)
+    assert "All layers are the same." in path.read_text(encoding="utf-8")

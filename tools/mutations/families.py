@@ -33,6 +33,39 @@ ALSO: dict[str, tuple[str, ...]] = {
 """Tests of a file beside those that its name tells."""
 
 MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
+    "families/auto_map.py": [
+        ("auto_map: key heads for one cache", "math.lcm(*(one.key_heads", "min(*(one.key_heads"),
+        (
+            "auto_map: fields that follow are checked",
+            "if name in fields.config and name not in OWN",
+            "if False and name not in OWN",
+        ),
+        ("auto_map: experts one by one", "range(len(weight))", "range(1)"),
+        ("auto_map: a value that it has no word for", "need(value == only,", "need(value == only or True,"),
+    ],
+    "families/remote/modeling_lamina.txt": [
+        ("modeling: phases in float32", "        self.reset()\n        return self", "        return self"),
+        ("modeling: the partner's sign", "torch.cat((-second, first), dim=-1)", "torch.cat((second, first), dim=-1)"),
+        (
+            "modeling: positions count real tokens",
+            "attention_mask.long().cumsum(-1) - 1",
+            "attention_mask.long().cumsum(-1) * 0",
+        ),
+        ("modeling: first tokens after padding", "(k - begins[batch] < first)", "(k < first)"),
+        ("modeling: key heads are copied for one cache", "        if self.copies > 1:\n", "        if False:\n"),
+        (
+            "modeling: what an engine cannot do",
+            "        if beyond:\n            raise",
+            "        if False:\n            raise",
+        ),
+        ("modeling: a cap on scores", "scores = softcap * torch.tanh(scores / softcap)", "scores = scores"),
+        ("modeling: a step's gate", "hidden * self.gate.tanh()", "hidden"),
+    ],
+    "families/gguf_writing.py": [
+        ("GGUF written: rows pair by pair", "(heads, 2, -1)", "(heads, -1, 2)"),
+        ("GGUF written: read back before it is kept", "    if back != meant:\n", "    if False:\n"),
+        ("GGUF written: Llama 3's divisors", '    if rope["rope_type"] != "llama3":\n', "    if True:\n"),
+    ],
     "families/albert.py": [
         ("one layer a group", "layers=stack.layers[:groups]", "layers=stack.layers[:1]"),
         ("runs", "repeat=layers // groups", "repeat=layers // groups + 1"),

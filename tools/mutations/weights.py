@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
+    "weights/gguf_writing.py": [
+        ("GGUF written: tensors begin at multiples", "offset += _whole(stored.size)", "offset += stored.size"),
+        ("GGUF written: innermost first", "stored.shape[::-1]", "stored.shape"),
+    ],
     "weights/ctranslate2.py": [
         ("aliases are copies", "return tensor.clone() if name in self.aliases else tensor", "return tensor"),
         ("loops of aliases", "if name not in entries and name not in found:", "if name not in entries and False:"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,7 +15,7 @@ from lamina.cli.program import command
 EXAMPLES = """
 lamina diff llama2/7b llama3/8b
 lamina diff llama/7b mistral/7b --json
-lamina diff ./before ./after
+lamina diff ./before ./after --html difference.html
 """
 Difference = tuple[str, Any, Any]
 
@@ -22,7 +23,8 @@ Difference = tuple[str, Any, Any]
 @command(EXAMPLES)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-def diff(out: Output, a: str, b: str) -> None:
+@click.option("--html", type=click.Path(dir_okay=False), help="Both side by side, layer by layer, as one page.")
+def diff(out: Output, a: str, b: str, html: str | None) -> None:
     """The differences between two models, as specs: no weights are read.
 
     A and B are sources. A line is the path of a field, its value in A, and its value in B; the same difference in many
@@ -31,15 +33,24 @@ def diff(out: Output, a: str, b: str) -> None:
     from lamina.source import spec as spec_of
     from lamina.words import say
 
-    found = list(differences(spec_of(a), spec_of(b)))
+    specs = spec_of(a), spec_of(b)
+    found = list(differences(*specs))
     document = {
         "a": a,
         "b": b,
         "same": not found,
         "differences": [{"path": path, "a": _plain(left), "b": _plain(right)} for path, left, right in found],
     }
-    lines = [f"{path}: {say(left)} -> {say(right)}" for path, left, right in found]
-    out.result(document, lines or [f"{a} and {b} have the same spec"])
+    said = [(path, say(left), say(right)) for path, left, right in found]
+    lines = [f"{path}: {left} -> {right}" for path, left, right in said] or [f"{a} and {b} have the same spec"]
+    if html is not None:
+        from lamina.report.stacks import Named, stacks
+
+        text = stacks(Named(a, specs[0]), Named(b, specs[1]), differences=said)
+        Path(html).write_text(text, encoding="utf-8")
+        document |= {"written": [html]}
+        lines = [html]
+    out.result(document, lines)
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[Difference]:

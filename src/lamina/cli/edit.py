@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 lamina edit smollm2-135m plan.yaml --dry-run
-lamina edit smollm2-135m plan.yaml -o ./smollm2-window --text book.txt
+lamina edit smollm2-135m plan.yaml -o ./smollm2-window --text book.txt --html verdict.html
 lamina edit ./smollm2-experts --undo -o ./smollm2-dense
 """
 
@@ -33,6 +33,9 @@ lamina edit ./smollm2-experts --undo -o ./smollm2-dense
 @click.option("--tokens", type=click.IntRange(2), help="At most so many tokens of it. [default: 2048]")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens read at one time.")
 @click.option("--no-verdict", is_flag=True, help="Write the model, and do not run it.")
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Plan, verdict and both stacks, as one page."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights that are new.")
 @click.option("--format", "layout", type=click.Choice(LAYOUTS), help="Layout. [default: the first that can say it]")
 @click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of weights.")
@@ -48,6 +51,7 @@ def edit(
     tokens: int | None,
     length: int,
     no_verdict: bool,
+    html: Path | None,
     seed: int,
     layout: str | None,
     shard_size: int,
@@ -73,12 +77,13 @@ def edit(
     document: dict[str, Any] = {"source": source, "directory": None, **_plan_document(done, cost)}
     lines = _plan_lines(done, cost)
     if dry_run or output is None:
-        return out.result(document, lines)
+        return out.result(document, [*lines, *_page(html, source, str(output or "planned"), done, document, None)])
     layout = layout or exporting.layout(done.spec, opened.origin.family)
     out.note(f"writing {output}")
     editing.write(opened, done, output, layout, seed=seed, force=force, shard_size=shard_size)
     document |= {"directory": str(output), "format": layout, "fits": list(done.fits)}
     lines += fit_lines(done)
+    verdict = None
     if not no_verdict and editing.reads_other_tokens(done):
         out.note("no verdict: the new model reads other tokens; lamina evaluate FILE gives the bits per byte of both")
     elif not no_verdict:
@@ -86,7 +91,22 @@ def edit(
         verdict = editing.judge(source, output, text=text, tokens=tokens, length=length, progress=_progress(out))
         document["verdict"] = verdict.to_dict()
         lines += ["", *verdict_lines(verdict)]
-    out.result(document, [*lines, "", f"{output}: {layout} layout"])
+    lines += ["", f"{output}: {layout} layout", *_page(html, source, str(output), done, document, verdict)]
+    out.result(document, lines)
+
+
+def _page(
+    html: Path | None, source: str, output: str, done: Applied, document: dict[str, Any], verdict: Verdict | None
+) -> list[str]:
+    """Write the page, where one is asked for; the line that says so."""
+    if html is None:
+        return []
+    from lamina.report.stacks import Named, stacks
+
+    both = Named(source, done.before), Named(output, done.spec)
+    html.write_text(stacks(*both, operations=document["operations"], verdict=verdict), encoding="utf-8")
+    document["written"] = [str(html)]
+    return [str(html)]
 
 
 def _progress(out: Output) -> Any:

@@ -180,12 +180,17 @@ def _names(spec: ModelSpec, tensors: list[dict[str, Any]]) -> list[str]:
 
 
 def _draw(source: str, spec: ModelSpec, found: Account, files: dict[str, str | None]) -> list[str]:
-    from lamina.pictures import architecture, page
+    from lamina.pictures import architecture
 
     written = []
     for kind, file in files.items():
         if file is not None:
-            text = architecture(spec, found, source) if kind == "svg" else page(spec, found, source)
+            if kind == "svg":
+                text = architecture(spec, found, source)
+            else:
+                from lamina.report import overview
+
+                text = overview(source, spec, found)
             Path(file).write_text(text, encoding="utf-8")
             written.append(file)
     return written

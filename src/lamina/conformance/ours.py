@@ -117,10 +117,7 @@ class Ours:
         finally:
             for handle in handles:
                 handle.remove()
-        decoder = self.model.decoder  # that reads segment by segment, each layer as often as there are segments
-        segments = decoder is not None and decoder.spec.recurrence is not None
-        runs = len({id(module) for module in ran}) if segments else len(ran)
-        return out, [value for name, value in record.values.items() if name.endswith(".weights")], runs
+        return out, [value for name, value in record.values.items() if name.endswith(".weights")], len(ran)
 
     def generate(
         self, ids: Tensor, new: int, *, beams: int = 1, seed: int | None = None, cached: bool = True

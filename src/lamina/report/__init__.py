@@ -54,6 +54,11 @@ def report(
     return page(title, shape_of(spec), "".join(parts), asset("page.js"))
 
 
+def overview(title: str, spec: ModelSpec, cost: Account) -> str:
+    """The page of a model that has written nothing: what it costs, its picture, its layers."""
+    return page(title, shape_of(spec), "".join([_facts(cost), architecture(title, spec, cost), _layers(cost)]))
+
+
 def _facts(cost: Account) -> str:
     return facts(
         {
@@ -198,4 +203,15 @@ def _ranking(ranking: Ranking) -> str:
     )
 
 
-__all__ = ["Attention", "Ranking", "architecture", "attention_of", "facts", "page", "report", "short", "size"]
+__all__ = [
+    "Attention",
+    "Ranking",
+    "architecture",
+    "attention_of",
+    "facts",
+    "overview",
+    "page",
+    "report",
+    "short",
+    "size",
+]
