@@ -14,9 +14,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import lamina
 from lamina.errors import LaminaError, UnsupportedError
+from lamina.layers import RotarySpec, ShawSpec
 from lamina.layers.rotary import table
+from lamina.patterns import Causal
 from lamina.surgery import apply, build, read_plan, said
-from tests import tiny
+from tests import small, tiny
 from tests.surgery.test_operations import ids_of, operated, run, works
 
 LONG = tuple(1.0 + 0.7 * i for i in range(4))
@@ -155,6 +157,13 @@ def test_it_turns_as_in_naive_numbers():
                 scores.append(total / math.sqrt(8))
             expected = torch.tensor(scores).softmax(0)
             torch.testing.assert_close(weights[head, t, : t + 1], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("known", [{"rotary": RotarySpec()}, {"relative": ShawSpec(clip=3)}])
+def test_attention_that_knows_positions_already_is_left(known: dict[str, Any]):
+    model = small.build(small.decoder([Causal()], "learned", **known))
+    with pytest.raises(UnsupportedError, match="decoder.layers.0.attention.op: rotary positions are for"):
+        operated(model, {"op": "rotary"})
 
 
 @pytest.mark.parametrize(

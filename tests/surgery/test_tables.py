@@ -88,8 +88,9 @@ def test_one_of_two_stacks_and_fewer():
     fewer, _ = operated(base, {"op": "positions", "size": 7, "stack": "decoder"})
     assert fewer.decoder.position.weight.shape[0] == 7 + base.spec.decoder.position.offset
     assert fewer.spec.context == 7 and fewer.spec.source_context == 90
-    done = apply(read_plan([{"op": "positions", "size": 100}]), base.spec, dict(base.named_parameters()))
-    assert done.undo is None  # the stacks had different lengths
+    for context in (12, None):  # the stacks had different lengths
+        spec = base.spec.replace(context=context)
+        assert apply(read_plan([{"op": "positions", "size": 100}]), spec, dict(base.named_parameters())).undo is None
 
 
 SHAPES = {"gpt2": tiny.GPT2, "llama": tiny.LLAMA, "bert": tiny.BERT, "t5": tiny.T5, "bart": tiny.BART}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import lamina
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.surgery import tokens
 from lamina.surgery.tokens import spelled, text_of
-from lamina.text import Tokenizer, document
+from lamina.text import Tokenizer, document, from_directory
 from lamina.text.document import added, bpe, byte_level
 from lamina.text.tokenizer import byte_letters
 from tests import tiny
@@ -106,6 +107,23 @@ def test_word_pieces_in_place_of_bytes(old: Path, tmp_path: Path):
     torch.testing.assert_close(model.embedding.weight[ids["##ing"]].detach(), rows[[*b"ing"]].mean(0))
     torch.testing.assert_close(model.embedding.weight[ids["cat"]].detach(), rows[[*b" cat"]].mean(0))
     assert model.spec.special.start == ids["[CLS]"] and model.spec.special.end == (ids["[SEP]"],)
+
+
+def test_pieces_within_words_keep_their_rows(tmp_path: Path):
+    """##ing is what it was, though the old tokenizer makes something else of a text that is ing."""
+    whole = json.loads(tiny.words().backend.to_str())
+    vocabulary = whole["model"]["vocab"]
+    last = max(vocabulary.values())
+    turned = {token: number if number < 5 else last + 5 - number for token, number in vocabulary.items()}
+    whole["model"]["vocab"] = turned
+    Tokenizer(whole, special=tiny.words().special).save(tmp_path / "turned")
+    tiny.words().save(tmp_path / "words")
+    base = tiny.model(tiny.BERT)
+    plan = {"op": "tokenizer", "folder": str(tmp_path / "turned"), "old": str(tmp_path / "words")}
+    model, _ = operated(base, plan)
+    assert from_directory(tmp_path / "turned").tokens["##ing"] == turned["##ing"]
+    for token, number in vocabulary.items():
+        assert torch.equal(model.embedding.weight[turned[token]], base.embedding.weight[number]), token
 
 
 @pytest.mark.parametrize("token", ["the", "##ing", "a", "!"])

@@ -46,7 +46,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "False",
         ),
         ("rope: an original that was not", "plain and original > spec.context", "False"),
-        ("rotary: the table goes", "part.rotary is not None or part.relative is not None", "False"),
+        (
+            "rotary: attention that knows positions already",
+            "part.rotary is not None or part.relative is not None",
+            "False",
+        ),
     ],
     "surgery/positions.py": [
         (
