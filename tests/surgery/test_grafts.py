@@ -236,6 +236,8 @@ def test_a_fresh_encoder_reads_in_both_directions(shape: str, tmp_path: Path):
     base = tiny.model(SHAPES[shape], scale=1.0)
     model, new = operated(base, {"op": "cross_attention", "encoder": {"layers": 3}, "start": 7})
     assert len(model.spec.encoder.layers) == 3 and model.spec.stem is None
+    own, cross = (step.op for step in model.spec.decoder.layers[1].steps[:2])
+    assert (cross.heads, cross.key_heads, cross.head_dim) == (own.heads, own.key_heads, own.head_dim)
     assert any(key.startswith("encoder.layers.2.") for key in new) and model.spec.special.decoder_start == 7
     ids = ids_of(base)
     with torch.no_grad():
