@@ -84,6 +84,15 @@ def test_what_is_lost_falls_with_the_rank():
     assert lost == sorted(lost, reverse=True) and lost[0] > 100 * lost[3]
 
 
+def test_what_a_text_does_not_show_is_kept_at_full_rank():
+    """Fitted to five tokens, which span five of 32 directions."""
+    base = tiny.model(tiny.GPT2, scale=1.0).double()
+    state = {key: p.detach() for key, p in base.named_parameters()}
+    done = apply(read_plan([{"op": "latent", "rank": 33}]), base.spec, state, lambda path: [[1, 2, 3, 4, 5]])
+    model, _ = build(done.spec, done.weights)
+    torch.testing.assert_close(run(model, ids_of(base)), run(base, ids_of(base)), rtol=0, atol=1e-5)
+
+
 def test_what_is_lost_is_said():
     """Nothing at full rank; with a key that turns for several heads, something at any rank."""
     for config, ranks in ((tiny.GPT2, (4, 16, 33)), (tiny.LLAMA, (4, 16, 32))):
