@@ -67,7 +67,7 @@ def twins(seed: int) -> tuple[Model, Model]:
     if not start.is_dir():
         base = trained("retro-base", Path(f"runs/retro-base-{seed}"), f"seed={seed}")
         made = [sys.executable, str(RECIPES / "retrofit.py"), str(base), str(start)]
-        subprocess.run([*made, "--layers", "1,3", "--chunk", "32"], check=True)
+        subprocess.run([*made, "--layers", "1,2", "--chunk", "32", "--open"], check=True)
     given = f"model.source={start}", f"seed={10 + seed}"
     one, other = (trained(name, Path(f"runs/{name}-{seed}"), *given) for name in ("retro", "retro-plain"))
     return lamina.load(one), lamina.load(other)
@@ -169,8 +169,8 @@ def some(text: Prepared, folder: Path, documents: int, tokens: int | None) -> Pr
 
 def small(seeds: list[int], window: int, stride: int) -> dict[str, Any]:
     """RETRO, RETRO without neighbours, and the twin that was trained without."""
-    database, text = open_database("kernel-index"), open_prepared("kernel/validation")
-    found = open_neighbours("kernel-near-validation", database, text)
+    database, text = open_database("llvm-index"), open_prepared("llvm/validation")
+    found = open_neighbours("llvm-near-validation", database, text)
     longest, chunk = overlaps(found, text), database.spec.chunk
     runs = []
     for seed in seeds:

@@ -5,7 +5,8 @@
 DIRECTORY becomes a source with the weights of SOURCE and the new ones at their initial values, for `lamina train` to go
 on with; until then it writes what SOURCE writes. The encoder of neighbours has the width of the decoder and begins with
 its table of tokens; with --copied it is the decoder up to the layers that read, and they begin as copies of their
-attention. --dtype is that of all weights.
+attention. --open leaves new layers' gates open and begins their last projections at zero in their stead, which changes
+nothing at first either: what they read is learned at once, and no gate has to open before. --dtype is that of all weights.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import lamina
 from lamina.layers import AttentionSpec, neighbour_encoder
@@ -27,6 +30,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=64, help="tokens")
     parser.add_argument("--encoder-layers", type=int, default=1, help="of one that begins anew")
     parser.add_argument("--copied", action="store_true")
+    parser.add_argument("--open", action="store_true")
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
     base = lamina.load(options.source, dtype=options.dtype)
@@ -47,6 +51,13 @@ def main() -> None:
     how: dict[str, Any] = {"begin": "copied"} if options.copied else {"encoder": encoder}
     fitted, state = retrofit(spec, base.state_dict(), layers=places, chunk=options.chunk, **how)
     model, new = build(fitted, state)
+    if options.open:
+        with torch.no_grad():
+            for path, weight in model.named_parameters():
+                if path.endswith("retrieval.gate"):
+                    weight.fill_(1.0)
+                elif path.endswith("retrieval.op.attention.o.weight"):
+                    weight.zero_()
     model.origin = base.origin  # its tokenizer and what else lies beside the weights go along
     lamina.save(model, options.directory, "native")
     held = sum(weight.numel() for weight in base.parameters())
