@@ -2,7 +2,8 @@
 
     python benchmarks/retro.py small WORK [--seeds 0,1] [--json FILE]
     python benchmarks/retro.py layers WORK [--rows 24] [--json FILE]
-    python benchmarks/retro.py fitted WORK [--seeds 0,1] [--unrelated FILE] [--documents 16] [--tokens N] [--json FILE]
+    python benchmarks/retro.py fitted WORK [--seeds 0,1] [--unrelated FILE] [--documents 16] [--tokens N] [--gates 0.6]
+                                           [--json FILE]
 
 WORK is a directory in which the commands at the heads of examples/train/retro.yaml and retrofit.yaml were run, up to
 the first `lamina train` of the one and the last of the other. `small` trains retro-base.yaml, retro.yaml and its twin
@@ -184,13 +185,21 @@ def small(seeds: list[int], window: int, stride: int) -> dict[str, Any]:
 
 
 def fitted(
-    seeds: list[int], unrelated: Path | None, documents: int, tokens: int | None, window: int, stride: int
+    seeds: list[int],
+    unrelated: Path | None,
+    documents: int,
+    tokens: int | None,
+    gates: float,
+    window: int,
+    stride: int,
 ) -> dict[str, Any]:
-    """SmolLM2 with neighbours and without, which is SmolLM2 itself."""
+    """SmolLM2 with neighbours and without, which is SmolLM2 itself. gates: what tanh of each is multiplied by."""
     database = open_database("kernel-smol-index")
     models = [
         lamina.load(trained("retrofit", Path(f"runs/retrofit-{seed}"), f"seed={seed}"), "bfloat16") for seed in seeds
     ]
+    for model in models:
+        narrow(model, gates)
     parts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         texts = {"related": some(open_prepared("kernel-smol/validation"), Path(folder) / "related", documents, tokens)}
@@ -203,7 +212,15 @@ def fitted(
             parts[name] = about(database, text, window, stride)
             parts[name]["runs"] = [measured(model, text, found, window, stride) for model in models]
             print(json.dumps(parts[name], indent=1), flush=True)
-    return {"fitted": parts}
+    return {"fitted" if gates == 1.0 else f"fitted_gates_{gates:g}": parts}
+
+
+@torch.no_grad()
+def narrow(model: Model, factor: float) -> None:
+    """Multiply what the gates let through."""
+    for name, gate in model.named_parameters():
+        if factor != 1.0 and name.endswith("retrieval.gate"):
+            gate.copy_((gate.float().tanh() * factor).atanh())
 
 
 def measured(model: Model, text: Prepared, found: Neighbours, window: int, stride: int) -> dict[str, Any]:
@@ -232,6 +249,7 @@ def main() -> None:
     parser.add_argument("--unrelated", type=Path)
     parser.add_argument("--documents", type=int, default=16, help="held-out pages that the large model reads")
     parser.add_argument("--tokens", type=int, help="of each of these pages, from its beginning [default: all]")
+    parser.add_argument("--gates", type=float, default=1.0, help="what tanh of each gate is multiplied by")
     parser.add_argument("--rows", type=int, default=24, help="of training pages that `layers` reads")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--stride", type=int, default=192)
@@ -248,7 +266,7 @@ def main() -> None:
     elif given.part == "layers":
         document = layers(given.rows)
     else:
-        document = fitted(seeds, unrelated, given.documents, given.tokens, given.window, given.stride)
+        document = fitted(seeds, unrelated, given.documents, given.tokens, given.gates, given.window, given.stride)
     if target is not None:
         kept = json.loads(target.read_text()) if target.is_file() else {}
         target.write_text(json.dumps(kept | document, indent=1) + "\n")

@@ -390,18 +390,20 @@ def retro_figures() -> str:
         header = ("a neighbour holds", "chunks", "the twin", "RETRO without", "with those of other chunks", "RETRO")
         seeds = "in one seed" if len(runs) == 1 else f"a number for each of {len(runs)} seeds"
         parts += [f"The small model, bits a byte, {seeds}:", _table(header, rows)]
-    for name, what in (
-        ("related", "SmolLM2 on held-out pages"),
-        ("unrelated", "SmolLM2 on Shakespeare, neighbours from the pages"),
+    for part, name, what in (
+        ("fitted", "related", "SmolLM2 on held-out pages"),
+        ("fitted", "unrelated", "SmolLM2 on Shakespeare, neighbours from the pages"),
+        ("fitted_gates_0.6", "related", "On held-out pages, gates at six tenths"),
+        ("fitted_gates_0.6", "unrelated", "On Shakespeare, gates at six tenths"),
     ):
-        if name in found.get("fitted", {}):
-            runs = found["fitted"][name]["runs"]
+        if name in found.get(part, {}):
+            runs = found[part][name]["runs"]
             names = ("smollm2", "other_neighbours", "with_neighbours")
             rows = [
                 (
                     "everything" if i is None else _share(runs[0]["overlap"][i]["share"]),
                     "" if i is None else f"{runs[0]['overlap'][i]['chunks']:,}",
-                    *(_each(runs, i, name, "perplexity") for name in names),
+                    *(_each(runs, i, name, "perplexity") if name in runs[0] else "" for name in names),
                     _changes(runs, i),
                 )
                 for i in ([*range(len(runs[0]["overlap"])), None] if name == "related" else [None])
@@ -417,7 +419,8 @@ def _share(share: float) -> str:
 
 def _each(runs: list[dict], row: int | None, name: str, figure: str) -> str:
     """A number for each run, or one where all have the same."""
-    found = [f"{(run if row is None else run['overlap'][row])[name][figure]:.3f}" for run in runs]
+    places = 3 if figure == "bits_per_byte" else 2
+    found = [f"{(run if row is None else run['overlap'][row])[name][figure]:.{places}f}" for run in runs]
     return ", ".join(found[:1] if len(set(found)) == 1 else found)
 
 

@@ -5,8 +5,8 @@
 DIRECTORY becomes a source with the weights of SOURCE and the new ones at their initial values, for `lamina train` to go
 on with; until then it writes what SOURCE writes. The encoder of neighbours has the width of the decoder and begins with
 its table of tokens; with --copied it is the decoder up to the layers that read, and they begin as copies of their
-attention. --open leaves new layers' gates open and begins their last projections at zero in their stead, which changes
-nothing at first either: what they read is learned at once, and no gate has to open before. --dtype is that of all weights.
+attention. --open has gates open and last projections that begin at zero in their stead, which changes nothing at first
+either: what new layers read is learned at once, and no gate has to open before. --dtype is that of all weights.
 """
 
 from __future__ import annotations
