@@ -207,6 +207,8 @@ def test_what_a_file_cannot_say_is_refused_and_leaves_nothing(tmp_path: Path):
         write_gguf(tiny.model(scaled | {"head_dim": 12}), out)
     with pytest.raises(UnsupportedError, match="longrope|rope_type is dynamic"):
         write_gguf(tiny.model(tiny.LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}), out)
+    with pytest.raises(UnsupportedError, match="op.dropout is 0.1, and a GGUF file of this model would say 0.0"):
+        write_gguf(tiny.model(tiny.LLAMA | {"attention_dropout": 0.1}), out)
     with pytest.raises(LaminaError, match="unknown type of GGUF 'Q9'"):
         write_gguf(made("llama"), out, "Q9")
     large = made("llama")
