@@ -14,7 +14,7 @@ from torch import Tensor
 import lamina
 from lamina.conformance import Ours, Row, decoding, files, learning, refusals, state, tokens
 from lamina.conformance.subject import Subject
-from lamina.layers import ExpertsSpec, FeedForwardSpec, RouterLossSpec, TopKSpec
+from lamina.layers import AttentionSpec, ExpertsSpec, FeedForwardSpec, RouterLossSpec, TopKSpec
 from lamina.specs import edit
 from tests import grid, small, tiny
 
@@ -143,10 +143,12 @@ def test_positions_that_are_ignored():
             return super().read(ids, mask, **told)
 
     name = "positions are heeded or refused"
-    assert rows(tokens.placing, Deaf(tiny.model()))[name].note == "a gap changes no bit"
+    assert rows(tokens.placing, Deaf(tiny.model()))[name].note == "neither changes a bit"
     assert rows(tokens.placing, Refusing(tiny.model()))[name].compared == "refused"
     assert failing(tokens.placing, Deaf(tiny.model())) == {name}
     assert failing(tokens.placing, Ours(tiny.model(tiny.T5))) == set()
+    without = edit(tiny.spec(tiny.LLAMA), AttentionSpec, lambda path, part: part.replace(rotary=None))
+    assert failing(tokens.placing, Ours(without.build(seed=1).eval())) == set()
 
 
 def test_nan_in_padding_that_is_multiplied_by_zero():

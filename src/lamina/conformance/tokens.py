@@ -95,20 +95,23 @@ def packing(subject: Subject) -> Iterator[Row]:
 
 
 def placing(subject: Subject) -> Iterator[Row]:
-    """Positions that are handed over are heeded or refused: ignored in silence they are a text that was never asked."""
+    """Positions that are handed over are heeded or refused: ignored in silence they are a text that was never asked.
+
+    A model without any way of telling positions heeds a restart, which begins a document, and no gap.
+    """
     name, ids = "positions are heeded or refused", random_ids(subject, 1, 8)
     if not subject.facts.placed:
         yield left_out(name, "no part of the model knows positions")
         return
     try:
-        moved = subject.read(ids, positions=positions(subject, 4, 4, gap=3))
+        moved = [subject.read(ids, positions=positions(subject, 4, 4, gap=gap)) for gap in (3, 0)]
     except (TypeError, ValueError) as error:
         yield Row(name, "refused", None, None, "holds", " ".join(str(error).split())[:200])
         return
-    ignored = all(torch.equal(a, b) for a, b in zip(moved, subject.read(ids), strict=True))
-    yield judged(
-        name, "a gap of 3 after the fourth token", float(ignored), note="a gap changes no bit" if ignored else ""
-    )
+    plain = subject.read(ids)
+    ignored = all(torch.equal(a, b) for one in moved for a, b in zip(one, plain, strict=True))
+    note = "neither changes a bit" if ignored else ""
+    yield judged(name, "a gap of 3 after the fourth token, and a restart there", float(ignored), note=note)
 
 
 def empty_rows(subject: Subject) -> Iterator[Row]:
