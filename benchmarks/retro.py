@@ -98,17 +98,17 @@ def layers(rows: int, length: int = 256, at_once: int = 4) -> dict[str, Any]:
     model, _ = build(*retrofit(base.spec, base.state_dict(), layers=places, chunk=chunk, begin="copied"))
     gates = [gate for _, gate in freeze(model, (), ("*.retrieval.gate",))]
     gradients: dict[str, list[float]] = {}
-    for name, way in (("with_neighbours", found), ("other_neighbours", Other(found))):
-        objective = Retrieving(CausalLM(packed=True), lambda prepared, way=way: way, chunk)
-        examples, tokens = objective.examples(text, length), 0
+    ways: dict[str, Any] = {"with_neighbours": found, "other_neighbours": Other(found)}
+    for name in ways:
+        objective = Retrieving(CausalLM(packed=True), lambda prepared, name=name: ways[name], chunk)
+        examples, tokens, sums = objective.examples(text, length), 0, torch.zeros(len(gates))
         drawn = [examples.example(i * len(examples) // rows, np.random.default_rng(0)) for i in range(rows)]
         for start in range(0, rows, at_once):
             batch = objective.collate(drawn[start : start + at_once])
-            objective.total(model, batch).kinds["next_token"].total.backward()
+            loss = objective.total(model, batch).kinds["next_token"].total
+            sums += torch.cat(torch.autograd.grad(loss, gates))
             tokens += int((batch.inputs["neighbours"] >= 0).any(3).any(2).sum()) * chunk
-        gradients[name] = [round(float(gate.grad) / tokens, 4) for gate in gates]
-        for gate in gates:
-            gate.grad = None
+        gradients[name] = [round(one, 4) for one in (sums / tokens).tolist()]
         print(name, gradients[name], flush=True)
     return {"layers": {"rows": rows, "length": length, **gradients}}
 

@@ -388,7 +388,7 @@ def retro_figures() -> str:
         ]
         rows.append(("everything", "", *(_each(runs, None, name, "bits_per_byte") for name in names)))
         header = ("a neighbour holds", "chunks", "the twin", "RETRO without", "with those of other chunks", "RETRO")
-        seeds = "in one seed" if len(runs) == 1 else f"a number for each of {len(runs)} seeds"
+        seeds = "in one run" if len(runs) == 1 else f"a number for each of {len(runs)} runs"
         parts += [f"The small model, bits a byte, {seeds}:", _table(header, rows)]
     for part, name, what in (
         ("fitted", "related", "SmolLM2 on held-out pages"),
