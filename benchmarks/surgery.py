@@ -33,7 +33,7 @@ PLANS: dict[str, tuple[list[dict[str, Any]], int]] = {
     "window of 128 with 4 sinks": ([{"op": "window", "back": 128, "sinks": 4}], 2048),
     "4 experts, 2 a token": ([{"op": "experts", "experts": 4}], 512),
     "YaRN, 4 times the context": (
-        [{"op": "rope", "scaling": {"kind": "yarn", "factor": 4.0, "original_context": 8192}, "context": 32768}],
+        [{"op": "rope", "scaling": {"kind": "yarn", "factor": 4.0, "original": 8192}, "context": 32768}],
         2048,
     ),
     "40 layers: 0-19, 10-29": ([{"op": "layers", "order": ["0-19", "10-29"]}], 512),

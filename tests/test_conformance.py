@@ -104,8 +104,7 @@ def test_noise_and_records_that_meddle_fail():
     meddled.decoder.forward = lambda x, call, segments=None: (
         inner(x, call, segments) * (1 + 1e-6 * len(call.record.names))
     )
-    # No file holds what was done to the module, so what is read again goes on without it.
-    assert failing(meddled) == {"recording changes no bit", "training that goes on from files = without a break"}
+    assert failing(meddled) == {"recording changes no bit"}
 
 
 def test_blind_rows_and_hidden_nan_fail(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lamina
-from lamina import editing
+from lamina import editing, exporting
 from lamina.errors import LaminaError
 from lamina.train.specs import TrainSpec
 from lamina.train.training import Result, train
@@ -24,7 +24,7 @@ TEACHER = {"kind": "distillation", "mix": 1.0}
 
 def edited(folder: Path, plan: list[dict[str, Any]], source: Path) -> Path:
     opened, done = editing.planned(source, plan)
-    editing.write(opened, done, folder, editing.layout(done.spec, opened))
+    editing.write(opened, done, folder, exporting.layout(done.spec, opened.origin.family))
     return folder
 
 
@@ -40,7 +40,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def changed(tmp_path_factory: pytest.TempPathFactory, original: Path) -> Path:
     """One key head in the second layer."""
     plan = [{"op": "key_heads", "heads": 1, "at": ["decoder.layers.1"]}]
-    # A model has one number of key heads in the Hugging Face layout, so that this one is native.
     return edited(tmp_path_factory.mktemp("healing") / "changed", plan, original)
 
 
