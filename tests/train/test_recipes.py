@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "examples/train"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 PACKAGED = ("minilm-l6", "smollm2-135m")
-ALONE = ("spam", "retro", "retro-plain", "retrofit")
+ALONE = ("spam", "retro", "retro-plain", "retrofit", "heal")
 """Recipes that need another one's model, or one that is packaged."""
 SHORT = [
     "loop.steps=2",
@@ -82,8 +82,8 @@ def texts(name: str, file: Path) -> None:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def follow(recipe: str, monkeypatch: pytest.MonkeyPatch, **sources: str) -> None:
-    """Run the commands of a recipe here; `minilm` and `smollm2` stand in for packaged models."""
+def follow(recipe: str, monkeypatch: pytest.MonkeyPatch, *more: str, **sources: str) -> None:
+    """Run the commands of a recipe here; `minilm` and `smollm2` stand in for packaged models. more: for training."""
     for program, *arguments in commands(FOLDER / f"{recipe}.yaml"):
         given = [sources.get(one.partition("-")[0], one) if one in PACKAGED else one for one in arguments]
         if program == "pip":
@@ -100,7 +100,9 @@ def follow(recipe: str, monkeypatch: pytest.MonkeyPatch, **sources: str) -> None
             if given[0] == "train":
                 assert not Path(given[1]).is_absolute()
                 given[1] = str(ROOT / given[1])
-                given += SHORT
+                given += [*SHORT, *more]
+            if given[0] == "edit":
+                given[2] = str(ROOT / given[2])
             assert main(given) == 0, given
 
 
@@ -152,6 +154,18 @@ def test_a_pretrained_model_learns_to_read(tmp_path: Path, monkeypatch: pytest.M
     assert table.equal(base.embedding.weight)  # frozen
     ids = torch.arange(40)[None]
     assert torch.equal(model(ids).logits, base(ids).logits)
+
+
+def test_a_deeper_model_heals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a tiny LLaMA as deep as SmolLM2: the layers that are new learn, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    base = tiny.LLAMA | {"num_hidden_layers": 30, "max_position_embeddings": 256}
+    tiny.checkpoint(tmp_path / "base", base)
+    follow("heal", monkeypatch, "objective.teacher=base", "optimiser.rate=1e-2", smollm2="base")
+    model, before = trained(tmp_path / "runs/heal"), lamina.load("smollm2-deeper", "float32")
+    changed = {name.split(".")[2] for name, weight in model.named_parameters()
+               if not weight.equal(before.get_parameter(name))}  # fmt: skip
+    assert changed == {str(number) for number in range(20, 30)}  # the second 10 to 19
 
 
 def trained(directory: Path) -> lamina.Model:
