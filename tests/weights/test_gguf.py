@@ -182,10 +182,10 @@ def test_lies_are_refused_at_once(tmp_path: Path, lie: str):
     path.write_bytes(data)
     del data
     tracemalloc.start()
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(CheckpointError, match=r"^bad\.gguf: .*" + f"(?:{message})") as caught:
         GGUFFile(path)
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
     assert tracemalloc.get_traced_memory()[1] < 10e6
     tracemalloc.stop()
     assert "\n" not in str(caught.value)
