@@ -65,8 +65,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "conformance/files.py": [
         (
             "verify: a cast rounds weights only",
-            "ours = read(lambda model: model.to(torch.bfloat16).to(dtype))",
-            "ours = theirs",
+            "ours = read(copy.deepcopy(subject.model).to(torch.bfloat16).to(dtype))",
+            "ours = read(_rounded(copy.deepcopy(subject.model)))",
         ),
         ("verify: a parameter read otherwise", "n not in theirs or not same_bits(p, theirs[n])", "n not in theirs"),
         ("verify: ties", "len(_tied(subject.model) ^ _tied(again))", "0"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -65,15 +65,17 @@ def casting(subject: Subject) -> Iterator[Row]:
         half = facts.length // 2
         told, said = positions(subject, half, facts.length - half, gap=room), f"half of them {room} positions away"
 
-    def read(change: Callable[[nn.Module], nn.Module]) -> list[Tensor]:  # one copy at a time
-        return subject.over(change(copy.deepcopy(subject.model))).read(ids, torch.ones_like(ids), positions=told)
+    def read(model: nn.Module) -> list[Tensor]:
+        return subject.over(model).read(ids, torch.ones_like(ids), positions=told)
 
     try:
-        theirs = read(_rounded)
+        model = copy.deepcopy(subject.model)
     except (NotImplementedError, TypeError) as error:
         yield left_out(name, f"the model cannot be copied: {' '.join(str(error).split())[:100]}")
         return
-    ours = read(lambda model: model.to(torch.bfloat16).to(dtype))
+    theirs = read(_rounded(model))
+    del model  # one copy at a time
+    ours = read(copy.deepcopy(subject.model).to(torch.bfloat16).to(dtype))
     yield compared(ours, theirs).row(name, f"{facts.length} tokens, {said}, against weights rounded by hand")
 
 

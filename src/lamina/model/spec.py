@@ -51,10 +51,8 @@ class ModelSpec(Spec):
     head: LanguageHeadSpec | None = None
     pooler: PoolerSpec | None = None
     labels: LabelHeadSpec | None = None
-    stem: ConvolutionStemSpec | EmbeddingSpec | None = (
-        None  # what the encoder reads with, where that is not `embedding`:
-    )
-    # a spectrogram in Whisper, a table of its own where two models were joined
+    # What the encoder reads with where that is not `embedding`: a spectrogram's convolutions, or a table of its own.
+    stem: ConvolutionStemSpec | EmbeddingSpec | None = None
     context: int | None = None  # tokens that the model was trained to read
     special: SpecialTokens = field(default_factory=SpecialTokens)
     marks: FirstToken | BeforeToken | AfterToken | EndBlocks | None = None  # where the caller gives none: Longformer
