@@ -23,7 +23,7 @@ from lamina.exporting import save_weights
 from lamina.filling import Stored
 from lamina.locate import Located, locate
 from lamina.model import Model, ModelSpec
-from lamina.opening import HISTORY, Opened, Origin, open_source, read_history
+from lamina.opening import HISTORY, Opened, Origin, changed_in, open_source, read_history
 from lamina.source import load, tokenizer
 from lamina.specs import unknown
 from lamina.surgery import (
@@ -31,6 +31,7 @@ from lamina.surgery import (
     Operation,
     Other,
     Others,
+    Outside,
     Plan,
     SwapTokenizer,
     Verdict,
@@ -38,11 +39,10 @@ from lamina.surgery import (
     begun,
     build,
     compare,
-    pieces,
     read_plan,
     said,
 )
-from lamina.surgery.calibration import LONGEST, TOKENS, Texts, random_texts
+from lamina.surgery.calibration import LONGEST, TOKENS, Texts, random_texts, texts_by
 from lamina.surgery.weights import dtype_of
 
 GENERATION = "generation_config.json"
@@ -77,13 +77,12 @@ def edit(
             "a tokenizer lies beside the weights: lamina edit SOURCE PLAN.yaml -o DIRECTORY swaps it"
         )
     located = None if model.origin is None else model.origin.located
-    done = apply(operations, model.spec, state, others(located), texts_of(model.spec, model.origin))
+    texts_here = texts_of(model.spec, model.origin)
+    done = apply(operations, model.spec, state, Outside(others(located), texts_here))
     new, _ = build(done.spec, done.weights, seed=seed)
     training = model.training
     try:
-        verdict = compare(
-            model.eval(), new, texts_of(model.spec, model.origin)(None) if texts is None else texts, progress=progress
-        )
+        verdict = compare(model.eval(), new, texts_here(None) if texts is None else texts, progress=progress)
     finally:
         model.train(training)
     new.origin = _origin(model, done, state, verdict)
@@ -111,8 +110,8 @@ def planned(source: str | os.PathLike[str], plan: Plan) -> tuple[Opened, Applied
     if located.kind == "published":
         raise LaminaError(f"{located.name!r} is a published architecture and has no weights here; name a checkpoint")
     opened = open_source(located)
-    texts = texts_of(opened.spec, opened.origin)
-    return opened, apply(_with_places(operations, located), opened.spec, Stored(opened), others(located), texts)
+    outside = Outside(others(located), texts_of(opened.spec, opened.origin))
+    return opened, apply(_with_places(operations, located), opened.spec, Stored(opened), outside)
 
 
 def others(own: Located | None) -> Others:
@@ -226,7 +225,7 @@ def write(
 
 def entry(done: Applied, source: str, source_digest: str, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A line more of the history of a checkpoint. What earlier lines changed is changed still, by its new name."""
-    earlier = set(history[-1]["changed"]) if history else set()
+    earlier = set(changed_in(history))
     names = {weight.name for weight in done.table if earlier & set(weight.sources)} | set(done.changed)
     return {
         "source": source,
@@ -251,11 +250,9 @@ def digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def texts_of(spec: ModelSpec, origin: Origin | None, longest: int = LONGEST) -> Texts:
-    """What a model reads, as ids, of a file of text, or of the packaged sample; random ids where it has no tokenizer.
-    No more than `longest` at one time."""
-    limit = min(spec.context or longest, spec.source_context or longest, longest)
+    """What a model reads, as ids, by its own tokenizer; random ids where it has none."""
 
-    def texts(path: str | None) -> list[list[int]]:
+    def texts(path: str | None) -> Sequence[Sequence[int]]:
         words = None
         if origin is not None:
             try:
@@ -263,16 +260,9 @@ def texts_of(spec: ModelSpec, origin: Origin | None, longest: int = LONGEST) -> 
             except LaminaError:
                 if path is not None:
                     raise
-        if words is None:
-            return list(map(list, random_texts(spec)(path)))
-        ids = words.encode((SAMPLE if path is None else Path(path)).read_text(encoding="utf-8"))
-        return list(pieces(ids if path is not None else ids[:TOKENS], limit))
+        return (random_texts(spec) if words is None else texts_by(words, spec, longest))(path)
 
     return texts
-
-
-SAMPLE = Path(__file__).parent / "surgery" / "sample.txt"
-"""What a verdict is found on where no text is given: prose, verse and code in the public domain."""
 
 
 def _origin(model: Model, done: Applied, state: Mapping[str, Tensor], verdict: Verdict) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,11 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     if not all(isinstance(line, dict) for line in found):
         raise CheckpointError(f"{path}: a list of operations was expected")
     return found
+
+
+def changed_in(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The weights that are not those of the first model any more, as the last line of its history says."""
+    return list(history[-1].get("changed", ())) if history else []
 
 
 def _open(located: Located) -> Opened:

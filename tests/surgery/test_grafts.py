@@ -18,7 +18,7 @@ from lamina.layers import MemoryAttentionSpec, neighbour_encoder
 from lamina.model import Model
 from lamina.objectives import SequenceToSequence
 from lamina.pictures import text_twin
-from lamina.surgery import Other, apply, build, read_plan, retrofit, said
+from lamina.surgery import Other, Outside, apply, build, read_plan, retrofit, said
 from tests import small, tiny
 from tests.surgery.test_operations import SHAPES, ids_of, operated, run, works
 
@@ -196,7 +196,7 @@ def joined(base: Model, encoder: Model, **more: Any) -> tuple[Model, list[str]]:
     plan = read_plan([{"op": "cross_attention", "encoder": "somewhere", **more}])
     others = {"somewhere": Other(encoder.spec, dict(encoder.named_parameters()))}
     state = {key: one.detach() for key, one in base.named_parameters()}
-    done = apply(plan, base.spec, state, others.__getitem__)
+    done = apply(plan, base.spec, state, Outside(others.__getitem__))
     assert done.kept == "exact" and set(done.others) == {"somewhere"}
     rows = {row.name: row for row in done.table}
     assert rows["stem.weight"].sources == ("somewhere:embedding.weight",)
@@ -353,7 +353,7 @@ def test_encoders_that_do_not_fit_are_refused():
     state: dict[str, Tensor] = dict(base.named_parameters())
     others = {"x": Other(alike.spec, dict(alike.named_parameters()), same_tokens=False)}
     with pytest.raises(LaminaError, match="as many tokens, but others"):
-        apply(plan, base.spec, state, others.__getitem__)
+        apply(plan, base.spec, state, Outside(others.__getitem__))
 
 
 def test_a_table_of_its_own_is_for_an_encoder_beside_a_decoder():

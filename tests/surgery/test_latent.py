@@ -12,7 +12,7 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import RMSNormSpec, RotarySpec
 from lamina.layers.rotary import table
 from lamina.patterns import Causal, Everything
-from lamina.surgery import apply, build, read_plan
+from lamina.surgery import Outside, apply, build, read_plan
 from lamina.surgery.latent import standstill
 from tests import small, tiny
 from tests.surgery.test_fitting import attentions
@@ -88,7 +88,9 @@ def test_what_a_text_does_not_show_is_kept_at_full_rank():
     """Fitted to five tokens, which span five of 32 directions."""
     base = tiny.model(tiny.GPT2, scale=1.0).double()
     state = {key: p.detach() for key, p in base.named_parameters()}
-    done = apply(read_plan([{"op": "latent", "rank": 33}]), base.spec, state, lambda path: [[1, 2, 3, 4, 5]])
+    done = apply(
+        read_plan([{"op": "latent", "rank": 33}]), base.spec, state, Outside(texts=lambda path: [[1, 2, 3, 4, 5]])
+    )
     model, _ = build(done.spec, done.weights)
     torch.testing.assert_close(run(model, ids_of(base)), run(base, ids_of(base)), rtol=0, atol=1e-5)
 

@@ -18,7 +18,7 @@ from lamina.adapting import write_adapter
 from lamina.errors import LaminaError
 from lamina.layers import Record
 from lamina.model import Model
-from lamina.surgery import Applied, Other, apply, build, read_plan
+from lamina.surgery import Applied, Other, Outside, apply, build, read_plan
 from tests import tiny
 from tests.surgery.test_operations import SHAPES, ids_of, operated, run, works
 
@@ -33,7 +33,7 @@ def merged(
         for name, one in others.items()
     }
     state = {key: one.detach() for key, one in own.named_parameters()}
-    done = apply(read_plan([{"op": "merge", **plan}]), own.spec, state, opened.__getitem__)
+    done = apply(read_plan([{"op": "merge", **plan}]), own.spec, state, Outside(opened.__getitem__))
     return done, done.weights
 
 
@@ -243,7 +243,7 @@ def test_one_tensor_of_each_is_read_for_a_weight():
 
     others = {name: Other(found[name].spec, Counted(name)) for name in "ab"}
     plan = read_plan([{"op": "merge", "method": "ties", "models": [{"source": "a"}, {"source": "b"}]}])
-    done = apply(plan, found["base"].spec, Counted("base"), others.__getitem__)
+    done = apply(plan, found["base"].spec, Counted("base"), Outside(others.__getitem__))
     assert read == [] and "head.weight" not in done.weights  # tied, and so once
     done.weights["embedding.weight"]
     assert read == [(which, "embedding.weight") for which in ("base", "a", "b")]
@@ -365,7 +365,7 @@ def mixed(
     opened = {name: Other(one.spec, dict(one.named_parameters())) for name, one in others.items()}
     state = {key: one.detach() for key, one in own.named_parameters()}
     plan = read_plan([{"op": "mixture", "models": sources, **more}])
-    done = apply(plan, own.spec, state, opened.__getitem__)
+    done = apply(plan, own.spec, state, Outside(opened.__getitem__))
     return done, done.weights
 
 

@@ -10,7 +10,8 @@ import torch
 
 import lamina
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.surgery import tokens
+from lamina.surgery import Outside, apply, read_plan, tokens
+from lamina.surgery.calibration import texts_by
 from lamina.surgery.tokens import spelled, text_of
 from lamina.text import Tokenizer, document, from_directory
 from lamina.text.document import added, bpe, byte_level
@@ -55,6 +56,26 @@ def test_the_same_tokens_in_another_order(old: Path, tmp_path: Path):
     assert model.spec.special.start == order.index("<s>") and model.spec.special.end == (order.index("</s>"),)
     assert torch.equal(model.embedding.weight, base.embedding.weight[place])
     assert torch.equal(model.head.weight, base.head.weight[place])
+
+
+def test_what_is_fitted_after_a_swap_reads_by_the_new_tokenizer(old: Path, tmp_path: Path):
+    """The same text, as other ids of the same rows: the same moments, and so the same heads."""
+    base = lamina.load(old)
+    names = [token for token, _ in sorted(tiny.tokenizer().tokens.items(), key=lambda one: one[1])]
+    order = [names[(7 * i + 3) % len(names)] for i in range(len(names))]
+    special = {"bos": "<s>", "eos": "</s>", "unk": "<|start|>", "pad": "<|end|>"}
+    byte_tokenizer(order, [("Ġ", "t"), ("h", "e"), ("Ġt", "he")], special).save(tmp_path / "other")
+    (tmp_path / "text.txt").write_text("the bathe of thé, the other: the path. " * 9)
+    fit = {"op": "key_heads", "heads": 1, "by": "least_squares", "text": str(tmp_path / "text.txt")}
+    swap = {"op": "tokenizer", "folder": str(tmp_path / "other"), "old": str(old)}
+    outside = Outside(texts=texts_by(tiny.tokenizer(), base.spec))
+    state = {name: weight.detach() for name, weight in base.named_parameters()}
+    alone, after = (apply(read_plan(plan), base.spec, state, outside).weights for plan in ([fit], [swap, fit]))
+    for name in (name for name in alone if ".attention.op." in name):
+        torch.testing.assert_close(after[name], alone[name], rtol=0, atol=1e-5)
+    fewer = apply(read_plan([{"op": "vocabulary", "size": 260}, fit]), base.spec, state, outside).weights
+    with pytest.raises(LaminaError, match=r"the text has the token 26\d, and the model 260 tokens by now"):
+        fewer["decoder.layers.0.attention.op.k.weight"]
 
 
 def test_a_new_token_is_the_mean_of_its_pieces(old: Path, tmp_path: Path):

@@ -48,6 +48,25 @@ def test_it_begins_equal_and_leads_back(shape: str, name: str, tmp_path: Path):
         works(model, ids, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("shape", "plan"),
+    [
+        ("gpt2", [{"op": "prune", "hidden": 45}]),
+        ("t5", [{"op": "prune", "hidden": 45, "by": "energy"}]),
+        ("llama", [{"op": "plain"}]),
+        ("bert", [{"op": "gated"}, {"op": "widen", "hidden": 150}, {"op": "plain", "bias": False}]),
+        ("llama", [{"op": "experts", "experts": 3, "noise": 0.1}, {"op": "dense"}]),
+        ("gpt2", [{"op": "experts", "experts": 4, "slices": 2, "noise": 0.1}, {"op": "dense", "slices": 2}]),
+    ],
+)
+def test_what_is_lossy_works_too(shape: str, plan: list[dict[str, Any]], tmp_path: Path):
+    base = biased(SHAPES[shape])
+    ids = ids_of(base)
+    model, new = operated(base, *plan)
+    assert not new and not torch.equal(run(model, ids), run(base, ids))
+    works(model, ids, tmp_path)
+
+
 def networks(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(getattr(module, "spec", None), FeedForwardSpec)]
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+ALSO: dict[str, tuple[str, ...]] = {
+    "surgery/plan.py": ("tests/surgery/test_tokens.py", "tests/surgery/test_merging.py")
+}
+"""Tests of a file beside those that its name tells."""
+
 MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "surgery/build.py": [
         ("build: what the state lacks is said", "new = [name for name in wanted if name not in held]", "new = []"),
@@ -212,6 +217,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "surgery/plan.py": [
+        ("plan: texts after a swap", "        if now.texts is not None:\n", "        if False:\n"),
+        ("plan: other models", "now.weights, around)", "now.weights, ALONE)"),
         (
             "plan: a part whose spec changed",
             "        or any(owner(new, weight.name) != owner(old, source) for source in weight.sources)\n",

@@ -70,6 +70,8 @@ def edit(
         raise LaminaError("no --output: name a directory to write, or ask for --dry-run")
     if output is not None and output.exists() and not force and not dry_run:
         raise LaminaError(f"{output} is there already; choose another directory, or replace it with --force")
+    if html is not None and not html.absolute().parent.is_dir():
+        raise LaminaError(f"{html}: its directory is not there")
     if text is not None and not text.is_file():
         raise LaminaError(f"{text}: no such file")
     opened, done = editing.planned(source, editing.undoing(source) if undo else plan or ())

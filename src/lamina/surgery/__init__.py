@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from lamina.surgery.adapter import MergeAdapter
 from lamina.surgery.build import begun, build
+from lamina.surgery.calibration import pieces
 from lamina.surgery.depth import NewLayers, OrderLayers
 from lamina.surgery.encoders import CrossGraft, FreshEncoder
 from lamina.surgery.grafts import NeighbourEncoderSize, NewMemory, NewStep, Retrieval
@@ -14,7 +15,7 @@ from lamina.surgery.longformer import LongformerOperation
 from lamina.surgery.merging import Merge, Merged
 from lamina.surgery.mixture import Mixture
 from lamina.surgery.norms import CentreOperation, FoldNorms
-from lamina.surgery.operation import Changed, FittedOperation, Joining, Operation, Other, Others, Promise
+from lamina.surgery.operation import Changed, FittedOperation, Joining, Operation, Other, Others, Outside, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
 from lamina.surgery.plan import OPERATIONS, Applied, Plan, apply, read_plan, said
 from lamina.surgery.positions import PositionsOperation
@@ -23,7 +24,7 @@ from lamina.surgery.retrofit import retrofit
 from lamina.surgery.rope import RopeOperation, RotaryPositions
 from lamina.surgery.tokens import SwapTokenizer
 from lamina.surgery.upcycle import PickExpert, Upcycle
-from lamina.surgery.verdict import Drift, Side, Verdict, compare, pieces
+from lamina.surgery.verdict import Drift, Side, Verdict, compare
 from lamina.surgery.vocabulary import TieHead, VocabularyOperation
 from lamina.surgery.weights import Beside, Made, Weights
 from lamina.surgery.width import Gated, Plain, Prune, Widen
@@ -62,6 +63,7 @@ __all__ = [
     "OrderLayers",
     "Other",
     "Others",
+    "Outside",
     "PickExpert",
     "Plain",
     "Plan",

@@ -12,6 +12,7 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.layers import Call, Stack
 from lamina.model import Model, ModelSpec
 from lamina.reading import read
+from lamina.text import Tokenizer
 
 Texts = Callable[[str | None], Sequence[Sequence[int]]]
 """From the path of a text, None for the packaged sample, to ids that a model reads at one time."""
@@ -19,6 +20,8 @@ LONGEST = 512
 """Tokens that are read at one time, where the model reads more."""
 TOKENS = 2048
 """Tokens that are read where no text is given."""
+SAMPLE = Path(__file__).parent / "sample.txt"
+"""What is read where no text is given: prose, verse and code in the public domain."""
 MOST = 4096
 """Tokens that a fit reads of a text."""
 
@@ -34,6 +37,12 @@ def energy(rows: Tensor) -> Tensor:
     return rows.square().sum(dim=0)
 
 
+def pieces(ids: Sequence[int], length: int) -> Iterator[list[int]]:
+    """A long text as texts of at most `length` tokens."""
+    for start in range(0, len(ids), length):
+        yield list(ids[start : start + length])
+
+
 def random_texts(spec: ModelSpec) -> Texts:
     """What a model without a tokenizer reads in place of a text: random ids."""
     length = min(spec.context or LONGEST, spec.source_context or LONGEST, LONGEST)
@@ -42,7 +51,21 @@ def random_texts(spec: ModelSpec) -> Texts:
         if path is not None:
             raise LaminaError("a model without a tokenizer reads ids, not a text")
         drawn = torch.randint(spec.embedding.vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0))
-        return [drawn[start : start + length].tolist() for start in range(0, TOKENS, length)]
+        return list(pieces(drawn.tolist(), length))
+
+    return texts
+
+
+def texts_by(words: Tokenizer, spec: ModelSpec, longest: int = LONGEST) -> Texts:
+    """What a model reads by a tokenizer: of a file, or of the packaged sample, no more than `longest` at one time."""
+    limit = min(spec.context or longest, spec.source_context or longest, longest)
+
+    def texts(path: str | None) -> list[list[int]]:
+        try:
+            ids = words.encode((SAMPLE if path is None else Path(path)).read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise LaminaError(f"{path} is no text in UTF-8") from None
+        return list(pieces(ids if path is not None else ids[:TOKENS], limit))
 
     return texts
 
@@ -164,6 +187,9 @@ class Calibration:
         chosen = [text for text in chosen if len(text) > 1]
         if not chosen:
             raise LaminaError("a fit needs a text of at least two tokens")
+        most, rows = max(map(max, chosen)), self.spec.source_vocabulary
+        if most >= rows:
+            raise LaminaError(f"the text has the token {most}, and the model {rows} tokens by now: fit to it before")
         return chosen
 
 

@@ -36,20 +36,7 @@ class Changed:
     promise: Promise
     undo: tuple[Operation, ...] | None = None  # what leads back, where the way back is exact
     fits: dict[str, float] = field(default_factory=dict)  # what a fit lost, by place, from when its weights are made
-
-
-@dataclass(frozen=True, kw_only=True)
-class Operation(Spec):
-    """Base of all operations: a frozen set of fields, called `NAME` in a plan."""
-
-    NAME = ""
-
-    def change(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Changed:
-        """The model after it. Nothing is read here: whether it can be done is seen from the spec alone.
-
-        Raises LaminaError or UnsupportedError, naming the field, where it cannot be done to this model.
-        """
-        raise NotImplementedError
+    texts: Texts | None = None  # how it reads a text, where that is other ids than before
 
 
 @dataclass(frozen=True)
@@ -65,6 +52,32 @@ Others = Callable[[str], Other]
 """Opens a SOURCE."""
 
 
+@dataclass(frozen=True)
+class Outside:
+    """What operations may ask for beside the model."""
+
+    others: Others | None = None  # None: other models cannot be opened
+    texts: Texts | None = None  # None: random ids, in place of any text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation(Spec):
+    """Base of all operations: a frozen set of fields, called `NAME` in a plan."""
+
+    NAME = ""
+
+    def change(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Changed:
+        """The model after it. Nothing is read here: whether it can be done is seen from the spec alone.
+
+        Raises LaminaError or UnsupportedError, naming the field, where it cannot be done to this model.
+        """
+        raise NotImplementedError
+
+    def change_with(self, spec: ModelSpec, weights: Mapping[str, Tensor], outside: Outside) -> Changed:
+        """`change`, with what lies outside the model; most operations need nothing of it."""
+        return self.change(spec, weights)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Joining(Operation):
     """Base of operations that take weights of other models too."""
@@ -78,9 +91,12 @@ class Joining(Operation):
         raise NotImplementedError
 
     def change(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Changed:
-        if self.sources():
+        return self.change_with(spec, weights, Outside())
+
+    def change_with(self, spec: ModelSpec, weights: Mapping[str, Tensor], outside: Outside) -> Changed:
+        if outside.others is None and self.sources():
             raise LaminaError(f"{self.sources()[0]} is to be opened, and this plan is applied where nothing opens it")
-        return self.join(spec, weights, _closed)
+        return self.join(spec, weights, outside.others or _closed)
 
 
 def _closed(source: str) -> Other:
@@ -91,9 +107,12 @@ def _closed(source: str) -> Other:
 class FittedOperation(Operation):
     """Base of operations that can fit weights to a text, which the old model reads when the first one is made."""
 
-    def change(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Changed:
-        return self.fit(spec, weights, random_texts(spec))
-
     def fit(self, spec: ModelSpec, weights: Mapping[str, Tensor], texts: Texts) -> Changed:
         """As `change`; `texts` is not called here."""
         raise NotImplementedError
+
+    def change(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Changed:
+        return self.change_with(spec, weights, Outside())
+
+    def change_with(self, spec: ModelSpec, weights: Mapping[str, Tensor], outside: Outside) -> Changed:
+        return self.fit(spec, weights, outside.texts or random_texts(spec))

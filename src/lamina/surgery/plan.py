@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from lamina.errors import LaminaError
 from lamina.model import ModelSpec
 from lamina.specs import Spec, unknown
 from lamina.surgery.adapter import MergeAdapter
-from lamina.surgery.calibration import Texts, random_texts
 from lamina.surgery.depth import NewLayers, OrderLayers
 from lamina.surgery.encoders import CrossGraft
 from lamina.surgery.grafts import NewMemory, NewStep, Retrieval
@@ -25,7 +24,7 @@ from lamina.surgery.longformer import LongformerOperation
 from lamina.surgery.merging import Merge
 from lamina.surgery.mixture import Mixture
 from lamina.surgery.norms import CentreOperation, FoldNorms
-from lamina.surgery.operation import Changed, FittedOperation, Joining, Kept, Operation, Other, Others, Promise
+from lamina.surgery.operation import Changed, Kept, Operation, Other, Outside, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
 from lamina.surgery.places import parts
 from lamina.surgery.positions import PositionsOperation
@@ -74,6 +73,7 @@ OPERATIONS: dict[str, type[Operation]] = {
 }
 """By the name that a plan has for them."""
 
+ALONE = Outside()
 Plan = str | os.PathLike[str] | Sequence[Mapping[str, Any] | Operation]
 
 
@@ -147,40 +147,34 @@ def apply(
     operations: Sequence[Operation],
     spec: ModelSpec,
     weights: Mapping[str, Tensor],
-    others: Others | None = None,
-    texts: Texts | None = None,
+    outside: Outside = ALONE,
 ) -> Applied:
     """Every operation after the one before. None of the weights is made; that they fit the new spec is checked.
 
-    others: what opens the models that operations take weights of. texts: what operations fit to that read a text; None:
-    random ids.
     Raises LaminaError naming the operation that cannot be done.
     """
     now = Changed(spec, weights, Promise("exact", "nothing was changed", bits=True), ())
-    texts = random_texts(spec) if texts is None else texts
     promises: list[Promise] = []
     fits: list[dict[str, float]] = []
     undo: tuple[Operation, ...] | None = ()
     opened: dict[str, Other] = {}
 
     def once(source: str) -> Other:
-        assert others is not None
+        assert outside.others is not None
         if source not in opened:
-            opened[source] = others(source)
+            opened[source] = outside.others(source)
         return opened[source]
 
+    around = outside if outside.others is None else replace(outside, others=once)
     for number, operation in enumerate(operations):
         try:
-            if others is not None and isinstance(operation, Joining):
-                now = operation.join(now.spec, now.weights, once)
-            elif isinstance(operation, FittedOperation):
-                now = operation.fit(now.spec, now.weights, texts)
-            else:
-                now = operation.change(now.spec, now.weights)
+            now = operation.change_with(now.spec, now.weights, around)
         except LaminaError as error:
             raise type(error)(f"operation {number + 1} ({operation.NAME}): {error}") from None
         promises.append(now.promise)
         fits.append(now.fits)
+        if now.texts is not None:
+            around = replace(around, texts=now.texts)
         undo = None if undo is None or now.undo is None else (*now.undo, *undo)
     table = _table(now.spec, now.weights)
     changed = _changed(spec, now.spec, table)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lamina.errors import LaminaError
 from lamina.model import ModelSpec
+from lamina.surgery.calibration import texts_by
 from lamina.surgery.operation import Changed, Operation, Promise
 from lamina.surgery.vocabulary import tables, with_vocabulary
 from lamina.surgery.weights import Made, Weights
@@ -56,7 +57,8 @@ class SwapTokenizer(Operation):
         how = f"rows by token: {copied} of {len(pieces)} as they were, others the mean of pieces"
         made = {name: Made((name,), how, partial(_rows, pieces=pieces)) for name in tables(spec, weights)}
         why = f"another tokenizer: {copied} of {len(pieces)} tokens keep their rows"
-        return Changed(_renumbered(spec, of), Weights(weights, made), Promise("lossy", why))
+        changed = _renumbered(spec, of)
+        return Changed(changed, Weights(weights, made), Promise("lossy", why), texts=texts_by(new, changed))
 
     def counterparts(self) -> Counterparts:
         """Which tokens have the parts of which."""

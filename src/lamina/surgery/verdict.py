@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -106,12 +106,6 @@ def compare(
         tuple(Drift(name, math.sqrt(far / max(own, 1e-300))) for name, (far, own) in total.drift.items()),
         *figures,
     )
-
-
-def pieces(ids: Sequence[int], length: int) -> Iterator[list[int]]:
-    """A long text as texts of at most `length` tokens."""
-    for start in range(0, len(ids), length):
-        yield list(ids[start : start + length])
 
 
 class _Clock:

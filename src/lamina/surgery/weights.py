@@ -43,7 +43,8 @@ class Weights(Mapping[str, Tensor]):
         if absent:
             raise LaminaError(f"the weights have no {absent[0]!r}, of which another is to be made")
         self.before, self.made = before, dict(made)
-        self.names = dict.fromkeys([*(name for name in before if name not in {*gone, *made}), *made])
+        without = {*gone, *made}
+        self.names = dict.fromkeys([*(name for name in before if name not in without), *made])
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:

@@ -22,7 +22,7 @@ from lamina.families import FAMILIES, Fields, family, sizes
 from lamina.locate import locate
 from lamina.model import Model, ModelSpec
 from lamina.objectives import Neighbours
-from lamina.opening import open_source
+from lamina.opening import changed_in, open_source
 from lamina.retrieve import open_database
 from lamina.retrieve.neighbours import of_text
 from lamina.source import load, save, tokenizer
@@ -169,7 +169,10 @@ def _changed(model: Model) -> tuple[str, ...]:
     history = [] if model.origin is None else model.origin.history
     if not history:
         raise LaminaError(f"model.unfreeze: {NOTHING}")
-    return tuple(history[-1]["changed"])
+    changed = changed_in(history)
+    if not changed:
+        raise LaminaError("model.unfreeze: the history of the source names no weight that was changed")
+    return tuple(changed)
 
 
 def fingerprint(model: Model) -> str:
@@ -229,7 +232,7 @@ def _trained(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not history:
         return []
     line = {"plan": [], "promises": [{"kept": "lossy", "why": "trained"}], "undo": None}
-    return [*history, line | {"changed": history[-1]["changed"]}]
+    return [*history, line | {"changed": changed_in(history)}]
 
 
 def write(model: Model, tensors: Mapping[str, Tensor], directory: Path, data: Prepared) -> str:
