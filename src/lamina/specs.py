@@ -74,14 +74,19 @@ class Spec(metaclass=_SpecType):
 
     def walk(self, path: str = "") -> Iterator[tuple[str, Spec]]:
         """Yield (path, spec) of this spec and of every spec below it, outermost first."""
-        yield path, self
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            items = enumerate(value) if isinstance(value, tuple) else [(None, value)]
-            for index, item in items:
-                if isinstance(item, Spec):
-                    step = name if index is None else f"{name}.{index}"
-                    yield from item.walk(f"{path}.{step}" if path else step)
+        todo: list[tuple[str, Spec]] = [(path, self)]
+        while todo:
+            path, spec = todo.pop()
+            yield path, spec
+            below: list[tuple[str, Spec]] = []
+            for name in spec.__dataclass_fields__:
+                value = getattr(spec, name)
+                step = f"{path}.{name}" if path else name
+                if isinstance(value, Spec):
+                    below.append((step, value))
+                elif isinstance(value, tuple):
+                    below += [(f"{step}.{i}", item) for i, item in enumerate(value) if isinstance(item, Spec)]
+            todo += reversed(below)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, nested, with the class name under "type"; runs of equal specs in a tuple are written once."""

@@ -72,4 +72,9 @@ def users(used: Question | None) -> list[str]:
     """The published families in whose specs the question is answered with yes."""
     if used is None:
         return []
-    return sorted({name.partition("/")[0] for name, spec in published().items() if used(spec)})
+    found: set[str] = set()
+    for name, spec in published().items():
+        family = name.partition("/")[0]
+        if family not in found and used(spec):
+            found.add(family)
+    return sorted(found)

@@ -17,8 +17,9 @@ counting = cache(account)
 """An account for each model, however many pages ask."""
 
 
-def page(kind: Kind) -> dict[str, Any]:
-    """Everything that is known of a kind of layer, ready for JSON."""
+def page(kind: Kind, *, costs: bool = True) -> dict[str, Any]:
+    """Everything that is known of a kind of layer, ready for JSON; without costs, no model is counted for it."""
+    asked = [one for one in kind.counted if one.model in sizes()] if costs else []
     return {
         "name": kind.name,
         "title": kind.title,
@@ -39,7 +40,7 @@ def page(kind: Kind) -> dict[str, Any]:
             }
             for variant in kind.variants
         ],
-        "cost": {"rule": kind.cost, "counted": [counted(one) for one in kind.counted if one.model in sizes()]},
+        "cost": {"rule": kind.cost, "counted": [counted(one) for one in asked]},
         "pitfalls": list(kind.pitfalls),
         "corrections": [asdict(one) for one in kind.corrections],
         "sources": [asdict(one) for one in kind.sources],

@@ -45,7 +45,7 @@ def layers(out: Output, name: str | None, run: bool) -> None:
         found = page(kind(name))
         out.result(found, _page(found))
         return
-    found = {"layers": [page(one) for one in CATALOGUE], "families": families()}
+    found = {"layers": [page(one, costs=out.as_json) for one in CATALOGUE], "families": families()}
     out.result(found, _list(found))
 
 
