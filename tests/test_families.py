@@ -367,13 +367,13 @@ def test_packed_documents_are_as_alone(case: Case, told: str, mask: str):
             chunk = {name: tensor[:, part] for name, tensor in (more | segments).items()}
             parts.append(result(case.run(ids[:, part], so_far, source=source, cache=cache, **chunk)))
         runs.append(torch.cat(parts, dim=1))
-    for run in runs:
-        for i, edges in enumerate(cuts):
-            for (start, stop), (begin, end) in zip(pairwise(edges), pairwise(sources[i]), strict=True):
-                stop = min(stop, last)
-                inner = {name: tensor[i : i + 1, start:stop] for name, tensor in segments.items()}
-                read = {"input_ids": case.sources[i : i + 1, begin:end]}
-                alone = result(case.run(ids[i : i + 1, start:stop], source=read, **inner))
+    for i, edges in enumerate(cuts):
+        for (start, stop), (begin, end) in zip(pairwise(edges), pairwise(sources[i]), strict=True):
+            stop = min(stop, last)
+            inner = {name: tensor[i : i + 1, start:stop] for name, tensor in segments.items()}
+            read = {"input_ids": case.sources[i : i + 1, begin:end]}
+            alone = result(case.run(ids[i : i + 1, start:stop], source=read, **inner))
+            for run in runs:
                 assert close(run[i : i + 1, start:stop], alone)
 
 

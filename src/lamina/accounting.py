@@ -60,16 +60,44 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     return torch.empty(shape, dtype=tensors[0].dtype, device="meta")
 
 
+def _addmm(bias: Tensor, left: Tensor, right: Tensor, **scales: Any) -> Tensor:
+    return torch.empty((left.shape[0], right.shape[1]), dtype=left.dtype, device="meta")
+
+
+def _any(tensor: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dim : dim + 1 or None] = [1] if keepdim else []
+    return torch.empty(shape, dtype=torch.bool, device="meta")
+
+
+def _layer_norm(tensor: Tensor, normal: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    each = (*tensor.shape[: tensor.dim() - len(normal)], *(1 for _ in normal))
+    mean, deviation = (torch.empty(each, dtype=tensor.dtype, device="meta") for _ in range(2))
+    return _same(tensor), mean, deviation
+
+
+def _layer_norm_backward(
+    slope: Tensor, tensor: Tensor, normal: Sequence[int], mean: Tensor, deviation: Tensor, *weights: Any
+) -> tuple[Tensor | None, ...]:
+    *parameters, wanted = weights
+    return tuple(_same(one) if want else None for one, want in zip((tensor, *parameters), wanted, strict=True))
+
+
 aten = torch.ops.aten
 ALIKE = {
+    aten.addmm.default: _addmm,
+    aten.native_layer_norm.default: _layer_norm,
+    aten.native_layer_norm_backward.default: _layer_norm_backward,
     aten._safe_softmax.default: _same,
     aten._softmax_backward_data.default: _same,
+    aten.any.dim: _any,
     aten.cat.default: _cat,
     aten.mean.dim: aten.sum.dim_IntList,
     aten.roll.default: _same,
     aten.tril.default: _same,
 }
-"""Stand-ins with the same shapes for operations whose meta kernels import torch's compiler, which takes a second."""
+"""Stand-ins with the same shapes for operations whose meta kernels import torch's compiler, which takes a second, or are
+themselves written in Python, and slow."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +321,7 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
 
 
 @contextmanager
-def _counting(model: Model, tally: _Tally, counter: Counter[str]) -> Iterator[None]:
+def _counting(model: Model, tally: _Tally, counter: Counter[str]) -> Iterator[_Products]:
     """Count the products of what runs inside."""
     mode = _Products(tally, counter)
     handles = []
@@ -303,7 +331,7 @@ def _counting(model: Model, tally: _Tally, counter: Counter[str]) -> Iterator[No
             handles.append(module.register_forward_hook(lambda module, args, result: mode.leave()))
     try:
         with mode:
-            yield
+            yield mode
     finally:
         for handle in handles:
             handle.remove()
@@ -312,10 +340,11 @@ def _counting(model: Model, tally: _Tally, counter: Counter[str]) -> Iterator[No
 def _measure(tally: _Tally, model: Model, batch: int, context: int) -> None:
     """Run the model on the meta device: forward and backward over the whole context, then one step from the cache."""
     ids = torch.empty((batch, context), dtype=torch.int64, device="meta")
-    with _counting(model, tally, tally.forward), torch.no_grad():
-        _run(model, ids)
-    with _counting(model, tally, tally.train):
-        _scalar(_run(model, ids)).backward()
+    with _counting(model, tally, tally.forward) as mode:
+        out = _scalar(_run(model, ids))
+        mode.counter = tally.train
+        out.backward()
+    tally.train.update(tally.forward)
     if model.decoder is None:
         return
     model.cache_limit = None  # of values, not of shapes: counting goes beyond it
