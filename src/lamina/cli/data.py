@@ -217,7 +217,8 @@ class _Line(Line):
 
     def show(self, progress: Progress) -> None:
         rate = progress.bytes / max(time.monotonic() - self.started, 1e-9)
-        line = f"{Path(progress.source).name}: {short(progress.tokens)}tokens, {rate / 1e6:.2f} MB/s"
+        tokens = short(progress.tokens) if progress.tokens >= 1000 else f"{progress.tokens} "
+        line = f"{Path(progress.source).name}: {tokens}tokens, {rate / 1e6:.2f} MB/s"
         if progress.total > progress.bytes and rate:
             part, left = 100 * progress.bytes / progress.total, (progress.total - progress.bytes) / rate
             line += f", {part:.0f} %, {duration(left)} left"
