@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lamina.attend import BACKENDS, Request, attend
 from lamina.conformance.report import Row, gap, judged, left_out
@@ -28,16 +29,18 @@ def reach(model: Model) -> Iterator[Row]:
             yield left_out(name, f"the window is wider than {WIDEST} tokens")
             continue
         length = TOKENS if recent is None else max(TOKENS, recent + 8)
+        places, wrong = sorted({0, 1, length // 3, length - 1}), 0
         request = _request(spec, plain(1, length), plain(1, length))
         mask = request.mask().expand(1, 1, length, length)[0, 0]
-        places, wrong, serving = sorted({0, 1, length // 3, length - 1}), 0, _serving(request)
-        for backend in serving:
-            before = attend(request, backend)
-            for at in places:
-                value = request.value.clone()
-                value[:, :, at] += 8.0
-                reached = (attend(replace(request, value=value), backend) != before).any(dim=3)[0].any(dim=0)  # (T,)
-                wrong += int((reached & ~mask[:, at]).sum()) + int((mask[at, at] & ~reached[at]).sum())
+        request = _repeated(request, len(places))  # a row for each key that is changed
+        value = request.value.clone()
+        for row, at in enumerate(places):
+            value[row, :, at] += 8.0
+        serving = _serving(request)
+        for backend, before in serving.items():
+            reached = (attend(replace(request, value=value), backend) != before).any(dim=3).any(dim=1)  # (rows, T)
+            for row, at in enumerate(places):
+                wrong += int((reached[row] & ~mask[:, at]).sum()) + int((mask[at, at] & ~reached[row, at]).sum())
         yield judged(
             name, f"keys {', '.join(map(str, places))} of {length} changed; {', '.join(serving)}", float(wrong)
         )
@@ -53,8 +56,7 @@ def blindness(model: Model) -> Iterator[Row]:
         blind, padded = _request(spec, elsewhere, here), _request(spec, holes, holes)
         value = padded.value.clone()
         value[:, :, seen:] = math.nan
-        for backend in _serving(blind):
-            out = attend(blind, backend)
+        for backend, out in _serving(blind).items():
             zeros = max(zeros, gap(out, torch.zeros_like(out)))
             before, after = attend(padded, backend), attend(replace(padded, value=value), backend)
             leaks = max(leaks, gap(before[:, :, :seen], after[:, :, :seen]))
@@ -91,13 +93,19 @@ def _request(spec: SelfAttentionSpec, queries: Tokens, keys: Tokens) -> Request:
     return Request(query, key, value, queries, keys, spec.pattern, SIZE**-0.5, softcap=softcap, sink=sink)
 
 
-def _serving(request: Request) -> list[str]:
-    """The backends that do not refuse `request`."""
-    serving = []
+def _repeated(request: Request, rows: int) -> Request:
+    """The same row, several times."""
+    query, key, value = (tensor.expand(rows, -1, -1, -1) for tensor in (request.query, request.key, request.value))
+    tokens = plain(rows, request.query.shape[2])
+    return replace(request, query=query, key=key, value=value, queries=tokens, keys=tokens, memo={})
+
+
+def _serving(request: Request) -> dict[str, Tensor]:
+    """What the backends give that do not refuse `request`."""
+    serving = {}
     for backend in BACKENDS:
         try:
-            attend(request, backend)
+            serving[backend] = attend(request, backend)
         except UnsupportedError:
             continue
-        serving.append(backend)
     return serving
