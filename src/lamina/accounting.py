@@ -96,8 +96,8 @@ ALIKE = {
     aten.roll.default: _same,
     aten.tril.default: _same,
 }
-"""Stand-ins with the same shapes for operations whose meta kernels are slow: some import torch's compiler, which takes a
-second, and others are written in Python."""
+"""Stand-ins with the same shapes for operations whose meta kernels are slow: some import torch's compiler, which takes
+a second, and others are written in Python."""
 
 
 @dataclass(frozen=True)
