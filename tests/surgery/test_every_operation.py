@@ -57,7 +57,7 @@ TABLE: dict[str, Row] = {
     "gated": Row({}, refused={"llama": "decoder.layers.0.feedforward has a gate already"}),
     "plain": Row({}, refused=dict.fromkeys(("gpt2", "bert", "t5"), "layers.0.feedforward has no gate")),
     "layers": Row({"order": [1, 0, 1]}, BEHIND),
-    "new_layers": Row({"after": [0]}, BEHIND, {"bert": "encoder.layers.0.attention is post-norm"}),
+    "new_layers": Row({"after": [0]}, BEHIND),
     "rope": Row({"base": 500.0}, refused=dict.fromkeys(("gpt2", "bert", "t5"), UNTURNED)),
     "rotary": Row({}, BEHIND, dict.fromkeys(("llama", "t5"), "decoder adds no positions to its input")),
     "positions": Row({"size": 70}, refused=dict.fromkeys(("llama", "t5"), "no learned positions")),

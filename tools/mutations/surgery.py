@@ -32,7 +32,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             'if name.startswith(f"{path}.layers.")',
         ),
         ("depth: outputs begin at zero", "if rest in row.zeros:", "if False:"),
-        ("depth: post-norm layers", "if step.after is not None or step.residual != 1.0:", "if False:"),
+        ("depth: post-norm layers", "step.replace(after=None, **gated)", "step.replace(**gated)"),
+        ("depth: what passes is multiplied", "if step.residual != 1.0:", "if False:"),
     ],
     "surgery/stream.py": [
         ("stream: each branch of a sum", "if not all(names for _, names in found):", "if False:"),
