@@ -133,6 +133,12 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "surgery/fitting.py": [
         (
+            "fitting: normed keys by their lengths",
+            "same[:, None] / length[:, None] / heads",
+            "same[:, None] / 1 / heads",
+        ),
+        ("fitting: a LayerNorm takes the mean out", "/ size if centred else 0.0", "/ size if False else 0.0"),
+        (
             "fitting: the largest come last",
             "values[..., -rank:].clamp(min=0), vectors[..., -rank:]",
             "values[..., :rank].clamp(min=0), vectors[..., :rank]",
