@@ -21,6 +21,8 @@ from lamina.durable import write_file
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.exporting import save_weights
 from lamina.filling import Stored
+from lamina.generation import Score, measure
+from lamina.generation.files import Ids
 from lamina.locate import Located, locate
 from lamina.model import Model, ModelSpec
 from lamina.opening import HISTORY, Opened, Origin, changed_in, open_source, read_history
@@ -42,7 +44,8 @@ from lamina.surgery import (
     read_plan,
     said,
 )
-from lamina.surgery.calibration import LONGEST, TOKENS, Texts, random_texts, texts_by
+from lamina.surgery.calibration import LONGEST, SAMPLE, TOKENS, Texts, random_texts, texts_by
+from lamina.surgery.verdict import side_of
 from lamina.surgery.weights import dtype_of
 
 GENERATION = "generation_config.json"
@@ -173,9 +176,15 @@ def _tokenizer_place(located: Located) -> Path:
     return located.path if whole else located.path.parent
 
 
-def reads_other_tokens(done: Applied) -> bool:
-    """Whether a text is other ids after a plan, so that no verdict can compare what is said after each."""
-    return any(isinstance(operation, SwapTokenizer) for operation in done.operations)
+def has_verdict(done: Applied) -> bool:
+    """Whether both models can be compared: where a text is other ids after a plan, by what it costs each, a byte."""
+    if not any(isinstance(operation, SwapTokenizer) for operation in done.operations):
+        return True
+    return all(spec.decoder is not None and spec.head is not None and not spec.two_stacks for spec in _both(done))
+
+
+def _both(done: Applied) -> tuple[ModelSpec, ModelSpec]:
+    return done.before, done.spec
 
 
 def write(
@@ -300,16 +309,50 @@ def judge(
     """Compare a checkpoint with what was made of it, and note the verdict in the history of that.
 
     text: a file; None: the packaged sample. tokens: at most so many of it. length: tokens that are read at one time, at
-    most what the old model reads.
+    most what the old model reads. After a swap of tokenizers each reads the text by its own.
     """
     old, new = load(before), load(after)
-    texts = texts_of(old.spec, old.origin, length)(None if text is None else str(text))
     limit, chosen = TOKENS if tokens is None else tokens, []
-    for one in texts:
-        chosen.append(one[: max(limit - sum(map(len, chosen)), 0)])
-    verdict = compare(old, new, [one for one in chosen if one], progress=progress)
     path = Path(after) / HISTORY
     history = read_history(path)
+    if any(one["op"] == SwapTokenizer.NAME for one in history[-1]["plan"]):
+        verdict = _by_bytes(old, new, text, limit, length, progress)
+    else:
+        for one in texts_of(old.spec, old.origin, length)(None if text is None else str(text)):
+            chosen.append(one[: max(limit - sum(map(len, chosen)), 0)])
+        verdict = compare(old, new, [one for one in chosen if one], progress=progress)
     history[-1]["verdict"] = verdict.to_dict()
     write_file(path, (json.dumps(history, indent=2) + "\n").encode())
     return verdict
+
+
+def _by_bytes(
+    old: Model, new: Model, text: Path | None, limit: int, length: int, progress: Callable[[int], None] | None
+) -> Verdict:
+    """What the same text costs both, a byte, each by its own tokenizer: its beginning, about `limit` tokens of the old
+    one. Nothing can be compared token by token."""
+    place = SAMPLE if text is None else text
+    try:
+        whole = place.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise LaminaError(f"{place} is no text in UTF-8") from None
+    cut, sides, tokens = whole, [], 0
+    for model in (old, new):
+        assert model.origin is not None
+        words = tokenizer(model.origin.located.path)
+        ids = words.encode(cut, special=False, control=False)
+        if model is old and len(ids) > limit:
+            cut = whole[: len(whole) * limit // len(ids)]
+            ids = words.encode(cut, special=False, control=False)
+        read, found = Ids([ids], words), Score()
+        window = min(length, model.spec.context or length)
+        for found in measure(model, read, begin=read.begin, window=window):
+            if progress is not None:
+                progress(tokens + found.tokens)
+        found.bytes = read.predicted(len(cut.encode()))
+        if not found.tokens or found.bytes < 1:
+            raise LaminaError("a verdict needs a text of at least two tokens")
+        tokens += found.tokens
+        figures = found.perplexity, found.tokens_per_second, found.bits_per_byte
+        sides.append(side_of(model, ids[:window], *figures))
+    return Verdict("changed", tokens, None, None, None, (), *sides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,7 @@ def test_another_tokenizer_goes_with_the_model(lam, source, tmp_path):
     new.save(tmp_path / "new")
     path = plan(tmp_path, f"- {{op: tokenizer, folder: {tmp_path / 'new'}}}\n- {{op: vocabulary, multiple: 64}}\n")
     done = lam("edit", source, path, "-o", tmp_path / "out", "--json")
-    assert "verdict" not in done.document and done.document["kept"] == "lossy"
+    assert done.document["kept"] == "lossy"
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {path.name for path in (tmp_path / "new").iterdir()} <= names and "merges.txt" not in names
     assert lamina.tokenizer(tmp_path / "out").tokens == new.tokens
@@ -161,6 +162,43 @@ def test_another_tokenizer_goes_with_the_model(lam, source, tmp_path):
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-4)
     history = json.loads((tmp_path / "out" / "history.json").read_text())
     assert history[-1]["plan"][0]["old"] == str(source)
+
+
+def test_the_verdict_on_another_tokenizer_is_bits_per_byte(lam, source, tmp_path):
+    """Of both models what a loop over windows gives; in JSON, the history, the table and the page."""
+    new = byte_tokenizer([*ENDS, *byte_letters().values(), "he"], [("h", "e")], {"bos": "<s>", "eos": "</s>"})
+    new.save(tmp_path / "new")
+    text = tmp_path / "text.txt"
+    text.write_text("the héron ate the quiet fish, the other one. " * 6)
+    path = plan(tmp_path, f"- {{op: tokenizer, folder: {tmp_path / 'new'}}}\n")
+    page = tmp_path / "page.html"
+    done = lam("edit", source, path, "-o", tmp_path / "out", "--text", text, "--length", "32", "--html", page, "--json")
+    verdict = done.document["verdict"]
+    assert verdict["found"] == "changed" and verdict["worst"] is verdict["divergence"] is verdict["agreement"] is None
+    for side, place in (("before", source), ("after", tmp_path / "out")):
+        model, words, raw = lamina.load(place), lamina.tokenizer(place), text.read_bytes()
+        ids, nats = words.encode(raw.decode()), 0.0
+        for at in range(1, len(ids)):  # 32 tokens at first, then 16 at a time with 16 before them
+            end = 32 if at < 32 else 32 + 16 * ((at - 32) // 16 + 1)
+            begin = max(min(end, len(ids)) - 32, 0)
+            with torch.no_grad():
+                said = model(torch.tensor([ids[begin:at]])).logits[0, -1].log_softmax(-1)
+            nats -= float(said[ids[at]])
+        assert verdict[side]["perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)
+        first = len(words.decode(ids[:1]).encode())
+        assert verdict[side]["bits_per_byte"] == pytest.approx(nats / math.log(2) / (len(raw) - first), rel=1e-5)
+        assert verdict[side]["cache_bytes"] > 0
+    assert verdict["before"]["bits_per_byte"] != verdict["after"]["bits_per_byte"]
+    assert json.loads((tmp_path / "out" / "history.json").read_text())[-1]["verdict"] == verdict
+    shown = [f"{verdict[side]['bits_per_byte']:.4f}" for side in ("before", "after")]
+    assert f"bits per byte</th><td>{'</td><td>'.join(shown)}" in page.read_text()
+    few = lam("edit", source, path, "-o", tmp_path / "few", "--text", text, "--tokens", "40").out
+    assert "bits per byte" in few and "each by its own" in few
+    count = int(few.split(" tokens (each")[0].split()[-1])
+    assert 60 <= count <= 90  # of both
+    text.write_bytes(b"\xff\xfe")
+    no = lam("edit", source, path, "-o", tmp_path / "no", "--text", text)
+    assert no.status == 2 and no.err.splitlines()[-1].endswith("text.txt is no text in UTF-8")
 
 
 def test_a_tokenizer_that_is_nowhere(lam, source, tmp_path):

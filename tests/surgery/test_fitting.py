@@ -13,11 +13,11 @@ import lamina
 from lamina import editing
 from lamina.cli.edit import fit_lines
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.layers import RMSNormSpec
+from lamina.layers import LayerNormSpec, RMSNormSpec
 from lamina.model import Model
 from lamina.packaged import packaged_path
 from lamina.patterns import Causal
-from lamina.surgery import apply, read_plan
+from lamina.surgery import Outside, apply, read_plan
 from lamina.surgery.calibration import Calibration, energy, random_texts
 from lamina.surgery.fitting import lost, one_key, root_of
 from lamina.surgery.moments import moments
@@ -292,10 +292,54 @@ def test_a_fit_that_cannot_be_is_refused(plan: list[dict[str, Any]], said: str):
         operated(tiny.model(), *plan)
 
 
+NORMED = {
+    "RMSNorm": {"qk_norm": RMSNormSpec(eps=1e-14)},
+    "Gemma's": {"qk_norm": RMSNormSpec(eps=1e-14, plus_one=True), "bias": "qkv"},
+    "LayerNorm": {"qk_norm": LayerNormSpec(eps=1e-14), "bias": "qkv"},
+}
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_normed_keys_of_one_direction_lose_nothing(name: str):
+    """Keys that are multiples of each other have one direction; values are any maps of the first head's."""
+    base = small.build(small.decoder([Causal(), Causal()], heads=6, key_heads=3, **NORMED[name]))
+    draw = torch.Generator().manual_seed(3)
+    for attention in attentions(base):
+        maps = [torch.randn(8, 8, generator=draw, dtype=torch.float64) for _ in range(2)]
+        with torch.no_grad():
+            for tensor, of in ((attention.k, (0.2, 7.0)), (attention.v, maps)):
+                for one in (one for one in (tensor.weight, tensor.bias) if one is not None):
+                    heads = one.view(3, 8, -1)
+                    for head, map in enumerate(of, 1):
+                        heads[head] = map * heads[0] if isinstance(map, float) else map @ heads[0]
+    ids = small.ids(2, 13)
+    model, _ = operated(base, FIT)
+    torch.testing.assert_close(run(model, ids), run(base, ids), rtol=0, atol=1e-5)
+    mean, _ = operated(base, FIT | {"by": "mean"})
+    assert (run(mean, ids) - run(base, ids)).abs().max() > 1e-2
+
+
+def test_normed_keys_are_the_mean_of_directions_in_naive_numbers():
+    base = small.build(small.decoder([Causal()], heads=6, key_heads=3, qk_norm=LayerNormSpec(), bias="qkv"))
+    attention = attentions(base)[0]
+    texts, rows = [small.ids(1, 40, seed=5)[0].tolist()], []
+    hook = attention.register_forward_pre_hook(lambda _, given: rows.append(given[0].detach()))
+    run(base, torch.tensor(texts))
+    hook.remove()
+    state = {name: one.detach() for name, one in base.named_parameters()}
+    done = apply(read_plan([FIT]), base.spec, state, Outside(texts=lambda path: texts))
+    expected = torch.zeros(8, 16, dtype=torch.float64)
+    for head in range(3):
+        keys = rows[0][0] @ attention.k.weight[8 * head : 8 * head + 8].T + attention.k.bias[8 * head : 8 * head + 8]
+        variance = (keys - keys.mean(-1, keepdim=True)).square().mean()
+        expected += (attention.k.weight[8 * head : 8 * head + 8] / variance.sqrt() / 3).detach()
+    got = done.weights["decoder.layers.0.attention.op.k.weight"]
+    torch.testing.assert_close(got / got.norm(), expected / expected.norm(), rtol=0, atol=1e-6)
+    query = "decoder.layers.0.attention.op.q.weight"
+    assert torch.equal(done.weights[query], state[query]) and 0 < done.fits[0]["decoder.layers.0.attention"] < 1
+
+
 def test_what_lies_between_projections_and_scores_is_refused():
-    normed = small.build(small.decoder([Causal()], qk_norm=RMSNormSpec()), torch.float32)
-    with pytest.raises(UnsupportedError, match="its qk_norm lies between"):
-        operated(normed, FIT)
     with pytest.raises(UnsupportedError, match="its relative lies between"):
         operated(small.build(small.decoder([Causal()], "shaw"), torch.float32), FIT)
     with pytest.raises(LaminaError, match=r"router.weight is new and has no values yet"):

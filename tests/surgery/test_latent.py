@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lamina.errors import LaminaError, UnsupportedError
-from lamina.layers import RMSNormSpec, RotarySpec
+from lamina.layers import LatentAttentionSpec, RMSNormSpec, RotarySpec, YarnScaling
 from lamina.layers.rotary import table
-from lamina.patterns import Causal, Everything
-from lamina.surgery import Outside, apply, build, read_plan
+from lamina.patterns import Causal, Everything, Window
+from lamina.surgery import Outside, apply, build, read_plan, said
 from lamina.surgery.latent import standstill
 from tests import small, tiny
 from tests.surgery.test_fitting import attentions
@@ -45,6 +45,81 @@ def test_it_is_exact_at_full_rank(name: str, tmp_path: Path):
     less, _ = operated(base, plan | {"rank": rank // 2})
     assert float((run(less, ids) - run(base, ids)).abs().max()) > 1e-4
     works(model.float(), ids, tmp_path)
+
+
+BACK = {
+    "gpt2": (tiny.spec(tiny.GPT2), 33),
+    "bert": (tiny.spec(tiny.BERT), 33),
+    "t5": (tiny.spec(tiny.T5), 32),
+    "fewer key heads": (small.decoder([Causal(), Causal()], "learned", heads=6, key_heads=3).replace(context=40), 16),
+    "positions in the scores": (small.decoder([Causal()], "alibi", heads=4, key_heads=1, scale=0.4), 16),
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", BACK)
+def test_what_does_not_turn_leads_back(name: str, seed: int):
+    """To the spec, and to the weights but for rounding; in plans of JSON too."""
+    spec, rank = BACK[name]
+    base = small.build(spec, seed=seed)
+    ids, state = ids_of(base), {key: p.detach() for key, p in base.named_parameters()}
+    done = apply(read_plan([{"op": "latent", "rank": rank}]), base.spec, state)
+    model, _ = build(done.spec, done.weights)
+    assert done.kept == "exact" and done.undo is not None
+    back = apply(read_plan([said(one) for one in done.undo]), model.spec, dict(model.named_parameters()))
+    again, new = build(back.spec, back.weights)
+    assert back.spec == base.spec and not new and set(back.weights) == set(state)
+    expected = run(base, ids)
+    assert float((run(again, ids) - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
+    for key in state:  # keys and values come back by themselves, not only what is made of them
+        scale = float(state[key].abs().max())
+        torch.testing.assert_close(again.get_parameter(key), base.get_parameter(key), rtol=0, atol=1e-5 * scale)
+
+
+LATENT: dict[str, dict[str, Any]] = {
+    "all of it": {"query_rank": 7, "bias": True, "rotary": RotarySpec(base=50.0, interleaved=True)},
+    "wide values": {"value_dim": 13, "rotary": RotarySpec(base=50.0)},
+    "some of it turns": {"rope_dim": 6, "rotary": RotarySpec(base=50.0, width=4), "bias": True},
+    "YaRN": {"rotary": RotarySpec(base=50.0, scaling=YarnScaling(factor=4.0, original=16, scale_all=0.7))},
+    "nothing turns": {"rope_dim": 0, "scale": 0.3, "query_rank": 5},
+}
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_latent_attention_is_multi_head_attention(name: str, tmp_path: Path):
+    """By the layer that knows of no small vector, with padding on either side, whole and token by token."""
+    fields = {"heads": 3, "key_rank": 5, "nope_dim": 6, "rope_dim": 4, "value_dim": 3, "norm": None} | LATENT[name]
+    spec = small.decoder([Causal(), Causal() & Window(back=5)])
+    layers = tuple(
+        layer.replace(
+            steps=(
+                layer.steps[0].replace(op=LatentAttentionSpec(**fields, pattern=layer.steps[0].op.pattern)),
+                layer.steps[1],
+            )
+        )
+        for layer in spec.decoder.layers
+    )
+    base = small.build(spec.replace(decoder=spec.decoder.replace(layers=layers), context=40))
+    ids = ids_of(base)
+    mask = torch.ones_like(ids)
+    mask[0, :3], mask[1, -2:] = 0, 0
+    model, new = operated(base, {"op": "multi_head"})
+    assert not new and model.spec.decoder.layers[0].steps[0].op.key_heads == 3
+    for given in (None, mask):
+        rows = torch.ones_like(ids).bool() if given is None else mask.bool()
+        expected, got = run(base, ids, given)[rows], run(model, ids, given)[rows]
+        assert float((got - expected).abs().max()) <= 1e-11 * float(expected.abs().max())
+    works(model.float(), ids, tmp_path, verified=name == "all of it")
+
+
+def test_a_norm_of_the_small_vector_is_no_part_of_a_matrix():
+    spec = small.decoder([Causal()])
+    step = spec.decoder.layers[0].steps[0]
+    op = LatentAttentionSpec(heads=2, key_rank=5, nope_dim=6, rope_dim=0, value_dim=3)
+    layer = spec.decoder.layers[0].replace(steps=(step.replace(op=op),))
+    model = small.build(spec.replace(decoder=spec.decoder.replace(layers=(layer,))))
+    with pytest.raises(UnsupportedError, match="decoder.layers.0.attention: a norm stands between the maps"):
+        operated(model, {"op": "multi_head"})
 
 
 @pytest.mark.parametrize("name", WHOLE)

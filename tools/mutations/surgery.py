@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 ALSO: dict[str, tuple[str, ...]] = {
-    "surgery/plan.py": ("tests/surgery/test_tokens.py", "tests/surgery/test_merging.py")
+    "surgery/plan.py": ("tests/surgery/test_tokens.py", "tests/surgery/test_merging.py"),
+    "surgery/multi_head.py": ("tests/surgery/test_latent.py",),
 }
 """Tests of a file beside those that its name tells."""
 
@@ -31,7 +32,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             'if name.startswith(f"{path}.layers.")',
         ),
         ("depth: outputs begin at zero", "if rest in row.zeros:", "if False:"),
-        ("depth: post-norm layers", "if step.after is not None or step.residual != 1.0:", "if False:"),
+        ("depth: post-norm layers", "step.replace(after=None, **gated)", "step.replace(**gated)"),
+        ("depth: what passes is multiplied", "if step.residual != 1.0:", "if False:"),
     ],
     "surgery/stream.py": [
         ("stream: each branch of a sum", "if not all(names for _, names in found):", "if False:"),
@@ -131,6 +133,12 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "surgery/fitting.py": [
         (
+            "fitting: normed keys by their lengths",
+            "same[:, None] / length[:, None] / heads",
+            "same[:, None] / 1 / heads",
+        ),
+        ("fitting: a LayerNorm takes the mean out", "/ size if centred else 0.0", "/ size if False else 0.0"),
+        (
             "fitting: the largest come last",
             "values[..., -rank:].clamp(min=0), vectors[..., -rank:]",
             "values[..., :rank].clamp(min=0), vectors[..., :rank]",
@@ -170,12 +178,31 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "scale=part.head_dim**-0.5 if part.scale is None else part.scale",
             "scale=part.scale",
         ),
+        ("latent: the way back is the old spec", "if edited(back, grouped) != old:", "if False:"),
+        ("latent: the way back to fewer key heads", "fewer = () if back == old else", "fewer = () if True else"),
         ("latent: what turns is taken out", "key = key - up.flatten(0, 1) @ shared", "key = key + 0"),
         (
             "latent: a bias of queries",
             'made[place.weight("q_down.bias")] = Made((bias,), "the queries", lambda x: x)',
             'made[place.weight("q_down.bias")] = Made((bias,), "the queries", lambda x: 0 * x)',
         ),
+    ],
+    "surgery/multi_head.py": [
+        (
+            "multi_head: what turns comes first",
+            "[heads[:, nope:], heads[:, :nope]]",
+            "[heads[:, :nope], heads[:, nope:]]",
+        ),
+        ("multi_head: the scale stays", "scale=None if scale == size**-0.5 else scale", "scale=None"),
+        ("multi_head: some of it turns", "turned = rotary.width or part.rope_dim", "turned = part.rope_dim"),
+        ("multi_head: biases of keys", "Made((k, bias), how, _wide(keys))", "Made((k,), how, nothing)"),
+        ("multi_head: biases of queries", "Made((q, own), how, _wide(queries)) if through else", ""),
+        (
+            "multi_head: wide values",
+            "max(part.nope_dim + part.rope_dim, part.value_dim)",
+            "part.nope_dim + part.rope_dim",
+        ),
+        ("multi_head: a norm between", "if place.part.norm is not None:", "if False:"),
     ],
     "surgery/longformer.py": [
         ("longformer: rows before position 0", "% old.size + old.offset", "% old.size"),

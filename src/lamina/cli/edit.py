@@ -86,8 +86,8 @@ def edit(
     document |= {"directory": str(output), "format": layout, "fits": list(done.fits)}
     lines += fit_lines(done)
     verdict = None
-    if not no_verdict and editing.reads_other_tokens(done):
-        out.note("no verdict: the new model reads other tokens; lamina evaluate FILE gives the bits per byte of both")
+    if not no_verdict and not editing.has_verdict(done):
+        out.note("no verdict: the new model reads other tokens, and predicts no next one, so that no text has a price")
     elif not no_verdict:
         out.note("reading a text with both models")
         verdict = editing.judge(source, output, text=text, tokens=tokens, length=length, progress=_progress(out))
@@ -182,7 +182,9 @@ def verdict_lines(verdict: Verdict) -> list[str]:
         ("tokens/s, reading", *(_figure(side.tokens_per_second, 0) for side in sides)),
         ("tokens/s, writing", *(_figure(side.decoded_per_second, 1) for side in sides)),
     ]
-    difference = f"largest difference {verdict.worst:.2g}"
+    if verdict.before.bits_per_byte is not None:
+        rows.insert(0, ("bits per byte", *(_figure(side.bits_per_byte, 4) for side in sides)))
+    difference = "each by its own" if verdict.worst is None else f"largest difference {verdict.worst:.2g}"
     lines = [f"{heading('verdict')}: {verdict.found}, on {verdict.tokens:,} tokens ({difference})"]
     if verdict.divergence is not None and verdict.agreement is not None:
         lines.append(

@@ -110,7 +110,7 @@ def evaluate(
         return _by_overlap(out, source, files, index, given, reading)
     import lamina
     from lamina.generation import Score, measure
-    from lamina.generation.files import TextFile
+    from lamina.generation.files import Ids, TextFile
     from lamina.generation.perplexity import window_of
 
     for path in files:
@@ -119,8 +119,6 @@ def evaluate(
     tokenizer = lamina.tokenizer(source)
     model = load(source, given)
     window, stride = window_of(model, window, stride)
-    around = tokenizer.encode("")
-    begin = around[0] if around and around[0] == tokenizer.bos else None
     mixed = None
     if knn is not None:
         from lamina.retrieve import KnnLM, open_database
@@ -129,15 +127,13 @@ def evaluate(
     scores: list[Score] = []
     for path in files:
         text, found = TextFile(path, tokenizer), Score()
-        first = _First(text)
+        ids = Ids(text, tokenizer)
         block = None if mixed is None else mixed.block(_same(mixed, tokenizer, path))
-        for found in measure(model, first, begin=begin, window=window, stride=stride, block=block):
+        for found in measure(model, ids, begin=ids.begin, window=window, stride=stride, block=block):
             _progress(out, path, text, found)
         if found.tokens == 0:
             raise LaminaError(f"{path}: {text.bytes} bytes give no token to predict; a text is needed")
-        # The first token is not predicted where nothing stands before it, so its bytes do not count either.
-        unscored = 0 if begin is not None else len(tokenizer.decode([first.id], skip_special=False).encode())
-        found.bytes = text.bytes - unscored
+        found.bytes = ids.predicted(text.bytes)
         scores.append(found)
         _progress(out, path, text, None)
         if text.lost:
@@ -289,20 +285,6 @@ def _tasks(out: Output, source: str, tasks: tuple[str, ...], given: dict[str, An
     ]
     document = {"source": source, "tasks": [dataclasses.asdict(each) for each in found]}
     out.result(document, table(("task", "metric", "value", "std. error", "questions", "shots"), rows))
-
-
-class _First:
-    """The ids of a file one by one, noting the first."""
-
-    def __init__(self, text: TextFile) -> None:
-        self.text, self.id = text, 0
-
-    def __iter__(self) -> Any:
-        first = True
-        for part in self.text:
-            if first and part:
-                self.id, first = part[0], False
-            yield from part
 
 
 def _figures(score: Score) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,3 +61,25 @@ class TextFile:
     def _ids(self, text: str) -> list[int]:
         self.lost |= dict.fromkeys(self.tokenizer.lost(text))
         return self.tokenizer.encode(text, special=False, control=False)
+
+
+class Ids:
+    """The ids of a text one by one, as `measure` takes them. `begin`: what opens a text, or None."""
+
+    def __init__(self, parts: Iterable[Sequence[int]], tokenizer: Tokenizer) -> None:
+        around = tokenizer.encode("")
+        self.begin = around[0] if around and around[0] == tokenizer.bos else None
+        self.parts, self.tokenizer, self.first = parts, tokenizer, 0
+
+    def __iter__(self) -> Iterator[int]:
+        begun = False
+        for part in self.parts:
+            if part and not begun:
+                self.first, begun = part[0], True
+            yield from part
+
+    def predicted(self, count: int) -> int:
+        """Of `count` bytes those that were predicted: without the first token's, where nothing stands before it."""
+        if self.begin is not None:
+            return count
+        return count - len(self.tokenizer.decode([self.first], skip_special=False).encode())

@@ -108,11 +108,18 @@ def _verdict(verdict: Verdict) -> str:
         "tokens/s, reading": [_figure(side.tokens_per_second, 0) for side in sides],
         "tokens/s, writing": [_figure(side.decoded_per_second, 1) for side in sides],
     }
+    if verdict.before.bits_per_byte is not None:
+        rows = {"bits per byte": [_figure(side.bits_per_byte, 4) for side in sides]} | rows
     body = "".join(
         f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
         for name, cells in rows.items()
     )
-    said = f"{verdict.found}, on {verdict.tokens:,} tokens; largest difference of an output {verdict.worst:.2g}"
+    said = f"{verdict.found}, on {verdict.tokens:,} tokens; "
+    said += (
+        "each reads by its own tokenizer"
+        if verdict.worst is None
+        else f"largest difference of an output {verdict.worst:.2g}"
+    )
     if verdict.divergence is not None and verdict.agreement is not None:
         said += (
             f"; KL divergence {verdict.divergence:.3g} nats a token; the likeliest next token is the same after"

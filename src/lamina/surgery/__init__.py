@@ -14,6 +14,7 @@ from lamina.surgery.latent import LatentOperation
 from lamina.surgery.longformer import LongformerOperation
 from lamina.surgery.merging import Merge, Merged
 from lamina.surgery.mixture import Mixture
+from lamina.surgery.multi_head import MultiHead
 from lamina.surgery.norms import CentreOperation, FoldNorms
 from lamina.surgery.operation import Changed, FittedOperation, Joining, Operation, Other, Others, Outside, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
@@ -54,6 +55,7 @@ __all__ = [
     "MergeAdapter",
     "Merged",
     "Mixture",
+    "MultiHead",
     "NeighbourEncoderSize",
     "NewLayers",
     "NewMemory",

@@ -57,7 +57,8 @@ class NewLayers(Operation):
     """Directly after each layer of `after` a copy of it that adds nothing to the residual stream at first.
 
     "zero": what its steps write with is zero, the output projections and their biases (LLaMA-Pro). "gate": each of its
-    steps has a gate that is zero (arXiv:2204.14198, section 2.2), which training opens.
+    steps has a gate that is zero (arXiv:2204.14198, section 2.2), which training opens. After post-norm layers (BERT) a
+    new one has no norms after its steps: a norm of what has been normed with a weight is another vector.
     """
 
     NAME = "new_layers"
@@ -85,9 +86,11 @@ class NewLayers(Operation):
         zeros: list[str] = []
         for step in layer.steps:
             where = f"{path}.{step.name}"
-            if step.after is not None or step.residual != 1.0:
-                why = "is post-norm" if step.after is not None else f"multiplies what passes by {step.residual}"
-                raise UnsupportedError(f"{where} {why}: a layer there changes the stream even if it adds nothing")
+            if step.residual != 1.0:
+                raise UnsupportedError(
+                    f"{where} multiplies what passes by {step.residual}: a layer there changes the stream even if it"
+                    " adds nothing"
+                )
             zeros.append(f"{step.name}.gate")
             found = writers(step.op, width)
             if self.begin == "zero" and (step.post is not None or not found):
@@ -95,8 +98,8 @@ class NewLayers(Operation):
                 raise UnsupportedError(f"{where} {why}, which cannot begin at zero; use begin: gate")
             if self.begin == "zero":
                 zeros += [f"{step.name}.op.{name}.{kind}" for name in found for kind in ("weight", "bias")]
-        if self.begin == "gate":
-            layer = layer.replace(steps=tuple(step.replace(gate=True) for step in layer.steps))
+        gated = {"gate": True} if self.begin == "gate" else {}
+        layer = layer.replace(steps=tuple(step.replace(after=None, **gated) for step in layer.steps))
         return _Row(number, layer, True, frozenset(zeros))
 
 

@@ -80,6 +80,22 @@ def one_key(gram: Tensor, read: Tensor, rotary: RotarySpec | None) -> tuple[Tens
     return down, up
 
 
+def one_normed_key(gram: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+    """As `one_key` for keys that a norm makes equally long, as it does the queries: gram (s, D, s, D).
+
+    A norm leaves the direction of a key, k / |k|, of which |k| is taken as its root mean square on the text, without
+    the mean over the features where `centred`. Queries are normed too, so that no map back can be put into them: what
+    errs least with equal ones is the mean of the directions. Any length of it is as good.
+    """
+    heads, size = gram.shape[:2]
+    own = torch.stack([gram[head, :, head] for head in range(heads)])  # (s, D, D)
+    square = own.diagonal(dim1=1, dim2=2).sum(dim=1) - (own.sum(dim=(1, 2)) / size if centred else 0.0)
+    length = square.clamp(min=1e-300).sqrt()
+    length, same = length / length.mean(), torch.eye(size, dtype=gram.dtype)
+    down = (same[:, None] / length[:, None] / heads).contiguous()  # (D, s, D)
+    return down, same * length[:, None, None]
+
+
 def _complex(gram: Tensor, read: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The moments of keys as complex numbers (P, s, s), and the roots of the energy of what reads them."""
     part = {

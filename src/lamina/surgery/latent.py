@@ -25,8 +25,10 @@ from lamina.model import ModelSpec
 from lamina.specs import Spec
 from lamina.surgery.calibration import Calibration, Texts, check_text
 from lamina.surgery.fitting import lost, one_key, pairs, principal, root_of
+from lamina.surgery.heads import KeyHeads
 from lamina.surgery.moments import affine, check_fit
-from lamina.surgery.operation import Changed, FittedOperation, Promise
+from lamina.surgery.multi_head import MultiHead, written_out
+from lamina.surgery.operation import Changed, FittedOperation, Operation, Promise
 from lamina.surgery.places import EVERYWHERE, Place, edited, places
 from lamina.surgery.weights import Made, Weights
 
@@ -42,7 +44,8 @@ class LatentOperation(FittedOperation):
     """Latent attention in place of attention: a cache keeps `rank` numbers a token, and a key that turns where one did.
 
     Exact where `rank` is as many features as keys and values have, or the layer reads, and nothing turns or there is
-    one key head. Queries with a bias come from a small vector of their own, which is as large as they are.
+    one key head. Queries with a bias come from a small vector of their own, which is as large as they are. What
+    is exact and does not turn leads back by `multi_head`, but for rounding.
     """
 
     NAME = "latent"
@@ -88,7 +91,25 @@ class LatentOperation(FittedOperation):
             if any(place.part.rotary is not None for place in found)
             else Promise("lossy", f"of keys and values {self.rank} features are kept")
         )
-        return Changed(edited(spec, change), Weights(weights, made, gone), promise, None, fits)
+        new = edited(spec, change)
+        undo = self._undo(spec, new, {place.part.key_heads for place in found}) if exact else None
+        return Changed(new, Weights(weights, made, gone), promise, undo, fits)
+
+    def _undo(self, old: ModelSpec, new: ModelSpec, key_heads: set[int]) -> tuple[Operation, ...] | None:
+        """Multi-head attention again, of each group of equal key heads the first; None where that is another spec."""
+        if len(key_heads) > 1:
+            return None
+        heads = key_heads.pop()
+        chosen = {place.path for place in places(old, AttentionSpec, self.at)}
+
+        def grouped(path: str, part: Spec) -> Spec:
+            return part.replace(key_heads=heads) if path in chosen and isinstance(part, AttentionSpec) else part
+
+        back = written_out(new, self.at)
+        if edited(back, grouped) != old:
+            return None
+        fewer = () if back == old else (KeyHeads(heads=heads, by="first", at=self.at),)
+        return MultiHead(at=self.at), *fewer
 
 
 def latent(part: AttentionSpec, rank: int) -> LatentAttentionSpec:

@@ -9,9 +9,9 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from lamina.layers import AttentionSpec
+from lamina.layers import AttentionSpec, LayerNormSpec
 from lamina.surgery.calibration import Calibration
-from lamina.surgery.fitting import lost, one_key, root_of
+from lamina.surgery.fitting import lost, one_key, one_normed_key, root_of
 from lamina.surgery.moments import Attending, check_fit, moments, named
 from lamina.surgery.places import Place
 from lamina.surgery.weights import Made
@@ -26,7 +26,8 @@ def least_squares(
 ) -> dict[str, Made]:
     """The projections of an attention with `heads` key heads, each the best one on a text for those beside it."""
     part = place.part
-    check_fit(place)
+    check_fit(place, normed=True)
+    norm = part.qk_norm
     rotary = part.rotary if isinstance(part, AttentionSpec) else None
 
     @lru_cache(maxsize=1)
@@ -35,7 +36,12 @@ def least_squares(
         seen = moments(place, weights, calibration)
         size = part.key_heads // heads
         spans = [slice(start, start + size) for start in range(0, part.key_heads, size)]
-        key = [one_key(seen.key[span][:, :, span], seen.query[span], rotary) for span in spans]
+        key = [
+            one_key(seen.key[span][:, :, span], seen.query[span], rotary)
+            if norm is None
+            else one_normed_key(seen.key[span][:, :, span], centred=isinstance(norm, LayerNormSpec))
+            for span in spans
+        ]
         value = [one_key(seen.value[span][:, :, span], seen.output[span], None) for span in spans]
         fits[place.shown] = _error(
             (gram[span][:, :, span].flatten(2).flatten(0, 1), read[span], *maps)
@@ -60,7 +66,8 @@ def least_squares(
 
     how, turned = f"least squares of {part.key_heads // heads} heads", "turned to the new key heads"
     made = {name: Made((name,), how, partial(joined, one=one)) for one in "kv" for name in named(place, weights, one)}
-    made |= {name: Made((name,), turned, queries) for name in named(place, weights, "q")}
+    if norm is None:
+        made |= {name: Made((name,), turned, queries) for name in named(place, weights, "q")}
     made[place.weight("o.weight")] = Made((place.weight("o.weight"),), turned, outputs)
     return made
 

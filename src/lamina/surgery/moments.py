@@ -41,11 +41,15 @@ def moments(place: Place[Any], weights: Mapping[str, Tensor], calibration: Calib
     return Moments(key, value, (query @ own @ query.mT).sum(dim=1), torch.einsum("wghd,wghe->gde", output, output))
 
 
-def check_fit(place: Place[Any]) -> None:
-    """Raise UnsupportedError where scores are no product of what the projections give."""
-    for name in ("qk_norm", "relative"):
-        if getattr(place.part, name) is not None:
-            raise UnsupportedError(f"{place.shown}: its {name} lies between its projections and its scores")
+def check_fit(place: Place[Any], normed: bool = False) -> None:
+    """Raise UnsupportedError where scores are no product of what the projections give; `normed`: or of its norms."""
+    if place.part.relative is not None:
+        raise UnsupportedError(f"{place.shown}: its relative lies between its projections and its scores")
+    if place.part.qk_norm is not None and not normed:
+        raise UnsupportedError(
+            f"{place.shown}: its qk_norm lies between its projections and its scores: a normed key is no linear map"
+            " of a small vector"
+        )
 
 
 def affine(place: Place[Any], weights: Mapping[str, Tensor], part: str) -> Tensor:

@@ -132,7 +132,10 @@ def _check_stream(path: str, stack: StackSpec, spec: ModelSpec) -> None:
     if isinstance(stack.position, SinusoidalPositionSpec):
         raise UnsupportedError(f"{path}.position is SinusoidalPositionSpec, which has no weights to centre")
     if stack.input_norm is not None:
-        raise UnsupportedError(f"{path}.input_norm writes to the residual stream, and its mean cannot be taken out")
+        raise UnsupportedError(
+            f"{path}.input_norm writes to the residual stream, and to take its mean out its weight would have to be a"
+            " matrix"
+        )
     if not isinstance(stack.norm, LayerNormSpec):
         found = "None" if stack.norm is None else type(stack.norm).__name__
         raise UnsupportedError(f"{path}.norm is {found}; a LayerNormSpec was expected, after the last layer")
@@ -141,7 +144,10 @@ def _check_stream(path: str, stack: StackSpec, spec: ModelSpec) -> None:
             where = f"{path}.layers.{number}.{step.name}"
             if step.after is not None or step.post is not None:
                 field = "after" if step.after is not None else "post"
-                raise UnsupportedError(f"{where}.{field} writes to the residual stream: this is for pre-norm models")
+                raise UnsupportedError(
+                    f"{where}.{field} writes to the residual stream, and to take its mean out its weight would have to"
+                    " be a matrix: this is for pre-norm models"
+                )
             if not writers(step.op, spec.width):
                 raise UnsupportedError(f"{where} has no output projection whose mean could be taken out")
             branches = step.op.branches if isinstance(step.op, SumSpec) and step.pre is None else (step,)

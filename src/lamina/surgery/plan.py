@@ -23,6 +23,7 @@ from lamina.surgery.latent import LatentOperation
 from lamina.surgery.longformer import LongformerOperation
 from lamina.surgery.merging import Merge
 from lamina.surgery.mixture import Mixture
+from lamina.surgery.multi_head import MultiHead
 from lamina.surgery.norms import CentreOperation, FoldNorms
 from lamina.surgery.operation import Changed, Kept, Operation, Other, Outside, Promise
 from lamina.surgery.patterns import Restore, WindowOperation
@@ -42,6 +43,7 @@ OPERATIONS: dict[str, type[Operation]] = {
         KeyHeads,
         OrderHeads,
         LatentOperation,
+        MultiHead,
         LongformerOperation,
         WindowOperation,
         Upcycle,

@@ -39,6 +39,7 @@ class Side:
     cache_bytes: int | None  # of the longest text that was read; None: it has no cache
     tokens_per_second: float  # reading
     decoded_per_second: float | None  # with a cache, one token after the other
+    bits_per_byte: float | None = None  # of the text; None: the ids are the same, and perplexities compare
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Verdict:
 
     found: Found
     tokens: int
-    worst: float  # the largest difference of an output, as a part of the largest output
+    worst: float | None  # largest difference of an output, by the largest output; None: other tokens, by other models
     divergence: float | None  # KL(before | after) of the next token, nats a token; None: no scores over a vocabulary
     agreement: float | None  # part of the tokens after which both say the same is likeliest
     drift: tuple[Drift, ...]  # layer by layer; nothing where the stacks have different layers
@@ -121,23 +122,29 @@ class _Clock:
         self.tokens += ids.shape[1]
         return out
 
-    @torch.inference_mode()
     def figures(self, text: list[int], nats: float | None, predicted: int) -> Side:
-        model = self.model
         perplexity = None if nats is None or not predicted else math.exp(min(nats / predicted, 700))
-        cache_bytes = decoded = None
-        if model.decoder is not None and not model.spec.two_stacks and model.decoder.spec.repeat == 1:
-            cache = model.new_cache()
-            ids = torch.tensor([text], device=model.embedding.weight.device)
-            more = min(8, len(text) - 1)
-            model(ids[:, : len(text) - more], cache=cache, keep_logits=1)
-            begun = time.perf_counter()
-            for at in range(len(text) - more, len(text)):
-                model(ids[:, at : at + 1], cache=cache, keep_logits=1)
-            decoded = more / (time.perf_counter() - begun)
-            cache_bytes = cache.bytes()
-        count = sum(parameter.numel() for parameter in model.parameters())
-        return Side(count, perplexity, cache_bytes, self.tokens / max(self.seconds, 1e-9), decoded)
+        return side_of(self.model, text, perplexity, self.tokens / max(self.seconds, 1e-9))
+
+
+@torch.inference_mode()
+def side_of(
+    model: Model, text: list[int], perplexity: float | None, rate: float, bits_per_byte: float | None = None
+) -> Side:
+    """The figures of a model, of which those with a cache are measured here, on a text that it reads at one time."""
+    cache_bytes = decoded = None
+    if model.decoder is not None and not model.spec.two_stacks and model.decoder.spec.repeat == 1:
+        cache = model.new_cache()
+        ids = torch.tensor([text], device=model.embedding.weight.device)
+        more = min(8, len(text) - 1)
+        model(ids[:, : len(text) - more], cache=cache, keep_logits=1)
+        begun = time.perf_counter()
+        for at in range(len(text) - more, len(text)):
+            model(ids[:, at : at + 1], cache=cache, keep_logits=1)
+        decoded = more / (time.perf_counter() - begun)
+        cache_bytes = cache.bytes()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return Side(count, perplexity, cache_bytes, rate, decoded, bits_per_byte)
 
 
 class _Total:
