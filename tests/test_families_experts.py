@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,30 @@ def test_the_balance_loss_and_its_gradient_are_those_of_transformers(name: str, 
     depth = len(theirs.model.layers) - 1
     gradient = ours.get_parameter(f"decoder.layers.{depth}.feedforward.op.router.weight").grad
     assert gradient is not None and close(1000 * gradient, 1000 * theirs.model.layers[depth].mlp.gate.weight.grad, 1e-5)
+
+
+@pytest.mark.parametrize("each_row", [True, False])
+def test_the_balance_loss_of_deepseek_is_the_paper_s(each_row: bool, tmp_path: Path):
+    """arXiv:2405.04434, equations 23 to 25, from what transformers' routers choose: of each text, or of the batch."""
+    case = Case(row("deepseek2-experts"), tmp_path)
+    path = case.source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"aux_loss_alpha": 0.3, "seq_aux": each_row}))
+    theirs, gates = copy.deepcopy(case.theirs), []
+    router = theirs.model.layers[-1].mlp.gate
+    router.register_forward_hook(lambda module, given, out: gates.append((out[0].detach().softmax(-1), out[2])))
+    theirs(case.ids)
+    batch, length = case.ids.shape
+    ((scores, chosen),) = gates
+    texts = [range(b * length, (b + 1) * length) for b in range(batch)] if each_row else [range(batch * length)]
+    experts, k = scores.shape[-1], chosen.shape[-1]
+    expected = 0.0
+    for places in texts:
+        for e in range(experts):
+            f = experts / (k * len(places)) * sum(int((chosen[t] == e).sum()) for t in places)
+            expected += f * float(scores[list(places), e].mean()) / len(texts)
+    found = lamina.load(case.source)(case.ids).losses
+    depth = len(theirs.model.layers) - 1
+    assert k > 1 and found[f"decoder.layers.{depth}.feedforward.op.balance"].item() == pytest.approx(0.3 * expected)
 
 
 def test_the_losses_of_switch_are_the_paper_s_and_those_of_transformers_where_asked_for(tmp_path: Path):

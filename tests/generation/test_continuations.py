@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -133,9 +134,34 @@ def test_texts_end_with_their_stops_and_so_does_the_work(monkeypatch):
     assert len(read) < 8
 
 
-def test_the_tokenizers_end_ends_a_row():
+@torch.no_grad()
+def test_a_row_that_has_ended_writes_no_padding(tmp_path):
+    """Padding that is a token like any other, as where a checkpoint names none: another row goes on beside it."""
+    directory = tiny.checkpoint(tmp_path / "tiny")
+    words = lamina.tokenizer(directory)
+    prompts = [words.encode(text) for text in PROMPTS]
+
+    def written() -> list[list[int]]:
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
+        rows = [theirs.generate(torch.tensor([each]), max_new_tokens=12, do_sample=False)[0] for each in prompts]
+        return [row[len(each) :].tolist() for row, each in zip(rows, prompts, strict=True)]
+
+    end = written()[0][2]
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": end, "pad_token_id": 65}))
+    expected = written()
+    assert len(set(map(len, expected))) > 1 and words.decode([65])
+    assert write(lamina.load(directory), words, prompts, max_new_tokens=12) == [words.decode(ids) for ids in expected]
+
+
+def test_the_tokenizers_end_ends_a_row(monkeypatch):
     """Where the checkpoint's end is another one: the model's first choice is made the end of the tokenizer alone."""
     model, words = tiny.model(), tiny.tokenizer()
+    read, forward = [], type(model).forward
+
+    def counted(self, ids, *rest, **more):
+        read.append(ids.shape[1])
+        return forward(self, ids, *rest, **more)
+
     prompt = words.encode("the cat")
     with torch.no_grad():
         first = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
@@ -143,7 +169,9 @@ def test_the_tokenizers_end_ends_a_row():
         model.head.weight[words.eos] = last * 2
         model.head.weight[first] = 0
     model.origin = type("Origin", (), {"generation": {"eos_token_id": 5}})()
+    monkeypatch.setattr(type(model), "forward", counted)
     assert write(model, words, [prompt], max_new_tokens=20) == [""]
+    assert read == [len(prompt)]  # an end token that is read has no text either
 
 
 def test_sampled_texts_repeat_with_their_seed_and_stops_are_checked():

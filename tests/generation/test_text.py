@@ -6,12 +6,14 @@ import itertools
 
 import pytest
 import torch
+import transformers
 
 import lamina
 from lamina.errors import LaminaError
 from lamina.generation import Sampling
+from lamina.generation.beam import Beaming
 from lamina.generation.chat import Chat
-from lamina.generation.text import Writing
+from lamina.generation.text import Writing, find_texts
 from tests import tiny
 
 
@@ -81,6 +83,7 @@ def test_half_a_character_at_the_end_is_shown_as_such():
         ("over the hills", ["he hi"], "over t"),
         ("over the hills", ["hills!"], "over the hills"),  # begins, never ends: nothing is lost
         ("over the hills", ["hi", "he"], "over t"),  # the first to come
+        ("over the hills", ["he", "th"], "over "),  # the first of two that one token, " the", brings
         ("aab", ["ab"], "a"),  # a false start overlaps the true one
         ("日本", ["本"], "日"),
         ("over", ["o"], ""),
@@ -136,6 +139,23 @@ def test_text_equals_generate():
     text = "".join(writing)
     ids = lamina.generate(model, torch.tensor([prompt]), max_new_tokens=20, temperature=0.8, seed=1)[0, len(prompt) :]
     assert writing.ids == ids.tolist() and text == tokenizer.decode(ids.tolist())
+
+
+@torch.no_grad()
+def test_texts_of_beams_end_with_their_end_token(tmp_path):
+    """Those of transformers, each up to its end token, and not with the padding that the longest one brings."""
+    end = 118  # which the likeliest texts have, some of them sooner
+    directory = tiny.checkpoint(tmp_path / "tiny", tiny.T5 | {"eos_token_id": end})
+    tokenizer = lamina.tokenizer(directory)
+    prompt = tokenizer.encode("one two")
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(directory).generate(
+        torch.tensor([prompt]), max_new_tokens=7, num_beams=4, num_return_sequences=3, length_penalty=0.0
+    )
+    expected = [ids[: ids.index(end) + 1] if end in ids else ids for ids in theirs[:, 1:].tolist()]
+    beaming = Beaming(beams=4, best=3, length_penalty=0.0)
+    found = find_texts(lamina.load(directory), tokenizer, prompt, beaming=beaming, max_new_tokens=7)
+    assert [list(each.ids) for each in found] == expected and len(set(map(len, expected))) > 1
+    assert [each.text for each in found] == [tokenizer.decode(ids) for ids in expected]
 
 
 @pytest.mark.parametrize("config", [tiny.LLAMA, tiny.MISTRAL], ids=["llama", "mistral"])

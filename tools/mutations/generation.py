@@ -6,7 +6,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "generation/feeder.py": ("tests/test_encoder_decoder.py", "tests/test_families_led.py"),
     "generation/limits.py": ("tests/generation/test_loop.py", "tests/test_families_whisper.py"),
     "generation/perplexity.py": ("tests/generation/test_continuations.py",),
-    "generation/text.py": ("tests/cli/test_writing.py", "tests/generation/test_continuations.py"),
+    "generation/text.py": ("tests/generation/test_continuations.py",),
 }
 """Tests of a file beside those that its name tells."""
 
