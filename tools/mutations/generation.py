@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 ALSO: dict[str, tuple[str, ...]] = {
+    "generation/embed.py": ("tests/retrieve/test_database.py",),
     "generation/feeder.py": ("tests/test_encoder_decoder.py", "tests/test_families_led.py"),
     "generation/limits.py": ("tests/generation/test_loop.py", "tests/test_families_whisper.py"),
     "generation/perplexity.py": ("tests/generation/test_continuations.py",),
@@ -91,6 +92,15 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("continuations: before the padding", "hidden[row, lengths[row] - size : lengths[row]]", "hidden[row, -size:]"),
         ("continuations: all of it is greedy", "bool(best.all())", "bool(best.any())"),
         ("continuations: full is not too full", "len(row) > context", "len(row) >= context"),
+    ],
+    "generation/embed.py": [
+        (
+            "texts are read at few lengths",
+            "rounded(max(map(len, rows)), model.spec.source_context)",
+            "max(map(len, rows))",
+        ),
+        ("a length that the model reads", "max(min(up, most), length)", "up"),
+        ("vectors of length 1 in 16 bits", "mean_of(hidden, mask)).float()", "mean_of(hidden, mask))"),
     ],
     "generation/feeder.py": [
         ("relative positions go on", 'cache == "sinks" or model.spec.two_stacks', 'cache == "sinks"'),
