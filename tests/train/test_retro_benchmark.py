@@ -67,7 +67,7 @@ def test_layers_are_gradients_of_the_gates(work: Path, monkeypatch: pytest.Monke
     )
     reads = sum(64 for row in batch.inputs["neighbours"] for chunk in row if bool((chunk >= 0).any()))
     assert reads > 0
-    model, gates = build(*retrofit(base.spec, base.state_dict(), layers=range(LAYERS), chunk=64, begin="copied"))
+    model, gates = build(*retrofit(base.spec, base.state_dict(), layers=tuple(range(LAYERS)), chunk=64, begin="copied"))
     assert len(gates) == len(found["with_neighbours"]) == len(found["other_neighbours"]) == LAYERS
     for layer in (0, 18, LAYERS - 1):
         gate, sides = model.get_parameter(f"decoder.layers.{layer}.retrieval.gate"), []

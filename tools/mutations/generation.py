@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 ALSO: dict[str, tuple[str, ...]] = {
-    "generation/embed.py": ("tests/retrieve/test_database.py",),
     "generation/feeder.py": ("tests/test_encoder_decoder.py", "tests/test_families_led.py"),
     "generation/limits.py": ("tests/generation/test_loop.py", "tests/test_families_whisper.py"),
     "generation/perplexity.py": ("tests/generation/test_continuations.py",),

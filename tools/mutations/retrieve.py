@@ -123,7 +123,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("states are read in windows", "begin = max(last - window, 0)", "begin = 0"),
         ("a batch begins at the window that it is in", "(low - window) // stride * stride", "low - window"),
         ("states are read at few lengths", "rounded(len(ids), window) - len(ids)", "0"),
-        ("what fills a row has no states", "first - begin : last - begin]", "first - begin :]"),
     ],
     "retrieve/store.py": [
         ("what is left out of a search", "distance.masked_fill_((numbers", "distance.masked_fill((numbers"),

@@ -147,7 +147,7 @@ def states_of(
         mask = torch.tensor([[1] * len(ids) + [0] * rest], device=device)
         with watched(model) as seen:
             model(row, mask, keep_logits=0)
-        state = seen[-1][0, first - begin : last - begin].float().cpu()
+        state = seen[-1][0, first - begin :].float().cpu()
         parts.append(state[max(low - first, 0) : max(high - first, 0)])
         first = last
     return torch.cat(parts)
