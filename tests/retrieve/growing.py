@@ -1,4 +1,5 @@
-"""How much memory a build holds after each batch, as a process of its own: python growing.py ROOT ENGINE.
+"""How much memory a build holds after each batch, as a process of its own: python growing.py ROOT DTYPE TEXTS,
+where TEXTS are embedded at once.
 
 The embedder is as wide as real ones, with one layer of random weights, and chunks differ in length as they do in real
 text: tensors of ever other sizes come and go. Prints the MB after the second batch, and the most after a later one.
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lamina.retrieve import Embedder, Engine, Progress, build
+from lamina.retrieve import Embedder, Progress, build
 from tests import tiny
 from tests.retrieve import made
 
@@ -33,7 +34,7 @@ def held() -> int:
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) >> 10
 
 
-def main(root: Path, kind: str) -> None:
+def main(root: Path, dtype: str, at_once: int) -> None:
     torch.set_num_threads(1)
     random = np.random.default_rng(0)
     sizes = random.integers(20, 200, BATCHES * BATCH)
@@ -46,10 +47,11 @@ def main(root: Path, kind: str) -> None:
         if progress.what == "embedding":
             seen.append(held())
 
-    build(text, root / "index", Embedder(root / "bert"), chunk=CHUNK, batch=BATCH, engine=Engine(kind), report=note)
+    embedder = Embedder(root / "bert", dtype, batch=at_once)
+    build(text, root / "index", embedder, chunk=CHUNK, batch=BATCH, report=note)
     assert len(seen) == BATCHES + 1
     print(seen[2], max(seen[3:]))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -107,6 +107,23 @@ def test_a_text_that_is_known_is_predicted_unless_it_is_left_out(room):
     assert list(measure(model, ids, block=everything))[-1].nats == pytest.approx(plain + (len(ids) - 1) * math.log(2))
 
 
+def test_states_are_read_at_few_lengths(tmp_path: Path):
+    """Each length that a model reads in 16 bits costs memory for good; what fills a row changes no state."""
+    source = tiny.checkpoint(tmp_path / "model", tiny.LLAMA)
+    documents = ["a" * size for size in range(2, 40)]
+    text = made.prepared(tmp_path / "text", made.rows(tmp_path / "t.jsonl", documents))
+    model, shapes = lamina.load(source), []
+    with model.register_forward_pre_hook(lambda module, given: shapes.append(tuple(given[0].shape))):
+        build_states(text, tmp_path / "index", model, source=str(source), window=38)
+    assert set(shapes) == {(1, 16), (1, 32), (1, 38)} and len(shapes) >= len(documents)
+    database = open_database(tmp_path / "index")
+    for number in (0, 14, 29):
+        ids = text.columns["text"][number].tolist()
+        rows = torch.arange(int(database.starts[number]), int(database.starts[number + 1]))
+        found = database.store.vectors(rows)
+        torch.testing.assert_close(found, theirs(tmp_path, ids[:-1]), rtol=1e-4, atol=1e-4)
+
+
 def test_windows_of_states(tmp_path: Path):
     """Documents longer than a window: every state is of a window, whatever the batches are."""
     source = tiny.checkpoint(tmp_path / "model", tiny.LLAMA)

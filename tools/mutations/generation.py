@@ -92,6 +92,15 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("continuations: all of it is greedy", "bool(best.all())", "bool(best.any())"),
         ("continuations: full is not too full", "len(row) > context", "len(row) >= context"),
     ],
+    "generation/embed.py": [
+        (
+            "texts are read at few lengths",
+            "rounded(max(map(len, rows)), model.spec.source_context)",
+            "max(map(len, rows))",
+        ),
+        ("a length that the model reads", "max(min(up, most), length)", "up"),
+        ("vectors of length 1 in 16 bits", "mean_of(hidden, mask)).float()", "mean_of(hidden, mask))"),
+    ],
     "generation/feeder.py": [
         ("relative positions go on", 'cache == "sinks" or model.spec.two_stacks', 'cache == "sinks"'),
         ("learned positions end", "two_stacks) and not isinstance(position, LearnedPositionSpec)", "two_stacks)"),

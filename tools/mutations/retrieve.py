@@ -122,6 +122,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("a value is the token after its state", "self._read(i, 1 + low, 1 + high)", "self._read(i, low, high)"),
         ("states are read in windows", "begin = max(last - window, 0)", "begin = 0"),
         ("a batch begins at the window that it is in", "(low - window) // stride * stride", "low - window"),
+        ("states are read at few lengths", "rounded(len(ids), window) - len(ids)", "0"),
     ],
     "retrieve/store.py": [
         ("what is left out of a search", "distance.masked_fill_((numbers", "distance.masked_fill((numbers"),

@@ -15,6 +15,10 @@ from lamina.layers import mean_of
 from lamina.model import Model
 from lamina.weights.files import read_json
 
+STEP = 16
+"""Tokens: lengths are multiples of it. For each new shape of a matrix product in 16 bits the library of the CPU makes a
+kernel and keeps it: 2 MiB for each length that MiniLM reads."""
+
 
 class Encoder(Protocol):
     """What is needed of a tokenizer."""
@@ -88,12 +92,18 @@ def vectors_of(model: Model, rows: Sequence[list[int]], pooling: Pooling, batch:
     vectors = torch.empty(len(rows), model.spec.width)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        vectors[chosen] = _vectors(model, [rows[i] for i in chosen], pooling).float()
+        vectors[chosen] = _vectors(model, [rows[i] for i in chosen], pooling).cpu()
     return vectors
 
 
+def rounded(length: int, most: int | None) -> int:
+    """The next multiple of `STEP`, or `most` where that is less: what a row of so many tokens is padded to."""
+    up = -(-length // STEP) * STEP
+    return up if most is None else max(min(up, most), length)
+
+
 def _vectors(model: Model, rows: list[list[int]], pooling: Pooling) -> Tensor:
-    length = max(map(len, rows))
+    length = rounded(max(map(len, rows)), model.spec.source_context)
     device = model.embedding.weight.device
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
@@ -101,5 +111,5 @@ def _vectors(model: Model, rows: list[list[int]], pooling: Pooling) -> Tensor:
     hidden = (
         model.encode(ids, mask) if model.spec.two_stacks else model(ids, mask, keep_logits=0).hidden
     )  # (B, T, width)
-    vectors = hidden[:, 0] if pooling.mode == "first" else mean_of(hidden, mask)
+    vectors = (hidden[:, 0] if pooling.mode == "first" else mean_of(hidden, mask)).float()
     return torch.nn.functional.normalize(vectors, dim=-1) if pooling.normalise else vectors

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina.errors import UnsupportedError
+from lamina.generation.embed import rounded
 from lamina.generation.perplexity import check_ids, check_predicts, window_of
 from lamina.layers.experts import Experts
 from lamina.layers.feedforward import FeedForward
@@ -141,8 +142,11 @@ def states_of(
         begin = max(last - window, 0)
         ids = read(begin, last).tolist()
         check_ids(model, ids)
+        rest, device = rounded(len(ids), window) - len(ids), model.embedding.weight.device
+        row = torch.tensor([ids + [0] * rest], device=device)
+        mask = torch.tensor([[1] * len(ids) + [0] * rest], device=device)
         with watched(model) as seen:
-            model(torch.tensor([ids], device=model.embedding.weight.device), keep_logits=0)
+            model(row, mask, keep_logits=0)
         state = seen[-1][0, first - begin :].float().cpu()
         parts.append(state[max(low - first, 0) : max(high - first, 0)])
         first = last
