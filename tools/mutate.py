@@ -309,7 +309,7 @@ def unchanged(
 def clean_copy(folder: Path) -> None:
     """What the tests need, without history and caches."""
     ignored = shutil.ignore_patterns("__pycache__", ".*", "*.pyc")
-    for name in ("src", "tests"):
+    for name in ("src", "tests", "benchmarks"):  # the tests take models from the benchmarks
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md"):  # the README is a text to train on
         shutil.copy(ROOT / name, folder)
