@@ -53,15 +53,15 @@ class Mutation:
         return mutated
 
 
-THROUGH_FAMILIES = ("layers/longformer.py", "layers/bigbird.py", "marks.py", "exporting.py", "adapting.py")
-"""Files whose tests are those that tools/mutations/ names: the tests of the families that have them."""
+NAMED = ("layers/longformer.py", "layers/bigbird.py", "marks.py", "exporting.py", "adapting.py", "train/loader.py")
+"""Files whose tests are those that tools/mutations/ names alone: of the families that have them, or a few of a file."""
 
 
 def tests_of(file: str) -> tuple[str, ...]:
     """The tests that are there to notice a fault in a file, with options of pytest where not all of them are."""
     name = Path(file).stem
     folder = Path(file).parent.name
-    if file in THROUGH_FAMILIES:
+    if file in NAMED:
         return ()
     if name == "auto_map" or folder == "remote":
         return ("tests/test_auto_map.py",)
@@ -106,7 +106,7 @@ def tests_of(file: str) -> tuple[str, ...]:
             "run": ("records", "directory"),
             "report": ("curves", "past"),
             "guards": ("finite", "fitting"),
-            "loop": ("sums", "optimiser", "loader", "precision"),
+            "loop": ("sums", "optimiser", "precision"),
             "training": ("building", "around", "evaluating", "saving"),
         }
         name = next((test for test, stems in through.items() if name in stems), name)
@@ -148,9 +148,10 @@ def declared() -> list[Mutation]:
         spec.loader.exec_module(module)
         also = getattr(module, "ALSO", {})
         for file, entries in module.MUTATIONS.items():
-            for feature, old, new in entries:
-                tests, more = tests_of(file), also.get(file, ())
-                rows.append(Mutation(feature, file, old, new, more + tests if "families" in file else tests + more))
+            tests, more = tests_of(file), also.get(file, ())
+            # What is shared by a room of many files takes longest, and is tried last.
+            tests = more + tests if file.startswith(("families/", "attend/")) else tests + more
+            rows += [Mutation(feature, file, old, new, tests) for feature, old, new in entries]
     return rows
 
 
@@ -265,7 +266,7 @@ def start(feature: str, file: str, mutated: str, tests: tuple[str, ...], folder:
             with report.open("w") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
                 import pytest
 
-                there = [test for test in tests if test.startswith("--") or Path(test).exists()]
+                there = [test for test in tests if test.startswith("--") or Path(test.split("::")[0]).exists()]
                 status = int(pytest.main(["-x", "-q", "--tb=line", "--assert=plain", "-p", "no:cacheprovider", *there]))
         except BaseException:  # it must not go on as a second parent
             report.write_text(traceback.format_exc())
@@ -308,7 +309,7 @@ def unchanged(
 def clean_copy(folder: Path) -> None:
     """What the tests need, without history and caches."""
     ignored = shutil.ignore_patterns("__pycache__", ".*", "*.pyc")
-    for name in ("src", "tests"):
+    for name in ("src", "tests", "benchmarks"):  # the tests take models from the benchmarks
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md"):  # the README is a text to train on
         shutil.copy(ROOT / name, folder)

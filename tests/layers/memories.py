@@ -41,8 +41,9 @@ MEMORIES: dict[str, tuple[Any, Pattern]] = {
 }
 UNBOUNDED = ("infini beside all keys",)
 """Those whose own keys reach everything."""
-NO_FIXED = {"infini": "sums up what has passed", "compressive": "(compresses|sums up) what has passed"}
-"""What a fixed cache says of a kind of memory."""
+NO_FIXED = {name: "compresses what has passed" for name in MEMORIES if name.startswith("compressive")}
+NO_FIXED |= {name: "sums up what has passed" for name in MEMORIES if "infini" in name or "used" in name}
+"""What a fixed cache says of a memory."""
 
 
 def spec(memory: Any, pattern: Pattern, layers: int = 2, **fields: Any) -> ModelSpec:

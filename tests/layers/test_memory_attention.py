@@ -51,8 +51,7 @@ def read(model: Model, ids: Tensor, split: list[int], kind: str = "auto", **give
 def test_any_pieces_are_the_whole(name: str):
     model, ids = build(name), small.ids(2, TEXT)
     whole = model(ids).hidden
-    family = name.partition(",")[0].split()[0]
-    refused = {"fixed": NO_FIXED[family]} if family in NO_FIXED else {}
+    refused = {"fixed": NO_FIXED[name]} if name in NO_FIXED else {}
     refused |= {"ring": "looks back without limit"} if name in UNBOUNDED else {}
     for kind in ("auto", "growing", "ring", "fixed"):
         if kind in refused:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 ALSO: dict[str, tuple[str, ...]] = {
-    "parallel/checkpoint.py": ("tests/parallel/test_state.py", "tests/train/test_ranks.py"),
+    "parallel/checkpoint.py": (
+        "tests/train/test_ranks.py::test_parts_are_written_by_each_rank_and_read_by_any_number",
+        "tests/parallel/test_state.py",
+    ),
     "parallel/collectives.py": ("tests/parallel/test_same.py",),
     "parallel/context.py": ("tests/parallel/test_same.py", "tests/parallel/test_state.py"),
     "parallel/experts.py": ("tests/parallel/test_same.py",),

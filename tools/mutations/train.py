@@ -4,7 +4,10 @@ from __future__ import annotations
 
 ALSO: dict[str, tuple[str, ...]] = {
     "train/past.py": ("tests/cli/test_runs.py",),
-    "train/loader.py": ("tests/train/test_ranks.py",),
+    "train/loader.py": (
+        "tests/train/test_loop.py::test_rows_of_a_length_are_read_together",
+        "tests/train/test_ranks.py::test_rows_of_a_forward_that_nobody_has_said",
+    ),
     "train/saving.py": ("tests/train/test_ranks.py",),
     "train/building.py": ("tests/train/test_healing.py",),
     "train/around.py": ("tests/train/test_healing.py",),
