@@ -132,7 +132,7 @@ class Other:
         away = (chunks + count // 2) % count
         whole = (self.found.rows >= 0).all(1)  # the ends of documents have none: the last before them that has
         last = torch.where(whole, torch.arange(count), -1).cummax(0).values
-        return self.found.values(last[away].clamp(min=0))
+        return self.found.values(last[away].clamp(min=0).where(chunks >= 0, -1))
 
 
 def read_over(

@@ -393,8 +393,6 @@ def retro_figures() -> str:
     for part, name, what in (
         ("fitted", "related", "SmolLM2 on held-out pages"),
         ("fitted", "unrelated", "SmolLM2 on Shakespeare, neighbours from the pages"),
-        ("fitted_gates_0.6", "related", "On held-out pages, gates at six tenths"),
-        ("fitted_gates_0.6", "unrelated", "On Shakespeare, gates at six tenths"),
     ):
         if name in found.get(part, {}):
             runs = found[part][name]["runs"]
@@ -410,6 +408,22 @@ def retro_figures() -> str:
             ]
             header = ("a neighbour holds", "chunks", "SmolLM2", "with those of other chunks", "with its own", "")
             parts += [f"{what}, perplexity:", _table(header, rows)]
+    if "fitting" in found:
+        rows = [
+            (
+                one["what"],
+                f"{one['rate']:g}",
+                str(one["gates"]),
+                str(one["seed"]),
+                f"{100 * one['related']:+.1f} %",
+                f"{100 * one['unrelated']:+.1f} %",
+            )
+            for one in found["fitting"]
+        ]
+        parts += [
+            "Ways to train it, 12 steps each, by what they change:",
+            _table(("", "rate", "gates, times it", "seed", "held-out pages", "Shakespeare"), rows),
+        ]
     return "\n\n".join(parts) + "\n"
 
 

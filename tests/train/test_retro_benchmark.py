@@ -82,6 +82,18 @@ def test_layers_are_gradients_of_the_gates(work: Path, monkeypatch: pytest.Monke
     assert found["with_neighbours"] != found["other_neighbours"]
 
 
+def test_neighbours_of_others_are_of_chunks_alone(work: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where a row ends no more chunks there is nothing to give."""
+    monkeypatch.chdir(work)
+    text = open_prepared("kernel-smol/train")
+    found = open_neighbours("kernel-smol-near", open_database("kernel-smol-index"), text)
+    given = torch.tensor([[0, 1, -1], [5, -1, -1]])
+    other = retro.Other(found).values(given)
+    assert other.shape == found.values(given).shape
+    assert ((other >= 0).any(3).any(2) == (given >= 0)).all()
+    assert not torch.equal(other, found.values(given))
+
+
 def test_a_fitted_model_is_trained_and_measured(work: Path, monkeypatch: pytest.MonkeyPatch):
     (work / "other.txt").write_text("The cat sat on a hill, and the dog ran over the mat. " * 9)
     words = ("fitted", "--seeds", 1, "--documents", 3, "--tokens", 200, "--unrelated", work / "other.txt")
