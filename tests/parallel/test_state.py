@@ -338,6 +338,11 @@ def one(rank: int, folder: Path) -> None:
 
     with pytest.raises(CheckpointError, match=r"op\.k\.weight is torch.float64 \[32, 32\]; .*\[16, 32\] is needed"):
         load_parts(folder / "gpt2-2", other)
+    lacks = model("gpt2", {})
+    assert lacks.decoder is not None
+    lacks.decoder.norm = None
+    with pytest.raises(CheckpointError, match=r"holds model\.decoder\.norm\.\w+, and the model has none of that name"):
+        load_parts(folder / "gpt2-2", lacks)
 
 
 def three(rank: int, folder: Path) -> None:
