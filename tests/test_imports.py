@@ -40,7 +40,7 @@ ROWS = (
     "marks data",
     "native document",
     "specs tokens weights text packaged machine",
-    "durable",
+    "durable figures",
     "errors",
 )
 FLOOR = {name: floor for floor, row in enumerate(reversed(ROWS)) for name in row.split()}

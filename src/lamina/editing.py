@@ -44,7 +44,7 @@ from lamina.surgery import (
     read_plan,
     said,
 )
-from lamina.surgery.calibration import LONGEST, SAMPLE, TOKENS, Texts, random_texts, texts_by
+from lamina.surgery.calibration import LONGEST, TOKENS, Texts, random_texts, text_in, texts_by
 from lamina.surgery.verdict import side_of
 from lamina.surgery.weights import dtype_of
 
@@ -180,11 +180,8 @@ def has_verdict(done: Applied) -> bool:
     """Whether both models can be compared: where a text is other ids after a plan, by what it costs each, a byte."""
     if not any(isinstance(operation, SwapTokenizer) for operation in done.operations):
         return True
-    return all(spec.decoder is not None and spec.head is not None and not spec.two_stacks for spec in _both(done))
-
-
-def _both(done: Applied) -> tuple[ModelSpec, ModelSpec]:
-    return done.before, done.spec
+    specs = done.before, done.spec
+    return all(spec.decoder is not None and spec.head is not None and not spec.two_stacks for spec in specs)
 
 
 def write(
@@ -331,11 +328,7 @@ def _by_bytes(
 ) -> Verdict:
     """What the same text costs both, a byte, each by its own tokenizer: its beginning, about `limit` tokens of the old
     one. Nothing can be compared token by token."""
-    place = SAMPLE if text is None else text
-    try:
-        whole = place.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise LaminaError(f"{place} is no text in UTF-8") from None
+    whole = text_in(text)
     cut, sides, tokens = whole, [], 0
     for model in (old, new):
         assert model.origin is not None

@@ -193,7 +193,7 @@ def test_the_verdict_on_another_tokenizer_is_bits_per_byte(lam, source, tmp_path
     shown = [f"{verdict[side]['bits_per_byte']:.4f}" for side in ("before", "after")]
     assert f"bits per byte</th><td>{'</td><td>'.join(shown)}" in page.read_text()
     few = lam("edit", source, path, "-o", tmp_path / "few", "--text", text, "--tokens", "40").out
-    assert "bits per byte" in few and "each by its own" in few
+    assert "bits per byte" in few and "each by its own tokenizer" in few
     count = int(few.split(" tokens (each")[0].split()[-1])
     assert 60 <= count <= 90  # of both
     text.write_bytes(b"\xff\xfe")

@@ -15,8 +15,9 @@ import pytest
 import lamina
 from lamina.cli import main, program
 from lamina.cli.errors import Failed
-from lamina.cli.output import Output, share, short, size, table
+from lamina.cli.output import Output, share, table
 from lamina.cli.program import COMMANDS, HERE
+from lamina.figures import short, size
 
 BUILT = [name for name in COMMANDS if (HERE / f"{name}.py").is_file()]
 LAMINA = [sys.executable, "-m", "lamina"]
@@ -242,6 +243,7 @@ def test_numbers():
         "1.00 M",
         "420 T",
     ]
+    assert [short(n, "tokens") for n in (0, 999, 4_780_000)] == ["0 tokens", "999 tokens", "4.78 Mtokens"]
     assert [size(n) for n in (0, 1023, 1024, 63 * 2**30)] == ["0 B", "1023 B", "1.0 KiB", "63.0 GiB"]
     assert [share(1, 3), share(0, 0)] == ["33.3 %", "-"]
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lamina.cli.output import Output, columns, share, short, size, table
+from lamina.cli.output import Output, columns, share, table
 from lamina.cli.program import command
+from lamina.figures import short, size
 
 if TYPE_CHECKING:
     from lamina.accounting import Account
@@ -45,9 +46,9 @@ def _lines(source: str, found: Account) -> list[str]:
     facts = [
         ("parameters", f"{found.parameters:,}{active}"),
         ("weights", f"{size(found.weight_bytes)} in {found.dtype}"),
-        ("reading", f"{short(found.flops_prefill)}FLOP for {found.batch} x {found.context} tokens"),
-        ("one more token", f"{short(found.flops_per_token)}FLOP"),
-        ("training", f"{short(found.flops_train_per_token)}FLOP a token"),
+        ("reading", f"{short(found.flops_prefill, 'FLOP')} for {found.batch} x {found.context} tokens"),
+        ("one more token", short(found.flops_per_token, "FLOP")),
+        ("training", f"{short(found.flops_train_per_token, 'FLOP')} a token"),
         ("cache", f"{size(found.cache_bytes)} for {found.batch} x {found.context} tokens in {found.dtype}"),
     ]
     rows = [

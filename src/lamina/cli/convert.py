@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from lamina.cli.output import Output, size
+from lamina.cli.output import Output
 from lamina.cli.program import command
+from lamina.figures import size
 
 EXAMPLES = """
 lamina convert smollm2-135m ./smollm2

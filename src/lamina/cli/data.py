@@ -10,9 +10,10 @@ import click
 
 from lamina.cli.corpus import corpus_options, wanted
 from lamina.cli.errors import Failed
-from lamina.cli.output import Output, duration, short, size, table
+from lamina.cli.output import Output, duration, table
 from lamina.cli.program import NAMES, command
 from lamina.cli.progress import Line
+from lamina.figures import short, size
 
 if TYPE_CHECKING:
     from lamina.data import Manifest
@@ -217,8 +218,7 @@ class _Line(Line):
 
     def show(self, progress: Progress) -> None:
         rate = progress.bytes / max(time.monotonic() - self.started, 1e-9)
-        tokens = short(progress.tokens) if progress.tokens >= 1000 else f"{progress.tokens} "
-        line = f"{Path(progress.source).name}: {tokens}tokens, {rate / 1e6:.2f} MB/s"
+        line = f"{Path(progress.source).name}: {short(progress.tokens, 'tokens')}, {rate / 1e6:.2f} MB/s"
         if progress.total > progress.bytes and rate:
             part, left = 100 * progress.bytes / progress.total, (progress.total - progress.bytes) / rate
             line += f", {part:.0f} %, {duration(left)} left"

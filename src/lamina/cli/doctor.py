@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from lamina.cli.output import Output, heading, size
+from lamina.cli.output import Output, heading
 from lamina.cli.program import command
+from lamina.figures import size
 from lamina.machine import cores, memory, version
 
 EXAMPLES = """

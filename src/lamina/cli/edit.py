@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lamina.cli.convert import LAYOUTS, Size
-from lamina.cli.output import Output, heading, short, size, table, wrapped
+from lamina.cli.output import Output, heading, table, wrapped
 from lamina.cli.program import command
 from lamina.errors import LaminaError
+from lamina.figures import short, size
 
 if TYPE_CHECKING:
     from lamina.editing import Costs
@@ -184,7 +185,7 @@ def verdict_lines(verdict: Verdict) -> list[str]:
     ]
     if verdict.before.bits_per_byte is not None:
         rows.insert(0, ("bits per byte", *(_figure(side.bits_per_byte, 4) for side in sides)))
-    difference = "each by its own" if verdict.worst is None else f"largest difference {verdict.worst:.2g}"
+    difference = "each by its own tokenizer" if verdict.worst is None else f"largest difference {verdict.worst:.2g}"
     lines = [f"{heading('verdict')}: {verdict.found}, on {verdict.tokens:,} tokens ({difference})"]
     if verdict.divergence is not None and verdict.agreement is not None:
         lines.append(

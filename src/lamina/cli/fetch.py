@@ -16,8 +16,9 @@ from typing import Any
 import click
 
 from lamina.cli.errors import Failed
-from lamina.cli.output import Output, size
+from lamina.cli.output import Output
 from lamina.cli.program import command
+from lamina.figures import size
 from lamina.packaged import PACKAGED, Packaged, data_directory
 from lamina.specs import unknown
 

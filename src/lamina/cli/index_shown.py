@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lamina.cli.output import size, table
+from lamina.cli.output import table
+from lamina.figures import size
 
 if TYPE_CHECKING:
     from lamina.retrieve import IndexSpec

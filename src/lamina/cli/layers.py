@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lamina.cli.errors import Failed
-from lamina.cli.output import Output, bullets, columns, heading, share, short, size, wrapped
+from lamina.cli.output import Output, bullets, columns, heading, share, wrapped
 from lamina.cli.program import command
+from lamina.figures import short, size
 
 if TYPE_CHECKING:
     from lamina.catalogue import Kind
@@ -131,7 +132,9 @@ def in_words(counted: dict[str, Any]) -> str:
         said.append(f"{counted['parameters']:,} parameters ({of} of the model){each}")
     if "flops" in shows and counted["flops_per_token"]:
         of = _share(counted["flops_per_token"], counted["flops_per_token_of_model"])
-        said.append(f"{short(counted['flops_per_token'])}FLOP ({of}) for a token at the end of {counted['context']:,}")
+        said.append(
+            f"{short(counted['flops_per_token'], 'FLOP')} ({of}) for a token at the end of {counted['context']:,}"
+        )
     if "cache" in shows and counted["cache_bytes"]:
         said.append(f"{size(counted['cache_bytes'])} of cache for {counted['context']:,} tokens in {counted['dtype']}")
     return f"{counted['what']}: {'; '.join(said)}."

@@ -99,22 +99,6 @@ def columns() -> int:
     return max(shutil.get_terminal_size((80, 24)).columns, 60)
 
 
-def short(number: float) -> str:
-    """A number in three figures: 1234567 -> "1.23 M"."""
-    for power, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= power * 0.9995:
-            return f"{number / power:#.3g} {unit}".replace(". ", " ")
-    return f"{number:.0f}"
-
-
-def size(number: float) -> str:
-    """Bytes: 67645734912 -> "63.0 GiB"."""
-    for power, unit in ((2**50, "PiB"), (2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= power:
-            return f"{number / power:.1f} {unit}"
-    return f"{number:.0f} B"
-
-
 def share(part: int, whole: int) -> str:
     """A part in per cent."""
     return f"{100 * part / whole:.1f} %" if whole else "-"

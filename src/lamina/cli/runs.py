@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lamina.cli.output import Output, bullets, heading, short, size, table
+from lamina.cli.output import Output, bullets, heading, table
 from lamina.cli.program import command
 from lamina.cli.prompts import shown as safe
+from lamina.figures import short, size
 
 if TYPE_CHECKING:
     from lamina.train.past import Past

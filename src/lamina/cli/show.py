@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lamina.cli.output import Output, bullets, heading, share, short, size, table, wrapped
+from lamina.cli.output import Output, bullets, heading, share, table, wrapped
 from lamina.cli.program import command
+from lamina.figures import short, size
 
 if TYPE_CHECKING:
     from lamina.accounting import Account, Row
@@ -116,7 +117,7 @@ def _lines(source: str, spec: ModelSpec, found: Account, single: Account) -> lis
     lines += table(("part", "parameters", "share", "FLOPs/token", "cache/token"), rows)
     lines += ["", f"{found.parameters:,} parameters, {size(found.weight_bytes)} in {found.dtype}"]
     cache = f"; their cache: {size(found.cache_bytes)}" if found.cache_bytes else ""
-    return [*lines, f"{short(found.flops_per_token)}FLOP a token at the end of {found.context} tokens{cache}"]
+    return [*lines, f"{short(found.flops_per_token, 'FLOP')} a token at the end of {found.context} tokens{cache}"]
 
 
 def _shapes(row: Row) -> str:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lamina.cli.output import Output, duration, size
+from lamina.cli.output import Output, duration
 from lamina.cli.program import command
+from lamina.figures import size
 
 if TYPE_CHECKING:
     from lamina.train.training import Result, Tick

@@ -11,11 +11,12 @@ from typing import Any
 
 import lamina.pictures as pictures
 from lamina.accounting import Account, account
+from lamina.figures import short, size
 from lamina.generation import Writing
 from lamina.generation.limits import start_ids
 from lamina.model import Model, ModelSpec
 from lamina.report.attention import Attention, attention_of
-from lamina.report.frame import asset, facts, page, short, size
+from lamina.report.frame import asset, facts, page
 from lamina.words import shape_of
 
 STEPS = (0.05, 0.15, 0.35, 0.6, 0.85)  # probabilities that separate the six tints
@@ -64,7 +65,7 @@ def _facts(cost: Account) -> str:
         {
             "parameters": f"{cost.parameters:,}",
             "weights": f"{size(cost.weight_bytes)} in {cost.dtype}",
-            "one more token": f"{short(cost.flops_per_token)}FLOP",
+            "one more token": short(cost.flops_per_token, "FLOP"),
             f"cache of {cost.context:,} tokens": size(cost.cache_bytes),
         }
     )

@@ -36,19 +36,3 @@ def facts(named: Mapping[str, str]) -> str:
     """The large figures at the head of a page."""
     cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in named.items())
     return f'<dl class="facts">{cells}</dl>'
-
-
-def short(number: float) -> str:
-    """1234567 -> "1.23 M"."""
-    for power, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= power * 0.9995:
-            return f"{number / power:#.3g} {unit}".replace(". ", " ")
-    return f"{number:.0f} "
-
-
-def size(number: float) -> str:
-    """67645734912 -> "63.0 GiB"."""
-    for power, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= power:
-            return f"{number / power:.1f} {unit}"
-    return f"{number:.0f} B"

@@ -10,9 +10,10 @@ from typing import Any
 
 import lamina.pictures as pictures
 from lamina.accounting import Account, account
+from lamina.figures import short, size
 from lamina.layers import LayerSpec, StackSpec
 from lamina.model import ModelSpec
-from lamina.report.frame import asset, facts, page, short, size
+from lamina.report.frame import asset, facts, page
 from lamina.surgery import Verdict
 from lamina.words import shape_of, span
 
@@ -74,7 +75,7 @@ def _facts(before: Account, after: Account) -> str:
     pairs = {
         "parameters": (f"{before.parameters:,}", f"{after.parameters:,}"),
         "active parameters": (f"{before.active_parameters:,}", f"{after.active_parameters:,}"),
-        "one more token": (f"{short(before.flops_per_token)}FLOP", f"{short(after.flops_per_token)}FLOP"),
+        "one more token": (short(before.flops_per_token, "FLOP"), short(after.flops_per_token, "FLOP")),
         f"cache of {before.context:,} tokens": (size(before.cache_bytes), size(after.cache_bytes)),
     }
     return facts({name: one if one == other else f"{one} → {other}" for name, (one, other) in pairs.items()})

@@ -56,15 +56,21 @@ def random_texts(spec: ModelSpec) -> Texts:
     return texts
 
 
+def text_in(path: str | Path | None) -> str:
+    """What a file of text says, or the packaged sample."""
+    place = SAMPLE if path is None else Path(path)
+    try:
+        return place.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise LaminaError(f"{place} is no text in UTF-8") from None
+
+
 def texts_by(words: Tokenizer, spec: ModelSpec, longest: int = LONGEST) -> Texts:
     """What a model reads by a tokenizer: of a file, or of the packaged sample, no more than `longest` at one time."""
     limit = min(spec.context or longest, spec.source_context or longest, longest)
 
     def texts(path: str | None) -> list[list[int]]:
-        try:
-            ids = words.encode((SAMPLE if path is None else Path(path)).read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            raise LaminaError(f"{path} is no text in UTF-8") from None
+        ids = words.encode(text_in(path))
         return list(pieces(ids if path is not None else ids[:TOKENS], limit))
 
     return texts

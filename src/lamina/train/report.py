@@ -13,8 +13,9 @@ from typing import Any
 from lamina.accounting import Account, account
 from lamina.durable import write_file
 from lamina.errors import LaminaError
+from lamina.figures import short, size
 from lamina.model import ModelSpec
-from lamina.report import architecture, facts, page, short, size
+from lamina.report import architecture, facts, page
 from lamina.train.curves import STYLE, Line, charts
 from lamina.train.directory import MODEL, REPORT
 from lamina.train.past import Past, differing, duration, read_run
@@ -79,7 +80,7 @@ def _known(summary: Mapping[str, Any]) -> dict[str, str]:
     """The figures of a run that are there, in words."""
     shown: tuple[tuple[str, str, Number], ...] = (
         ("steps", "steps", lambda x: f"{x:,}"),
-        ("tokens", "tokens", lambda x: short(x).rstrip()),
+        ("tokens", "tokens", short),
         ("loss", "training loss", "{:.4f}".format),
         ("validation_loss", "validation loss", "{:.4f}".format),
         ("best_validation_loss", "best validation loss", "{:.4f}".format),
@@ -97,10 +98,10 @@ def _figures(run: Past, cost: Account | None) -> str:
     if cost is not None:
         named["parameters"] = f"{cost.parameters:,}"
         if summary["tokens"] is not None:
-            named["compute"] = f"{short(cost.flops_train_per_token * summary['tokens'])}FLOP"
+            named["compute"] = short(cost.flops_train_per_token * summary["tokens"], "FLOP")
     note = "" if cost is None else (
-        f'<p class="soft">Compute is counted: {short(cost.flops_train_per_token)}FLOP a token, forward and backward, '
-        f"at {cost.context:,} tokens.</p>"
+        f'<p class="soft">Compute is counted: {short(cost.flops_train_per_token, "FLOP")} a token, forward and '
+        f"backward, at {cost.context:,} tokens.</p>"
     )  # fmt: skip
     return facts(named) + note
 
