@@ -433,6 +433,13 @@ def markdown(document: Figures) -> list[str]:
     return lines
 
 
+def written(document: Figures, path: Path | None) -> None:
+    """Judge every claim from the runs that there are, and keep both."""
+    document["claims"] = [one for claim in CLAIMS if (one := judged(claim, document["runs"])) is not None]
+    if path:
+        path.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
@@ -459,10 +466,9 @@ def main() -> None:
                     more["data"] = data
                 figures = RECIPES[name](seed=seed, **more)
                 document["runs"][name][str(seed)] = figures | {"seconds": time.perf_counter() - begin}
-                document["claims"] = [one for claim in CLAIMS if (one := judged(claim, document["runs"])) is not None]
                 print(f"{name}, seed {seed}: {json.dumps(figures)}", flush=True)
-                if options.json:
-                    options.json.write_text(json.dumps(document, indent=1) + "\n")
+                written(document, options.json)
+    written(document, options.json)  # where every run was there already, their claims may be of fewer
     print("\n".join(markdown(document)))
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import qualitative
 from benchmarks.qualitative import CLAIMS, DECODERS, Claim, Repeated, judged, language, markdown, prepared
@@ -91,3 +93,27 @@ def test_the_page_says_what_was_measured():
     page = (ROOT / "docs/qualitative.md").read_text(encoding="utf-8")
     for line in markdown(document):
         assert line in page, f"docs/qualitative.md lacks: {line}"
+
+
+def test_claims_are_of_the_runs_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where a file has all the runs and its claims are of fewer."""
+
+    def two(loss: float) -> dict[str, dict[str, float]]:
+        return {str(seed): {"loss": loss + seed / 10, "loss at 4 x length": 3.0} for seed in range(2)}
+
+    runs = {"learned": two(2.5), "rotary": two(2.0)}
+    stale = {"text": "a.txt", "runs": runs, "claims": [{"claim": "an old one", "verdict": "one seed only"}]}
+    text, kept = tmp_path / "a.txt", tmp_path / "a.json"
+    text.write_text("what is said of transformers. " * 400)
+    kept.write_text(json.dumps(stale))
+    command = ["qualitative.py", "--text", str(text), "--only", "learned", "rotary", "--json", str(kept)]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(qualitative, "markdown", lambda document: [])
+    threads = torch.get_num_threads()
+    try:
+        qualitative.main()
+    finally:
+        torch.set_num_threads(threads)
+    claims = {one["claim"]: one for one in json.loads(kept.read_text())["claims"]}
+    assert claims["rotary positions below learned ones"]["seeds"] == 2 and "an old one" not in claims
+    assert claims["rotary positions below learned ones"]["gap"] == pytest.approx(0.5)
