@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import lamina
-from lamina.cli.output import short, size
+from lamina.figures import short, size
 from lamina.generation import Writing
 from lamina.report import Ranking, report
 

@@ -1,6 +1,7 @@
 """Who may import whom (CONTRIBUTING.md, "The house"), and what no file may do at all."""
 
 import ast
+import importlib
 import re
 import sys
 import tomllib
@@ -137,6 +138,36 @@ def test_every_package_imported_is_declared():
     assert {PACKAGES.get(name, name) for name in foreign} <= declared
 
 
+OUTSIDE = [
+    path for name in ("benchmarks", "docs", "examples", "tests", "tools") for path in (ROOT / name).rglob("*.py")
+]
+
+
+def missing(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Names that a file outside src/ takes from lamina and that are not there (lamina.x.__all__ is not asked)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [(alias.name, "") for alias in node.names if alias.name.split(".")[0] == "lamina"]
+        elif isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "lamina":
+            names = [(node.module or "", alias.name) for alias in node.names]
+        else:
+            continue
+        for module, name in names:
+            try:
+                whole = importlib.import_module(module)
+                if name and not hasattr(whole, name):
+                    importlib.import_module(f"{module}.{name}")
+            except ModuleNotFoundError as error:
+                if str(error.name).split(".")[0] == "lamina":  # else it is a package of an extra
+                    yield node.lineno, f"{module}.{name}".strip(".")
+
+
+def test_what_scripts_and_tests_import_is_there():
+    """Also where the script itself is not run on this machine: for want of weights, a device or a package."""
+    found = [f"{path}:{line}: {what}" for path in OUTSIDE for line, what in missing(ast.parse(path.read_text()))]
+    assert found == []
+
+
 def forbidden(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Calls that run what a file holds, or a shell."""
     for node in ast.walk(tree):
@@ -190,5 +221,13 @@ def test_these_tests_see_what_they_should():
         "FileSystemReader(path)",
     ):
         assert len(list(forbidden(ast.parse(line)))) == 1, line
+    for line in ("from lamina.cli.output import short", "import lamina.cli.outputs", "from lamina import nothing"):
+        assert len(list(missing(ast.parse(line)))) == 1, line
+    for line in (
+        "from lamina import Model, surgery",
+        "import lamina.cli.output",
+        "from lamina.errors import LaminaError",
+    ):
+        assert list(missing(ast.parse(line))) == [], line
     for line in ("model.eval()", "torch.load(f, weights_only=True)", "yaml.safe_load(f)", "run(a, shell=False)"):
         assert list(forbidden(ast.parse(line))) == [], line
