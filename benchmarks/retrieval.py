@@ -203,6 +203,8 @@ def measure(given: argparse.Namespace, document: dict[str, Any]) -> None:
     """What is found in the database, and how fast."""
     database = open_database(given.directory)
     spec = database.spec
+    if given.embed:
+        _ = database.embedder  # one that is not the database's is refused before anything is measured
     document |= {
         "threads": given.threads,
         "rows": spec.rows,

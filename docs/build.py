@@ -317,6 +317,33 @@ def memory_figures() -> str:
     return f"{filled(before)}\n\n{_table(('memory', 'pass-key', 'recall'), rows)}\n"
 
 
+def retrieval_figures() -> str:
+    """What benchmarks/retrieval.py measured: the probes around 95 % of the 10 nearest, and a build."""
+    found = results("retrieval")
+    searching, building = found["searching"], found["building"]
+    rows = []
+    for engine in ("lance", "faiss"):
+        one = searching[engine]
+        seconds = one.get("copied_and_indexed_seconds", one.get("indexed_and_measured_seconds"))
+        first = next(i for i, row in enumerate(one["probes"]) if row["recall"] >= 0.9)
+        for number, row in enumerate(one["probes"][first : first + 3]):
+            name, made = ("", "") if number else (f"{engine}, {one['lists']:,} lists", f"{seconds:.0f} s")
+            rows.append((name, str(row["probes"]), f"{row['recall']:.3f}", f"{row['times_exact']:.1f}", made))
+    held = building["own_memory_mib"].values()
+    before = f"""What they find and how fast, among {found["rows"]:,} chunks of real documentation and code (MiniLM,
+    {searching["queries"]:,} queries in batches, {found["threads"]} threads; exact search answers
+    {searching["exact_queries_per_second"]:.0f} a second; [benchmarks/retrieval.py](../benchmarks/retrieval.py),
+    [results](../benchmarks/results/retrieval.json)):"""
+    chosen = searching["faiss"]
+    after = f"""As many lists as faiss is given by the recall that was asked for, {chosen["chosen_probes"]}, find
+    {chosen["chosen_recall"]:.3f} at {chosen["chosen_times_exact"]:.1f} times the rate of exact search. A build of
+    {building["text_bytes"] / 1e6:.1f} MB of text, {building["chunks"]:,} chunks, took {building["seconds"] / 60:.0f}
+    minutes of {building["threads"]} cores ({building["chunks_per_second"]:.0f} chunks a second, `--dtype bfloat16`),
+    and held {max(held):,} MiB of its own at most in its second fifth and its last."""
+    heads = ("index", "lists looked into", "of the 10 nearest", "times exact search", "made in")
+    return f"{filled(before)}\n\n{_table(heads, rows)}\n\n{filled(after)}\n"
+
+
 def facts_figures() -> str:
     """What benchmarks/memory_facts.py found; nothing before it has been run."""
     if not (ROOT / "benchmarks/results/memory_facts.json").is_file():
@@ -583,6 +610,7 @@ def pages() -> dict[Path, str]:
         "memory": ("memory", memory_figures),
         "product-keys": ("values", values_figures),
         "memory-tokens": ("tokens", tokens_figures),
+        "retrieval": ("engines", retrieval_figures),
         "retro": ("retro", retro_figures),
         "conformance": ("grid", grid),
         "surgery": ("plans", surgery_figures),
