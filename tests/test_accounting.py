@@ -142,6 +142,58 @@ def test_flops_are_what_torch_counts_on_the_real_model(model_type: str):
     assert found.flops_per_token == counter.get_total_flops() / batch
 
 
+FROZEN = {
+    "one layer of many": ("llama", ("decoder.layers.1.",)),
+    "the last layer": ("llama", ("decoder.layers.2.",)),
+    "the norms": ("gpt2", ("decoder.layers.1.attention.pre.", "decoder.layers.2.attention.pre.")),
+    "the head": ("llama", ("head.",)),
+    "the table, far below": ("bert", ("embedding.",)),
+    "the encoder": ("t5", ("encoder.layers.1.",)),
+    "the first of the decoder": ("t5", ("decoder.layers.0.cross.",)),
+    "what reads neighbours": ("retro", ("decoder.layers.1.retrieval.", "decoder.layers.2.retrieval.")),
+    "their encoder": ("retro", ("decoder.layers.1.retrieval.op.encoder.",)),
+    "nothing": ("llama", ()),
+}
+
+
+@pytest.mark.parametrize("case", FROZEN)
+@pytest.mark.filterwarnings("ignore:.*mods argument is not needed")
+def test_a_training_of_some_weights_costs_what_torch_counts(case: str):
+    """Equal layers cost differently, by what of them is trained and by what lies below them."""
+    name, trained = FROZEN[case]
+    spec = frozen_model(name)
+    model, context = spec.build(seed=0).eval(), 12
+    names = [one for one, _ in model.named_parameters() if one.startswith(trained)] if trained else []
+    for one, parameter in model.named_parameters():
+        parameter.requires_grad_(one in names)
+    assert bool(names) == bool(trained)
+    found = lamina.account(spec, context=context, trained=names)
+    ids = torch.randint(0, 50, (1, context))
+    given = {"neighbours": torch.randint(0, 50, (1, 3, 2, 8))} if spec.retrieval is not None else {}
+    given |= {"decoder_input_ids": ids} if spec.two_stacks else {}
+    with FlopCounterMode(display=False) as counter:
+        out = model(ids, backend="dense", **given)
+        results = [one.sum() for one in (out.logits, out.pooled) if one is not None]
+        if names:
+            sum(results[1:], results[0]).backward()
+    assert found.flops_train_per_token == round(counter.get_total_flops() / context)
+    assert found.flops_train_per_token < lamina.account(spec, context=context).flops_train_per_token
+
+
+def frozen_model(name: str) -> lamina.ModelSpec:
+    if name in TINY:
+        return tiny(name)
+    fields = {
+        "bert": {"vocab_size": 50, "hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 3,
+                 "intermediate_size": 40, "max_position_embeddings": 40},
+        "t5": {"vocab_size": 50, "d_model": 36, "d_kv": 12, "d_ff": 40, "num_layers": 3, "num_heads": 3},
+        "retro": {"layers": 4, "width": 32, "heads": 4, "head_dim": 8, "vocabulary": 50, "context": 64, "chunk": 4,
+                  "first": 2, "every": 1, "encoder_width": 16, "encoder_heads": 2, "encoder_head_dim": 8,
+                  "encoder_hidden": 32},
+    }[name]  # fmt: skip
+    return family(name).spec(Fields(fields))
+
+
 def test_flops_of_a_llama_are_the_closed_form():
     spec, length = lamina.spec("smollm2/135m"), 1000
     found = lamina.account(spec, context=length)

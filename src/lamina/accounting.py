@@ -11,7 +11,7 @@ import bisect
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -126,7 +126,7 @@ class Account:
     flops_prefill: int  # reading batch x context tokens, with the logits of all of them
     flops_per_token: int  # one more token at the end of a full context, from the cache; an encoder: prefill by tokens.
     # Where a model retrieves: one that ends no chunk, so that it encodes nothing
-    flops_train_per_token: int  # forward and backward, by tokens
+    flops_train_per_token: int  # forward and backward, by tokens; of frozen weights only what gradients pass through
     cache_bytes: int  # keys and values of batch x context tokens; windows keep min(context, window)
     weight_bytes: int
     batch: int
@@ -141,10 +141,12 @@ def account(
     context: int | None = None,
     *,
     dtype: torch.dtype | str | None = None,
+    trained: Collection[str] | None = None,
 ) -> Account:
     """Count a spec, a model, or any SOURCE.
 
     context: None takes the spec's own. dtype, of weights and cache: None takes that of a model, and bfloat16 for specs.
+    trained: names of the parameters that training changes; None: all of them.
     Raises LaminaError where the context is unknown, or longer than the model can read.
     """
     if isinstance(model, Model):
@@ -153,8 +155,11 @@ def account(
         spec = model if isinstance(model, ModelSpec) else spec_of(model)
     chosen = _dtype(dtype)
     context = _context(spec, batch, context)
-    small, repeats = _reduced(spec)
+    small, repeats = _reduced(spec, trained)
     built = small.build(device="meta", dtype=chosen).eval()
+    if trained is not None:
+        for name, parameter in built.named_parameters():
+            parameter.requires_grad_(_first(name, repeats) in trained)
     tally = _Tally(built, repeats, batch, batch * context)
     with torch.inference_mode(False), torch.enable_grad():  # wherever it is called: the backward is counted too
         _measure(tally, built, batch, context)
@@ -196,21 +201,45 @@ def _context(spec: ModelSpec, batch: int, context: int | None) -> int:
     return context
 
 
-def _reduced(spec: ModelSpec) -> tuple[ModelSpec, dict[str, list[list[int]]]]:
+def _reduced(spec: ModelSpec, trained: Collection[str] | None) -> tuple[ModelSpec, dict[str, list[list[int]]]]:
     """The spec with each distinct layer once, and, by stack, the numbers of the layers that each of them stands for.
 
-    Equal specs build equal layers, and a layer's forward depends on its spec alone: multiplying is exact.
+    Equal specs build equal layers, and a layer's forward depends on its spec alone; its backward on which of its
+    weights are trained, and on whether any before it are: multiplying is exact.
     """
     repeats: dict[str, list[list[int]]] = {}
+    passed = False  # gradients come by
     for name in ("encoder", "decoder"):
         stack: StackSpec | None = getattr(spec, name)
         if stack is not None:
-            places: dict[LayerSpec, list[int]] = {}
+            inner = _by_layer(name, trained or ())
+            places: dict[tuple[LayerSpec, frozenset[str], bool], list[int]] = {}
             for i, layer in enumerate(stack.layers):
-                places.setdefault(layer, []).append(i)
+                own = inner.get(i, frozenset())
+                places.setdefault((layer, own, passed and i > 0), []).append(i)
+                passed |= bool(own)
             repeats[name] = list(places.values())
-            spec = spec.replace(**{name: stack.replace(layers=tuple(places))})
+            spec = spec.replace(**{name: stack.replace(layers=tuple(layer for layer, *_ in places))})
     return spec, repeats
+
+
+def _by_layer(stack: str, names: Collection[str]) -> dict[int, frozenset[str]]:
+    """The parameters among these of each layer of a stack, by their names in it."""
+    found: dict[int, set[str]] = {}
+    for name in names:
+        if name.startswith(f"{stack}.layers."):
+            number, _, rest = name.removeprefix(f"{stack}.layers.").partition(".")
+            found.setdefault(int(number), set()).add(rest)
+    return {number: frozenset(inner) for number, inner in found.items()}
+
+
+def _first(name: str, repeats: dict[str, list[list[int]]]) -> str:
+    """What a parameter of the reduced model is called in the whole one, in the first of the layers it stands for."""
+    stack, _, rest = name.partition(".layers.")
+    if stack not in repeats:
+        return name
+    number, _, inner = rest.partition(".")
+    return f"{stack}.layers.{repeats[stack][int(number)][0]}.{inner}"
 
 
 class _Tally:
@@ -343,7 +372,8 @@ def _measure(tally: _Tally, model: Model, batch: int, context: int) -> None:
     with _counting(model, tally, tally.forward) as mode:
         out = _scalar(_run(model, ids))
         mode.counter = tally.train
-        out.backward()
+        if out.requires_grad:  # all may be frozen
+            out.backward()
     tally.train.update(tally.forward)
     if model.decoder is None:
         return

@@ -273,6 +273,21 @@ def test_a_dry_run_counts_what_an_adapter_trains(data: Path, base: Path):
     assert found["flops"] < 0.75 * whole["flops"] and found["bytes"] < whole["bytes"] / 2
 
 
+def test_a_dry_run_counts_what_is_frozen_and_what_teaches(data: Path, base: Path):
+    """Of the last of two layers alone: forward, its own gradients, and those that the head passes on."""
+    from lamina.train.building import plan
+
+    model = {"source": str(base), "family": None, "config": {}}
+    whole, last = (
+        plan(spec_of(config(data, model=model | more)))["flops"] for more in ({}, {"train": ["decoder.layers.1"]})
+    )
+    forward = lamina.account(base, context=24).flops_prefill / 24
+    tokens = plan(spec_of(config(data, model=model)))["tokens"]
+    assert tokens * forward < last < 0.7 * whole
+    objective = {"kind": "distillation", "teacher": str(base)}
+    assert plan(spec_of(config(data, model=model, objective=objective)))["flops"] == whole + tokens * int(forward)
+
+
 def test_going_on_with_other_settings_is_refused_with_the_difference(tmp_path: Path, data: Path):
     run = tmp_path / "run"
     train(spec_of(config(data, loop={"steps": 4})), run)

@@ -127,7 +127,7 @@ class Around:
 def _flops(spec: TrainSpec, trainer: Trainer) -> int | None:
     """Arithmetic of a token in training; None for models that `account` cannot run, such as those without ids."""
     try:
-        return flops(spec, trainer.model.spec)
+        return flops(spec, trainer.model.spec, trainer.model.origin, trainer.objective)
     except UnsupportedError:
         return None
 

@@ -21,8 +21,8 @@ from lamina.errors import LaminaError, UnsupportedError
 from lamina.families import FAMILIES, Fields, family, sizes
 from lamina.locate import locate
 from lamina.model import Model, ModelSpec
-from lamina.objectives import Neighbours
-from lamina.opening import changed_in, open_source
+from lamina.objectives import Neighbours, Task, Taught
+from lamina.opening import Origin, changed_in, open_source
 from lamina.retrieve import open_database
 from lamina.retrieve.neighbours import of_text
 from lamina.source import load, save, tokenizer
@@ -185,12 +185,20 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()
 
 
-def flops(spec: TrainSpec, architecture: ModelSpec) -> int:
-    """Arithmetic of a token in training. With an adapter the matrices have no gradients, which a third of it is for;
-    the adapter's own products, rank / width of the others, are not counted."""
+def flops(spec: TrainSpec, architecture: ModelSpec, origin: Origin | None, task: Task) -> int:
+    """Arithmetic of a token in training: forward, the gradients of what is trained, and a teacher's forward. With an
+    adapter the matrices have no gradients, which a third of it is for; the adapter's own products, rank / width of the
+    others, are not counted."""
     length = min(spec.data.length, architecture.context or spec.data.length)
-    cost = account(architecture, 1, length)
-    total = cost.flops_train_per_token if spec.adapter is None else 2 * cost.flops_prefill // length
+    if spec.adapter is None:
+        whole = architecture.build(device="meta")
+        whole.origin = origin
+        names = [name for name, _ in trained(spec, whole)]
+        total = account(architecture, 1, length, trained=names).flops_train_per_token
+    else:
+        total = 2 * account(architecture, 1, length).flops_prefill // length
+    if isinstance(task, Taught):
+        total += account(task.teacher.spec, 1, length).flops_prefill // length
     return total // 2 if architecture.two_stacks else total  # what is read and what is written both count as tokens
 
 
@@ -282,6 +290,6 @@ def plan(spec: TrainSpec) -> dict[str, Any]:
         "steps": spec.loop.steps,
         "tokens": tokens,
         "epochs": spec.loop.steps * spec.loop.batch / examples,
-        "flops": tokens * flops(spec, architecture),
+        "flops": tokens * flops(spec, architecture, made.origin, task),
         "bytes": counts[0] * (half or 4) + counts[1] * (12 + (4 if half else 0)),
     }

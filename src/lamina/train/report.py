@@ -101,7 +101,7 @@ def _figures(run: Past, cost: Account | None) -> str:
             named["compute"] = short(cost.flops_train_per_token * summary["tokens"], "FLOP")
     note = "" if cost is None else (
         f'<p class="soft">Compute is counted: {short(cost.flops_train_per_token, "FLOP")} a token, forward and '
-        f"backward, at {cost.context:,} tokens.</p>"
+        f"backward through every weight, at {cost.context:,} tokens.</p>"
     )  # fmt: skip
     return facts(named) + note
 
