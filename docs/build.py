@@ -418,7 +418,8 @@ def retro_figures() -> str:
         seeds = "in one run" if len(runs) == 1 else f"a number for each of {len(runs)} runs"
         parts += [f"The small model, bits a byte, {seeds}:", _table(header, rows)]
     for part, name, what in (
-        ("fitted", "related", "SmolLM2 on held-out pages"),
+        ("fitted", "related", "SmolLM2 on the beginnings of held-out pages"),
+        ("fitted_whole", "related", "SmolLM2 on whole held-out pages"),
         ("fitted", "unrelated", "SmolLM2 on Shakespeare, neighbours from the pages"),
     ):
         if name in found.get(part, {}):

@@ -53,7 +53,15 @@ class Mutation:
         return mutated
 
 
-NAMED = ("layers/longformer.py", "layers/bigbird.py", "marks.py", "exporting.py", "adapting.py", "train/loader.py")
+NAMED = (
+    "layers/longformer.py",
+    "layers/bigbird.py",
+    "marks.py",
+    "exporting.py",
+    "adapting.py",
+    "accounting.py",
+    "train/loader.py",
+)
 """Files whose tests are those that tools/mutations/ names alone: of the families that have them, or a few of a file."""
 
 

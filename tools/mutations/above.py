@@ -10,6 +10,7 @@ THROUGH_MODELS = (
     "tests/test_families_bigbird.py",
 )
 ALSO: dict[str, tuple[str, ...]] = {
+    "accounting.py": ("tests/test_accounting.py::test_a_training_of_some_weights_costs_what_torch_counts",),
     "adapting.py": ("tests/adapters/test_peft.py",),
     "exporting.py": ("tests/test_families_t5.py", "tests/test_families_bigbird.py", "tests/test_families_bert.py"),
     "marks.py": ("tests/test_families_longformer.py", "tests/test_families_bigbird.py"),
@@ -22,6 +23,19 @@ ALSO: dict[str, tuple[str, ...]] = {
 """Tests of a file beside those that its name tells."""
 
 MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
+    "accounting.py": [
+        ("frozen: layers by what of them is trained", "own = inner.get(i, frozenset())", "own = frozenset[str]()"),
+        ("frozen: layers by what lies below", "passed and i > 0)", "False)"),
+        ("frozen: the first layer has nothing below", "passed and i > 0)", "passed)"),
+        ("frozen: what is trained below", "passed |= bool(own)", "passed = bool(own)"),
+        (
+            "frozen: an encoder below",
+            '    passed = False  # gradients come by\n    for name in ("encoder", "decoder"):\n',
+            '    for name in ("encoder", "decoder"):\n        passed = False\n',
+        ),
+        ("frozen: names of the whole model", "{repeats[stack][int(number)][0]}", "{number}"),
+        ("frozen: all of it", "if out.requires_grad:  # all may be frozen", "if True:"),
+    ],
     "adapting.py": [
         ("adapter: a file without the base's prefix", 'f"{family.base}{name}"', "name"),
         ("adapter: a bare model's names", "base = _family(model).base if bare else", 'base = "" if bare else'),

@@ -24,9 +24,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
         (
             "adapter: frozen matrices have no gradients",
-            "2 * cost.flops_prefill // length",
-            "cost.flops_train_per_token",
+            "2 * account(architecture, 1, length).flops_prefill // length",
+            "account(architecture, 1, length).flops_train_per_token",
         ),
+        ("flops: what is frozen", "length, trained=names)", "length)"),
+        ("flops: a teacher's forward", "total += account(task", "total += 0 * account(task"),
         (
             "building: special tokens of a size",
             '"vocabulary": data.vocabulary, **_special(data)}',
