@@ -46,13 +46,16 @@ TINY = {
 TERMS = {"none": None, "Transformer-XL": TransformerXLSpec(base=50.0), "rotary": RotarySpec(base=30.0, width=4)}
 
 
-def layer(key_heads: int = 2, relative: str = "Transformer-XL", **fields: int) -> ChunkedCrossAttention:
+def layer(
+    key_heads: int = 2, relative: str = "Transformer-XL", depths: tuple[int, ...] = (), **fields: int
+) -> ChunkedCrossAttention:
     encoder = neighbour_encoder(WIDTH, VOCABULARY, width=6, heads=3, head_dim=4, hidden=9, layers=2)
+    encoder = encoder.replace(depths=depths)
     attention = CrossAttentionSpec(
         heads=4,
         key_heads=key_heads,
         head_dim=5,
-        memory_width=6,
+        memory_width=encoder.gives,
         relative=TERMS[relative],
     )
     spec = ChunkedCrossAttentionSpec(attention=attention, chunk=CHUNK, encoder=encoder, **fields)
@@ -110,9 +113,17 @@ def normed(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def encoded(module: nn.Module, ids: list[int], chunk: list[Tensor]) -> list[Tensor]:
-    """One neighbour, read beside its chunk: its tokens see each other all, and the chunk in the first layer."""
-    stream = [module.embedding.weight[i] for i in ids]
-    for steps in module.stack.layers:
+    """One neighbour, read beside its chunk: its tokens see each other all, and the chunk in the first layer. What is
+    between two layers is given as well, to the left of the end, where the specification asks for it."""
+    stream, given = [module.embedding.weight[i] for i in ids], [list[Tensor]() for _ in ids]
+
+    def give(norm: nn.Module) -> None:
+        for features, x in zip(given, stream, strict=True):
+            features.append(normed(norm, x))
+
+    for number, steps in enumerate(module.stack.layers):
+        if number in module.spec.depths:
+            give(module.norms[module.spec.depths.index(number)])
         for name, step in steps.items():
             inner = [normed(step.pre, x) for x in stream]
             if name == "feedforward":
@@ -121,7 +132,8 @@ def encoded(module: nn.Module, ids: list[int], chunk: list[Tensor]) -> list[Tens
                 keys = chunk if name == "cross" else inner
                 out = attended(step.op, list(enumerate(inner)), list(enumerate(keys)), 10_000.0)
             stream = [x + y for x, y in zip(stream, out, strict=True)]
-    return [normed(module.stack.norm, x) for x in stream]
+    give(module.stack.norm)
+    return [torch.cat(features) for features in given]
 
 
 def naive(module: ChunkedCrossAttention, x: Tensor, neighbours: dict[int, list[list[int]]]) -> Tensor:
@@ -147,20 +159,28 @@ def lists(ids: Tensor) -> dict[int, list[list[int]]]:
 
 
 @cache
-def by_loop(key_heads: int, relative: str) -> tuple[ChunkedCrossAttention, Tensor, Tensor, Tensor]:
+def by_loop(
+    key_heads: int, relative: str, depths: tuple[int, ...]
+) -> tuple[ChunkedCrossAttention, Tensor, Tensor, Tensor]:
     """A layer, what it reads, the neighbours, and what the loop makes of both."""
-    module, x, ids = layer(key_heads, relative), noise(2, LENGTH, WIDTH), found(2, 3)
+    module, x, ids = layer(key_heads, relative, depths), noise(2, LENGTH, WIDTH), found(2, 3)
     return module, x, ids, torch.stack([naive(module, x[row], lists(ids[row])) for row in range(2)])
 
 
 @pytest.mark.parametrize("backend", ON_THE_CPU)
 @pytest.mark.parametrize(
-    ("key_heads", "relative"),
-    [(4, "Transformer-XL"), (2, "Transformer-XL"), (1, "Transformer-XL"), (2, "none"), (2, "rotary")],
+    ("key_heads", "relative", "depths"),
+    [
+        (4, "Transformer-XL", ()),
+        (2, "Transformer-XL", ()),
+        (1, "Transformer-XL", (0, 1)),
+        (2, "none", ()),
+        (2, "rotary", (1,)),
+    ],
 )
 @torch.no_grad()
-def test_it_is_the_loop_over_tokens(key_heads: int, relative: str, backend: str):
-    module, x, ids, expected = by_loop(key_heads, relative)
+def test_it_is_the_loop_over_tokens(key_heads: int, relative: str, depths: tuple[int, ...], backend: str):
+    module, x, ids, expected = by_loop(key_heads, relative, depths)
     out = module(x, Call(tokens=plain(2, LENGTH), memory=Neighbours(ids), backend=backend))
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)  # phases are in float32
     assert torch.equal(out[:, : CHUNK - 1], torch.zeros_like(out[:, : CHUNK - 1]))
