@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lamina.errors import LaminaError
 from lamina.layers import AttentionSpec, Call, CompressiveSpec, MemoryAttentionSpec, RotarySpec
-from lamina.tokens import plain
+from lamina.tokens import Tokens, plain
 from tests import small
 from tests.layers.memories import heads_of, random
 from tests.oracle import rope
@@ -148,6 +148,20 @@ def test_the_most_used_are_kept(heads: int, key_heads: int, rotary: RotarySpec |
         pairs = (torch.autograd.grad(one.square().sum(), parameters) for one in (found, expected))
         for mine, theirs in zip(*pairs, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=10 * near, atol=10 * near * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@torch.no_grad()
+def test_documents_of_a_row_keep_their_own_most_used(mixed: bool):
+    """One after the other, and in turns: segments leave when those of their own document begin."""
+    made = layers_of("most-used", size=4, count=4)
+    x, lengths = random(1, 60, WIDTH, seed=4), (26, 11, 23)
+    document = torch.arange(3).repeat_interleave(torch.tensor(lengths))
+    position = torch.cat([torch.arange(length) for length in lengths])
+    expected = torch.cat([most_used_written_out(made, one) for one in x[0].split(lengths)])
+    turns = torch.argsort(position, stable=True) if mixed else torch.arange(60)
+    found = ours(made, x[:, turns], Call(tokens=Tokens(position[turns][None], document[turns][None])))
+    torch.testing.assert_close(found[0], expected[turns], rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()
