@@ -141,6 +141,18 @@ def test_documents_have_memories_of_their_own(name: str):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MEMORIES)
+def test_a_document_that_ends_takes_nothing_from_the_next(name: str):
+    """Both so long that segments of theirs are pushed out, the second while the cache still holds the first."""
+    model, ids = build(name), small.ids(1, 57)
+    documents = torch.tensor([[4] * 26 + [6] * 31])
+    alone = [model(part).hidden[0] for part in ids.split([26, 31], dim=1)]
+    for split in ([57], [22, 35]):
+        found = read(model, ids, split, document_ids=documents)
+        torch.testing.assert_close(found[0], torch.cat(alone), **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MEMORIES)
 def test_positions_may_have_gaps(name: str):
     """Where a segment's last position never comes, the next one still finds it in the memory."""
     model, ids = build(name), small.ids(1, 8)
