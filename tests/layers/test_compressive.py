@@ -174,6 +174,16 @@ def test_among_equals_the_earlier_are_kept():
     torch.testing.assert_close(layer(x, Call(tokens=plain(1, 13)))[0, 12], expected, rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+def test_places_without_a_token_are_not_kept():
+    """Positions 1 and 3 of the first segment leave before anybody has read them: both are kept, and not place 0."""
+    layer, x = layers_of("most-used", size=4, count=4)[0], random(1, 3, WIDTH)
+    layer.q.weight.zero_()
+    expected = heads_of(layer, x[0])[2].mean(dim=1).flatten() @ layer.o.weight.T
+    found = layer(x, Call(tokens=Tokens(torch.tensor([[1, 3, 9]]), torch.zeros(1, 3, dtype=torch.int64))))
+    torch.testing.assert_close(found[0, 2], expected, rtol=0, atol=1e-12)
+
+
 def test_only_the_compression_learns_from_its_loss_and_from_nothing_else():
     made = layers_of("convolution")
     for layer in made:

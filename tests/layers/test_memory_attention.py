@@ -146,9 +146,29 @@ def test_a_document_that_ends_takes_nothing_from_the_next(name: str):
     model, ids = build(name), small.ids(1, 57)
     documents = torch.tensor([[4] * 26 + [6] * 31])
     alone = [model(part).hidden[0] for part in ids.split([26, 31], dim=1)]
-    for split in ([57], [22, 35]):
+    for split in ([57], [22, 35], [22, 20, 15]):
         found = read(model, ids, split, document_ids=documents)
         torch.testing.assert_close(found[0], torch.cat(alone), **EXACT)
+
+
+STOPPED = [name for name in MEMORIES if not name.startswith("infini") and name != "memorizing beyond a window"]
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_no_gradient_leaves_a_segment(name: str):
+    """Whether keys and values of what is remembered are made anew, or are those of a cache."""
+    model = build(name)
+    ids = torch.arange(TEXT)[None]
+    model(ids).hidden.sum().backward()  # a table whose rows all have a gradient, but for what is stopped
+    table = model.embedding.weight
+    assert table.grad is not None and bool((table.grad[:TEXT] != 0).all(1).all())
+    for cache in (None, model.new_cache()):
+        table.grad = None
+        model(ids, cache=cache).hidden[0, -1].sum().backward()
+        assert table.grad is not None
+        reached = (table.grad[:TEXT] != 0).any(1).nonzero()[:, 0]
+        length = MEMORIES[name][0].length
+        assert int(reached.min()) >= (TEXT - 1) // length * length
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ class MostUsed(nn.Module):
             queries = Tokens(position, document.expand_as(position))
             request = asked(spread[:, :, i], queries, keys, kept.beside(keys.at(index.flatten(1), there.flatten(1))))
             read = weights(request)[..., : used.shape[1]].sum(dim=1, dtype=used.dtype)  # (B, length, S)
-            memory = allowed(self.earlier, queries.query(), keys.tokens.key()) & queries.real[:, :, None]
+            memory = allowed(self.earlier, queries.query(), keys.tokens.key())  # of none where there is no token
             used = used + torch.where(memory, read, 0.0).sum(dim=1)
         kept = kept.beside(keys.at(index.flatten(1), there.flatten(1)))
         if slot is not None:
