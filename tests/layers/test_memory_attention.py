@@ -142,13 +142,19 @@ def test_documents_have_memories_of_their_own(name: str):
 @torch.no_grad()
 @pytest.mark.parametrize("name", MEMORIES)
 def test_a_document_that_ends_takes_nothing_from_the_next(name: str):
-    """Both so long that segments of theirs are pushed out, the second while the cache still holds the first."""
+    """Both so long that segments of theirs are pushed out, the second while the cache still holds the first, and in
+    turns with it."""
     model, ids = build(name), small.ids(1, 57)
-    documents = torch.tensor([[4] * 26 + [6] * 31])
-    alone = [model(part).hidden[0] for part in ids.split([26, 31], dim=1)]
-    for split in ([57], [22, 35], [22, 20, 15]):
-        found = read(model, ids, split, document_ids=documents)
-        torch.testing.assert_close(found[0], torch.cat(alone), **EXACT)
+    for documents, splits in (
+        ([4] * 26 + [6] * 31, ([57], [22, 35], [22, 20, 15])),
+        ([6] * 4 + [4, 6] * 20 + [6] * 13, ([57], [44, 13])),
+    ):
+        documents = torch.tensor([documents])
+        for split in splits:
+            found = read(model, ids, split, document_ids=documents)
+            for document in (4, 6):
+                one = documents[0] == document
+                torch.testing.assert_close(found[:, one], model(ids[:, one]).hidden, **EXACT)
 
 
 STOPPED = [name for name in MEMORIES if not name.startswith("infini") and name != "memorizing beyond a window"]

@@ -153,6 +153,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("recurrent cache: bytes", "self.progress.memory.numel() * ", ""),
     ],
     "cache/ring.py": [
+        ("of the document that goes on", "real = _goes_on(tokens)", "real = tokens.real"),
+        ("the document that ends last", "torch.where(tokens.real, column, 0)", "torch.where(tokens.real, -column, 0)"),
         ("a ring where a window is", 'kind in ("auto", "ring") and', 'kind == "ring" and'),
         ("sinks of a pattern are kept", " and retained.first == 0", ""),
         ("compressed keys have rings of their own", "if compressed or windowed", "if windowed"),

@@ -2,7 +2,8 @@
 
 Example, W = 4, one row, after the tokens 0..5: token n lies at place n mod 4, so the places hold 4 5 2 3. Token 6
 comes, is written at 6 mod 4 = 2 (over token 2, which nobody will see again), and the places hold 4 5 6 3.
-Padding is never kept: each row counts its own real tokens, and holes go to a spare place that stays a hole.
+Padding is never kept: each row counts its own real tokens, and holes go to a spare place that stays a hole. So do, of a
+block, the tokens of other documents than the one it ends with: between that one's tokens they would take its places.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class RingLedger(Ledger):
         return cls(batch, retained.recent, device, every=retained.every)
 
     def note(self, tokens: Tokens) -> Tokens:
-        real = tokens.real
-        serial = self.count + real.cumsum(1) - 1  # (B, T): the number of each real token in its row
+        real = _goes_on(tokens)
+        serial = self.count + real.cumsum(1) - 1  # (B, T): the number of each of these tokens in its row
         last = serial[:, -1:]
         kept = real & (serial > last - self.window)
         self.place = torch.where(kept, serial % self.window, self.window)
@@ -88,6 +89,15 @@ class RingSlot(Slot):
         if ledger.single:
             return self.key, self.value
         return torch.cat([old[0], key], dim=2), torch.cat([old[1], value], dim=2)
+
+
+def _goes_on(tokens: Tokens) -> Tensor:
+    """(B, T) bool: the real tokens of the document that the row ends with."""
+    if tokens.span is not None or tokens.position.shape[1] == 1:
+        return tokens.real
+    column = torch.arange(tokens.position.shape[1], device=tokens.position.device)
+    end = torch.where(tokens.real, column, 0).amax(dim=1, keepdim=True)
+    return tokens.real & (tokens.document == tokens.document.gather(1, end))
 
 
 def _scatter(buffer: Tensor, place: Tensor, new: Tensor) -> Tensor:
