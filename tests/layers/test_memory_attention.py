@@ -148,6 +148,7 @@ def test_a_document_that_ends_takes_nothing_from_the_next(name: str):
     for documents, splits in (
         ([4] * 26 + [6] * 31, ([57], [22, 35], [22, 20, 15])),
         ([6] * 4 + [4, 6] * 20 + [6] * 13, ([57], [44, 13])),
+        ([4, 6] * 24 + [6] * 9, ([48, 9],)),
     ):
         documents = torch.tensor([documents])
         for split in splits:
