@@ -319,7 +319,7 @@ def clean_copy(folder: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__", ".*", "*.pyc")
     for name in ("src", "tests", "benchmarks"):  # the tests take models from the benchmarks
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md"):  # the README is a text to train on
+    for name in ("pyproject.toml", "LICENSE"):  # the licence is a text to train on
         shutil.copy(ROOT / name, folder)
 
 

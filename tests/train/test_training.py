@@ -28,12 +28,12 @@ from lamina.train.training import train
 from tests import tiny
 from tests.forked import Program
 
-TEXT = (Path(__file__).parent.parent.parent / "README.md").read_text()
+TEXT = (Path(__file__).parent.parent.parent / "LICENSE").read_text()  # a text that nobody edits
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The README as two prepared directories, of several documents each."""
+    """The licence as two prepared directories, of several documents each."""
     folder = tmp_path_factory.mktemp("data")
     words = tiny.tokenizer()
     parts = [part for part in TEXT.split("\n\n") if part.strip()]
@@ -42,7 +42,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for text in texts:
             writer.add({"text": np.array(words.encode(text))})
         size = sum(len(text.encode()) for text in texts)
-        source = SourceFile(name="README.md", bytes=size, sha256="0" * 64, documents=len(texts), tokens=1)
+        source = SourceFile(name="LICENSE", bytes=size, sha256="0" * 64, documents=len(texts), tokens=1)
         writer.close(sources=[source])
         words.save(folder / name)
     return folder
