@@ -335,7 +335,7 @@ def retrieval_figures() -> str:
     {searching["exact_queries_per_second"]:.0f} a second; [benchmarks/retrieval.py](../benchmarks/retrieval.py),
     [results](../benchmarks/results/retrieval.json)):"""
     chosen = searching["faiss"]
-    after = f"""As many lists as faiss is given by the recall that was asked for, {chosen["chosen_probes"]}, find
+    after = f"""Asked for 95 % of them, faiss looks into {chosen["chosen_probes"]} lists by itself and finds
     {chosen["chosen_recall"]:.3f} at {chosen["chosen_times_exact"]:.1f} times the rate of exact search. A build of
     {building["text_bytes"] / 1e6:.1f} MB of text, {building["chunks"]:,} chunks, took {building["seconds"] / 60:.0f}
     minutes of {building["threads"]} cores ({building["chunks_per_second"]:.0f} chunks a second, `--dtype bfloat16`),
